@@ -1,0 +1,65 @@
+# Two environments are made on demand, each once and again when pyproject.toml or constraints.txt changes:
+#   .venv          the newest supported transformers    .venv-oldest   the oldest
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+
+PYTHON ?= python3
+OLDEST := transformers==5.17.0
+BIN := .venv/bin
+OLDEST_BIN := .venv-oldest/bin
+SOURCES := src tests docs $(wildcard examples)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP_INSTALL := -m pip install -qq --no-input --constraint constraints.txt
+
+.PHONY: help demo test test-oldest check lint fix docs clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.installed-default ## set up .venv, then compress a whole book and ask about it (beacon demo)
+	$(BIN)/beacon demo
+
+test: .venv/.installed-dev ## set up .venv, then run all tests
+	$(BIN)/python -m pytest
+
+test-oldest: .venv-oldest/.installed-dev ## run the tests on the oldest supported transformers, without the default model
+	$(OLDEST_BIN)/python -m pytest -m "not default_model"
+
+check: lint test ## format, lint, types, generated docs, tests
+
+lint: .venv/.installed-dev ## check format, lint, types and generated docs, changing nothing
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python docs/generate_cli.py --check
+
+fix: .venv/.installed-dev ## format, and repair what the linter can
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+docs: .venv/.installed-dev ## write docs/cli.md anew from the program
+	$(BIN)/python docs/generate_cli.py
+
+clean: ## remove the environments, caches and builds
+	rm -rf .venv .venv-oldest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and on its own: it is by far the largest part, and the pin keeps a resolver from choosing another build.
+.venv/.installed-torch .venv-oldest/.installed-torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@echo "[setup] $(@D): creating the environment and installing torch (some minutes, once)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(PIP_INSTALL) torch
+	@touch $@
+
+.venv/.installed-%: .venv/.installed-torch pyproject.toml
+	@echo "[setup] .venv: installing activation-beacon[$*]"
+	@.venv/bin/python $(PIP_INSTALL) --editable '.[$*]'
+	@touch $@
+
+.venv-oldest/.installed-dev: .venv-oldest/.installed-torch pyproject.toml
+	@echo "[setup] .venv-oldest: installing activation-beacon[dev] with $(OLDEST)"
+	@.venv-oldest/bin/python $(PIP_INSTALL) '$(OLDEST)' --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,241 @@
+"""Finding the places of a decoder that beacons need. Families of models differ here and nowhere else.
+
+What a family must have: attention modules whose projections are plain linear layers (apart or fused), a cache that holds
+rotated keys, and a rotary embedding that moves them. Known families are described by name; others are tried by structure
+and then put to the test: a key moved by our rotation must equal the key that the model itself makes at the new position.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from activation_beacon.errors import UnsupportedModelError
+from activation_beacon.rope import LayerRope, rotary_layout
+
+# Families whose tiny random models are compared with a slow reference in the tests.
+TESTED_FAMILIES = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "granite", "olmo2", "smollm3", "gpt_oss"}
+)
+ATTENTION_NAMES = ("self_attn", "attention", "attn")
+FUSED_NAMES = {"qkv_proj": "qkv", "query_key_value": "qkv"}
+OUTPUT_NAMES = ("o_proj", "dense", "out_proj")
+
+
+@dataclass(frozen=True)
+class ProjectionSite:
+    """One linear layer of the base that gets a beacon branch.
+
+    Attributes:
+        name: what it projects to: q, k, v, o, or qkv where they are fused.
+        linear: the base's own layer.
+    """
+
+    name: str
+    linear: nn.Module
+
+
+@dataclass(frozen=True)
+class LayerSite:
+    """One decoder layer: its attention module, the projections in it, and how its keys are rotated (None: not at all)."""
+
+    attention: nn.Module
+    projections: tuple[ProjectionSite, ...]
+    rope: LayerRope | None
+
+
+@dataclass(frozen=True)
+class DecoderSite:
+    """A decoder as far as beacons are concerned.
+
+    Attributes:
+        layers: one site for each layer.
+        max_positions: positions that the base was made for; None where it has no limit.
+    """
+
+    layers: tuple[LayerSite, ...]
+    max_positions: int | None
+
+    @property
+    def ropes(self) -> tuple[LayerRope | None, ...]:
+        """How each layer's keys are rotated."""
+        return tuple(layer.rope for layer in self.layers)
+
+
+def find_decoder(model: PreTrainedModel, projections: Sequence[str]) -> DecoderSite:
+    """Find layers, projections and rotary embeddings of a causal language model.
+
+    Args:
+        model: any decoder of transformers with a language modelling head.
+        projections: which projections get a branch, out of q, k, v, o.
+
+    Raises:
+        UnsupportedModelError: if the architecture cannot carry beacons, with the reason.
+    """
+    config = model.config.get_text_config(decoder=True)
+    _refuse_known_obstacles(model, config)
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise _unsupported(model, "its decoder has no list of layers called `layers`")
+    rotary = getattr(decoder, "rotary_emb", None)
+    if rotary is None:
+        raise _unsupported(model, "it has no rotary position embedding (`rotary_emb`), so that stored keys cannot be moved")
+    sites = tuple(
+        _layer_site(model, config, layer, index, rotary, projections)
+        for index, layer in enumerate(layers[: config.num_hidden_layers])
+    )
+    site = DecoderSite(sites, _max_positions(config))
+    if config.model_type not in TESTED_FAMILIES and next(model.parameters()).device.type != "meta":
+        check_keys_move(model, site)
+    return site
+
+
+def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, distance: int = 7, tolerance: float = 2e-2) -> None:
+    """Compare moved keys with the model's own at the new position, in every layer.
+
+    A token that stands alone attends to itself wherever it stands, so that its keys differ by their rotation only.
+
+    Raises:
+        UnsupportedModelError: naming the layer whose keys differ by more than `tolerance`, relative to their size.
+    """
+    here, there = _lone_token_keys(model, 0), _lone_token_keys(model, distance)
+    for index, (rope, key, expected) in enumerate(zip(site.ropes, here, there, strict=True)):
+        moved = key if rope is None else rope.move(key, rope.rotation((distance,), key.device))
+        error = (moved - expected).norm() / expected.norm()
+        if not error <= tolerance:
+            raise _unsupported(model, f"moving the keys of layer {index} by rotation misses its own keys by {error:.0%}")
+
+
+@torch.no_grad()
+def _lone_token_keys(model: PreTrainedModel, position: int) -> list[torch.Tensor]:
+    embedding = model.get_input_embeddings().weight
+    token = torch.linspace(-1, 1, embedding.shape[-1], dtype=model.dtype, device=embedding.device)[None, None]
+    cache = DynamicCache()
+    was_training = model.training
+    model.eval()
+    try:
+        model.get_decoder()(
+            inputs_embeds=token,
+            position_ids=torch.tensor([[position]], device=embedding.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        keys = [layer.keys.float() for layer in cache.layers]
+    except Exception as error:
+        raise _unsupported(model, f"a trial pass with an ordinary cache failed ({error})") from error
+    finally:
+        model.train(was_training)
+    if len(keys) != model.config.get_text_config(decoder=True).num_hidden_layers:
+        raise _unsupported(model, "not every layer keeps keys of its own")
+    return keys
+
+
+def dense_weight(linear: nn.Module) -> torch.Tensor:
+    """The weight (N, M) of a linear layer in floats, dequantised where it is packed.
+
+    Raises:
+        UnsupportedModelError: if the layer's packing is not known.
+    """
+    weight: Any = linear.weight
+    if getattr(weight, "quant_state", None) is not None or hasattr(weight, "SCB"):
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+        return dequantize_bnb_weight(weight, getattr(linear, "state", None))
+    if not weight.is_floating_point() or tuple(weight.shape) != (linear.out_features, linear.in_features):
+        raise UnsupportedModelError(
+            f"{type(linear).__name__} packs its weight as {weight.dtype} {tuple(weight.shape)}, which is not known. "
+            "Attach to the model in bf16, fp16, fp32 or bitsandbytes form."
+        )
+    return weight
+
+
+def _layer_site(
+    model: PreTrainedModel, config: Any, layer: nn.Module, index: int, rotary: nn.Module, projections: Sequence[str]
+) -> LayerSite:
+    attention = next((getattr(layer, name) for name in ATTENTION_NAMES if hasattr(layer, name)), None)
+    if attention is None:
+        raise _unsupported(model, f"layer {index} has no attention module called {' or '.join(ATTENTION_NAMES)}")
+    sites = tuple(_projection_sites(attention, projections))
+    found = "".join(site.name for site in sites)
+    if missing := [name for name in projections if name not in found]:
+        raise _unsupported(model, f"layer {index} has no projection {', '.join(missing)} of its own that could be replaced")
+    return LayerSite(attention, sites, _layer_rope(model, config, attention, index, rotary))
+
+
+def _projection_sites(attention: nn.Module, projections: Sequence[str]) -> Iterator[ProjectionSite]:
+    fused = next((name for name in FUSED_NAMES if _is_linear(getattr(attention, name, None))), None)
+    if fused is not None and set("qkv") <= set(projections):
+        yield ProjectionSite("qkv", getattr(attention, fused))
+    for name in ("q", "k", "v"):
+        if name in projections and _is_linear(linear := getattr(attention, f"{name}_proj", None)):
+            yield ProjectionSite(name, linear)
+    if "o" in projections:
+        output = next((getattr(attention, name) for name in OUTPUT_NAMES if _is_linear(getattr(attention, name, None))), None)
+        if output is not None:
+            yield ProjectionSite("o", output)
+
+
+def _is_linear(module: object) -> bool:
+    """A linear layer by its features, not by its class: quantised ones have classes of their own."""
+    return isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _layer_rope(
+    model: PreTrainedModel, config: Any, attention: nn.Module, index: int, rotary: nn.Module
+) -> LayerRope | None:
+    if not getattr(attention, "use_rope", True):
+        return None
+    layer_types = getattr(config, "layer_types", None)
+    layer_type = layer_types[index] if layer_types and hasattr(rotary, f"{layer_types[index]}_inv_freq") else None
+    frequencies = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
+    if not hasattr(rotary, frequencies):
+        raise _unsupported(model, f"its rotary embedding has no `{frequencies}`")
+    layout = rotary_layout(rotary, frequencies, layer_type)
+    if layout is None:
+        raise _unsupported(model, "its rotary embedding lays out its cosines in a way that is not known")
+    return LayerRope(rotary, frequencies, layout, type(attention).__module__)
+
+
+def _max_positions(config: Any) -> int | None:
+    limit = getattr(config, "max_position_embeddings", None)
+    original = _rope_settings(config).get("original_max_position_embeddings")
+    if "longrope" in _rope_types(config) and original:  # its frequencies change beyond
+        return min(limit or original, int(original))
+    return limit
+
+
+def _rope_settings(config: Any) -> dict[str, Any]:
+    return getattr(config, "rope_parameters", None) or {}
+
+
+def _rope_types(config: Any) -> set[str]:
+    settings = _rope_settings(config)
+    nested = [value for value in settings.values() if isinstance(value, dict)]
+    return {str(each["rope_type"]) for each in (settings, *nested) if each.get("rope_type")}
+
+
+def _refuse_known_obstacles(model: PreTrainedModel, config: Any) -> None:
+    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
+        raise _unsupported(model, "beacons need a decoder with a language modelling head (AutoModelForCausalLM)")
+    if getattr(config, "kv_lora_rank", None):
+        raise _unsupported(model, "multi-head latent attention keeps no keys that could be compressed one by one")
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if strange := sorted(layer_types - {"full_attention", "sliding_attention"}):
+        raise _unsupported(model, f"its layers are of type {', '.join(strange)}, which keep no keys and values for every token")
+    if getattr(model, "_is_stateful", False):
+        raise _unsupported(model, "it is recurrent (linear attention or state space), with no cache of keys and values")
+    if "dynamic" in _rope_types(config):
+        raise _unsupported(model, "dynamic NTK scaling changes its frequencies with the length, so that keys cannot be moved")
+    if "mrope_section" in _rope_settings(config):
+        raise _unsupported(model, "its positions have several axes (mrope)")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise _unsupported(model, "some of its layers share the keys and values of others")
+
+
+def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
+    families = ", ".join(sorted(TESTED_FAMILIES))
+    return UnsupportedModelError(f"{type(model).__name__} cannot carry beacons: {reason}. Tested families: {families}.")

@@ -1,0 +1,425 @@
+"""The beacon cache: sinks | beacons | tail, for one text or a batch of them.
+
+An ordinary transformers cache, held by the caller: the base model appends to it and attends to all of it. Rows of a batch
+stand at the right end of the slots, with nothing but padding before them, so that position = slot - padding; how many of
+a row's entries are sinks, beacons and tail is kept in integers (`rows`). Tensors are replaced, never written into: a fork
+shares them at no cost.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from activation_beacon.config import BeaconConfig
+from activation_beacon.entries import BeaconLayer, Quantized, merge
+from activation_beacon.errors import BeaconError, FileFormatError, InputError, MismatchError, RatioError, UnsupportedError
+from activation_beacon.files import read_context_file, reason, write_context_file
+from activation_beacon.plan import ClosedChunk, RatioPolicy, Row, Span
+
+# B batch · S slots · N tokens seen · L layers
+
+
+class BeaconCache(Cache):
+    """Compressed contexts: what a model has read of one text or a batch of texts.
+
+    Made by `model.compress`; goes into `generate(context=...)`, `compress(cache=...)` and `model(past_key_values=...)`.
+    The last two read on in place; `generate` works on a fork.
+
+    Attributes:
+        config: settings of the adapter that made it.
+        policy: how the chunks to come get their ratios.
+        rows: for each row, what it holds, in numbers.
+        token_ids: (B, N) ids of all tokens seen, right-aligned like the entries.
+        base_fingerprint, adapter_fingerprint: of the weights that made it.
+        is_continued: whether the prompt of the generation in progress may open with the text seen (transformers'
+            `past_key_values` convention) rather than follow it.
+    """
+
+    def __init__(
+        self,
+        config: BeaconConfig,
+        *,
+        num_layers: int,
+        batch_size: int = 1,
+        policy: RatioPolicy | None = None,
+        base_fingerprint: str = "",
+        adapter_fingerprint: str = "",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(layers=[BeaconLayer() for _ in range(num_layers)])
+        self.config = config
+        self.policy = policy or RatioPolicy()
+        self.rows: tuple[Row, ...] = (Row(config.chunk_size),) * batch_size
+        self.token_ids = torch.zeros((batch_size, 0), dtype=torch.long, device=device)
+        self.base_fingerprint = base_fingerprint
+        self.adapter_fingerprint = adapter_fingerprint
+        self.is_continued = False
+
+    # --- numbers ---
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the batch: the longest row's entries (padding included in shorter ones)."""
+        return max(row.cache_length for row in self.rows)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether some row is padded."""
+        return len({row.cache_length for row in self.rows}) > 1
+
+    def _common(self, name: str) -> int:
+        values = [getattr(row, name) for row in self.rows]
+        if len(set(values)) > 1:
+            raise InputError(f"{name} differs among the rows of this batch ({values}). Read rows[b].{name} instead.")
+        return values[0]
+
+    @property
+    def tokens_seen(self) -> int:
+        """Raw tokens read so far (of each row; rows that differ: see `rows`)."""
+        return self._common("tokens_seen")
+
+    @property
+    def num_sinks(self) -> int:
+        """Sink entries held."""
+        return self._common("num_sinks")
+
+    @property
+    def num_beacons(self) -> int:
+        """Beacons held."""
+        return self._common("num_beacons")
+
+    @property
+    def memory_length(self) -> int:
+        """Entries before the tail."""
+        return self._common("memory_length")
+
+    @property
+    def tail_length(self) -> int:
+        """Raw tokens after the last closed chunk."""
+        return self._common("tail_length")
+
+    @property
+    def cache_length(self) -> int:
+        """Entries held now."""
+        return self._common("cache_length")
+
+    @property
+    def ratios(self) -> tuple[int, ...]:
+        """Ratio of each closed chunk, of the first row."""
+        return tuple(chunk.ratio for chunk in self.rows[0].chunks)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all keys and values held."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+    @property
+    def uncompressed_bytes(self) -> int:
+        """Bytes that the keys and values of all tokens seen would take uncompressed, in the same dtype."""
+        per_entry = 0
+        for layer in self.layers:
+            if layer.keys is not None and layer.values is not None:
+                heads_and_dims = layer.keys.shape[1] * (layer.keys.shape[3] + layer.values.shape[3])
+                per_entry += heads_and_dims * layer.keys.element_size()
+        return per_entry * sum(row.tokens_seen for row in self.rows)
+
+    def __str__(self) -> str:
+        lines = [f"BeaconCache: {_row_text(row)}" for row in self.rows]
+        held, full = self.cache_bytes, self.uncompressed_bytes
+        saved = f", {_bytes_text(full - held)} saved of {_bytes_text(full)} ({full / held:.1f}x)" if held else ""
+        return "\n".join([*lines, f"{_bytes_text(held)} held{saved}"])
+
+    def __repr__(self) -> str:
+        return f"<{' / '.join(str(self).splitlines())}>"
+
+    # --- transformers' side ---
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots held, as transformers counts."""
+        return self.layers[layer_idx].get_seq_length()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Select the rows that beam search goes on with: `beam_idx` (B,)."""
+        if len(set(self.rows)) > 1:
+            self.rows = tuple(self.rows[index] for index in beam_idx.tolist())
+        self._select(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        self.rows = tuple(row for row in self.rows for _ in range(repeats))
+        self._select(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the rows `indices`."""
+        kept = torch.arange(self.batch_size)[indices.cpu()].tolist()
+        self.rows = tuple(self.rows[index] for index in kept)
+        self._select(lambda tensor: tensor[kept])
+
+    def _select(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.layers = [layer.map(change) for layer in self.layers]
+        self.token_ids = change(self.token_ids)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last `-tokens_to_remove` tokens back; they must still be in the tail.
+
+        Raises:
+            UnsupportedError: if a row's tail is shorter than that: closed chunks cannot be opened again.
+        """
+        count = abs(tokens_to_remove)
+        if count == 0:
+            return
+        if count > min(row.tail_length for row in self.rows):
+            raise UnsupportedError(f"crop({-count}) reaches into closed chunks. Keep a fork() to go back to.")
+        self.truncate(self.num_slots - count)
+        self.token_ids = self.token_ids[:, :-count]
+        self.rows = tuple(row.after_reading(-count) for row in self.rows)
+
+    def reset(self) -> None:
+        """Refused: a new text needs a new cache."""
+        raise UnsupportedError("A BeaconCache cannot be reset. Make a new one with model.compress.")
+
+    def truncate(self, num_slots: int) -> None:
+        """Drop the slots from `num_slots` on, as after a pass that failed."""
+        for layer in self.layers:
+            length = num_slots - layer.stored_length
+            if layer.keys is not None and layer.keys.dim() == 4:
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+
+    # --- the caller's side ---
+
+    def fork(self) -> "BeaconCache":
+        """A cache of its own that begins with the same contents; tensors are shared, nothing is copied."""
+        other = self._like(self.rows, self.token_ids)
+        other.layers = [layer.copy() for layer in self.layers]
+        return other
+
+    def to(
+        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> "BeaconCache":
+        """A cache on another device, or with another float dtype for what is dense (and for what is made dense)."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        moved = self._like(self.rows, self.token_ids)
+        moved.layers = [layer.copy() if dtype is None else layer.with_dtype(dtype) for layer in self.layers]
+        if device is not None:
+            moved._select(lambda tensor: tensor.to(device))
+        return moved
+
+    def quantize(self, bits: int = 8) -> "BeaconCache":
+        """A cache that holds its sinks and beacons in 8 or 4 bits; the tail stays as it is.
+
+        The entries are made dense again layer by layer when a pass needs them. Beacons that come later are quantised too.
+
+        Raises:
+            RatioError: if `bits` is neither.
+            UnsupportedError: for a ragged batch (quantise its rows before stacking: they are stacked dense).
+        """
+        if bits not in (8, 4):
+            raise RatioError(f"bits must be 8 or 4; got {bits!r}.")
+        if self.is_ragged or len({row.memory_length for row in self.rows}) > 1:
+            raise UnsupportedError("A ragged batch cannot be quantised. Quantise each context before stacking.")
+        other = self._like(self.rows, self.token_ids)
+        length = self.rows[0].memory_length
+        other.layers = [layer.quantized(bits, length) if length else layer.copy() for layer in self.layers]
+        return other
+
+    @property
+    def quantized_bits(self) -> int | None:
+        """Bits that the memory is held in; None where it is dense."""
+        stored = self.layers[0].stored if self.layers else None
+        return None if stored is None else stored[0].bits
+
+    @classmethod
+    def stack(cls, contexts: Sequence["BeaconCache"]) -> "BeaconCache":
+        """Make one batch of several contexts; each row goes on as it would alone.
+
+        Raises:
+            MismatchError: if they come from different models, adapters or settings.
+            InputError: if there are none.
+        """
+        if not contexts:
+            raise InputError("stack needs at least one context; got none.")
+        first = contexts[0]
+        for context in contexts[1:]:
+            first.check_same_origin(context)
+        rows = tuple(row for context in contexts for row in context.rows)
+        stacked = first._like(rows, _stacked([context.token_ids for context in contexts], dim=1))
+        dense = [[layer.dense() for layer in context.layers] for context in contexts]
+        stacked.layers = [
+            BeaconLayer.of(_stacked([part.keys for part in parts], dim=2), _stacked([part.values for part in parts], dim=2))
+            for parts in zip(*dense, strict=True)
+        ]
+        return stacked
+
+    concatenate = stack
+
+    def row(self, index: int) -> "BeaconCache":
+        """One row of a batch as a context of its own."""
+        row = self.rows[index]
+        slots, length = self.num_slots, row.cache_length
+        ids = self.token_ids[index : index + 1, self.token_ids.shape[1] - row.tokens_seen :]
+        single = self._like((row,), ids)
+        if self.is_ragged:
+            cut = [layer.dense().map(lambda t: t[index : index + 1, :, slots - length :]) for layer in self.layers]
+        else:
+            cut = [layer.map(lambda t: t[index : index + 1]) for layer in self.layers]
+        single.layers = cut
+        return single
+
+    def check_same_origin(self, other: "BeaconCache") -> None:
+        """Refuse to mix contexts of different makers.
+
+        Raises:
+            MismatchError: naming what differs.
+        """
+        for name in ("base_fingerprint", "adapter_fingerprint", "config"):
+            if getattr(self, name) != getattr(other, name):
+                what = name.replace("_", " ")
+                raise MismatchError(f"Contexts of one batch must share their {what}; these differ. Compress both anew.")
+
+    # --- files ---
+
+    def save(self, path: str | Path) -> int:
+        """Write the contexts as one file; see docs/file-formats.md.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            StorageError: if it cannot be written; an older file at `path` is left as it was.
+        """
+        return write_context_file(path, self._header(), self._tensors())
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any = None) -> "BeaconCache":
+        """Read contexts that `save` wrote.
+
+        Args:
+            path: the file; it is opened by mmap and checked against its SHA-256.
+            model: the model that is to use them: its fingerprints are compared, and the contexts go to its device.
+
+        Raises:
+            StorageError: if the file cannot be opened.
+            FileFormatError: if it is damaged, cut short, or another kind of file; before anything of it is used.
+            MismatchError: if another base model or adapter made it.
+        """
+        header, tensors = read_context_file(path)
+        try:
+            context = cls._of(header, tensors)
+        except (BeaconError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise FileFormatError(
+                f"{path} has a header that does not fit its contents ({reason(error)}). Compress the text again."
+            ) from error
+        if model is None:
+            return context
+        model.check_context(context)
+        return context.to(model.get_input_embeddings().weight.device)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {"token_ids": self.token_ids}
+        for index, layer in enumerate(self.layers):
+            tensors |= {f"layers.{index}.{name}": tensor for name, tensor in layer.named_tensors()}
+        return tensors
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "base_fingerprint": self.base_fingerprint,
+            "adapter_fingerprint": self.adapter_fingerprint,
+            "policy": dataclasses.asdict(self.policy),
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "num_layers": len(self.layers),
+            "quantized_bits": self.quantized_bits,
+        }
+
+    @classmethod
+    def _of(cls, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "BeaconCache":
+        config = BeaconConfig.from_dict(header["config"])
+        policy = dict(header["policy"])
+        ratio = policy["ratio"]
+        policy["ratio"] = tuple(ratio) if isinstance(ratio, list) else ratio
+        policy["spans"] = tuple(Span(*span) for span in policy["spans"])
+        rows = tuple(Row(**{**row, "chunks": tuple(ClosedChunk(*c) for c in row["chunks"])}) for row in header["rows"])
+        context = cls(
+            config,
+            num_layers=header["num_layers"],
+            batch_size=len(rows),
+            policy=RatioPolicy(**policy),
+            base_fingerprint=header["base_fingerprint"],
+            adapter_fingerprint=header["adapter_fingerprint"],
+        )
+        context.rows, context.token_ids = rows, tensors["token_ids"]
+        for index in range(header["num_layers"]):
+            prefix = f"layers.{index}."
+            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            context.layers[index] = BeaconLayer.of_named(own, header["quantized_bits"])
+        context._check_lengths()
+        return context
+
+    def _check_lengths(self) -> None:
+        lengths = {layer.get_seq_length() for layer in self.layers}
+        if lengths != {self.num_slots}:
+            raise FileFormatError(f"layers hold {sorted(lengths)} entries where {self.num_slots} are due")
+        longest = max(row.tokens_seen for row in self.rows)
+        if self.token_ids.shape != (self.batch_size, longest):
+            raise FileFormatError(f"{tuple(self.token_ids.shape)} ids are held where {(self.batch_size, longest)} are due")
+
+    # --- the forward's side ---
+
+    def _like(self, rows: tuple[Row, ...], token_ids: torch.Tensor) -> "BeaconCache":
+        other = BeaconCache(
+            self.config,
+            num_layers=len(self.layers),
+            batch_size=len(rows),
+            policy=self.policy,
+            base_fingerprint=self.base_fingerprint,
+            adapter_fingerprint=self.adapter_fingerprint,
+        )
+        other.rows, other.token_ids = rows, token_ids
+        return other
+
+    def adopt(self, other: "BeaconCache") -> None:
+        """Become what `other` is, all at once."""
+        self.layers, self.rows, self.token_ids, self.policy = other.layers, other.rows, other.token_ids, other.policy
+
+    def memory_ends(self, rows: Sequence[int]) -> list[int]:
+        """Slot after the memory of each of `rows`."""
+        slots = self.layers[0].get_seq_length()
+        return [slots - self.rows[row].tail_length for row in rows]
+
+
+def _stacked(tensors: Sequence[torch.Tensor | None], *, dim: int) -> torch.Tensor:
+    present = [tensor for tensor in tensors if tensor is not None]
+    if len(present) < len(tensors):
+        raise InputError("An empty context cannot be stacked. Compress a text into it first.")
+    starts = [sum(tensor.shape[0] for tensor in present[:index]) for index in range(len(present))]
+    parts = [(range(start, start + tensor.shape[0]), tensor) for start, tensor in zip(starts, present, strict=True)]
+    return merge(parts, dim=dim)
+
+
+def _row_text(row: Row) -> str:
+    ratios = sorted({chunk.ratio for chunk in row.chunks})
+    ratio_text = f" (x{', x'.join(map(str, ratios))})" if ratios else ""
+    num_raw = row.memory_length - row.num_sinks - row.num_beacons
+    raw_text = f" | {num_raw:,} kept raw" if num_raw else ""
+    return (
+        f"{row.tokens_seen:,} tokens seen | {row.num_sinks} sinks | {row.num_beacons:,} beacons{ratio_text}{raw_text} | "
+        f"{row.tail_length:,} in the tail"
+    )
+
+
+def _bytes_text(num_bytes: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:,.0f} bytes" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.2f} GiB"

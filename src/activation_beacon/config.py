@@ -1,0 +1,126 @@
+"""The settings of an adapter: what was decided when it was trained. Knows nothing of torch."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from activation_beacon.errors import ConfigError
+
+FORMAT_VERSION = 1
+PROJECTIONS = ("q", "k", "v", "o")
+PLACEMENTS = ("interleave", "append")
+
+Placement = Literal["interleave", "append"]
+
+
+@dataclass(frozen=True)
+class BeaconConfig:
+    """Settings that an adapter is trained with and that its compressed contexts depend on.
+
+    Args:
+        chunk_size: raw tokens that are compressed together (the paper's chunk, w in section 3.1).
+        ratios: compression ratios that the adapter knows, in raw tokens per beacon; each divides `chunk_size`.
+        projections: attention projections of which beacons have their own copy, out of q, k, v, o.
+        num_sinks: first tokens of a text whose keys and values are kept raw in front, besides being compressed.
+        local_tokens: raw tokens that the tail keeps at least, after a chunk has been closed (0 = the paper).
+        placement: "interleave" puts one beacon after each unit; "append" puts all at the chunk's end (ablation only).
+        base_model: where the base model comes from: "default", a hub id, or a path (relative to the adapter's folder).
+        base_revision: revision of the base model on the hub, or the package that it was taken from.
+        base_fingerprint: fingerprint of the base model's weights, filled in by `attach`.
+        training: summary of the training run; None for an untrained adapter.
+
+    Raises:
+        ConfigError: if a value is out of range or a ratio does not divide the chunk.
+    """
+
+    chunk_size: int = 1024
+    ratios: tuple[int, ...] = (2, 4, 8, 16, 32)
+    projections: tuple[str, ...] = ("q", "k", "v")
+    num_sinks: int = 0
+    local_tokens: int = 0
+    placement: Placement = "interleave"
+    base_model: str | None = None
+    base_revision: str | None = None
+    base_fingerprint: str | None = None
+    training: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ratios", _as_ratios(self.ratios))
+        object.__setattr__(self, "projections", _as_projections(self.projections))
+        _check_int("chunk_size", self.chunk_size, least=2)
+        _check_int("num_sinks", self.num_sinks, least=0)
+        _check_int("local_tokens", self.local_tokens, least=0)
+        if self.placement not in PLACEMENTS:
+            raise ConfigError(f"placement must be one of {', '.join(PLACEMENTS)}; got {self.placement!r}.")
+        if self.num_sinks > self.chunk_size:
+            raise ConfigError(
+                f"num_sinks ({self.num_sinks}) must not exceed chunk_size ({self.chunk_size}). Use fewer sinks."
+            )
+        self._check_ratios_divide()
+
+    def _check_ratios_divide(self) -> None:
+        for ratio in self.ratios:
+            if ratio > self.chunk_size:
+                raise ConfigError(
+                    f"ratio ({ratio}) must not exceed chunk_size ({self.chunk_size}). Use smaller ratios or a larger chunk."
+                )
+            if self.chunk_size % ratio:
+                below = self.chunk_size // ratio * ratio
+                raise ConfigError(
+                    f"chunk_size ({self.chunk_size}) must be divisible by every ratio; {ratio} does not divide it. "
+                    f"Use {below} or {below + ratio}."
+                )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a training run is on record. Untrained beacons are worse than no context at all."""
+        return self.training is not None
+
+    def num_beacons(self, ratio: int) -> int:
+        """Beacons that one chunk leaves behind at `ratio`."""
+        return self.chunk_size // ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `beacon_config.json`, with the format version in front."""
+        return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "BeaconConfig":
+        """Read back what `to_dict` wrote.
+
+        Raises:
+            ConfigError: if the format version or a field is not known.
+        """
+        values = dict(values)
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ConfigError(
+                f"format_version must be {FORMAT_VERSION}; got {version!r}. Use the release of activation-beacon that wrote it."
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"Unknown settings: {', '.join(unknown)}. Known ones: {', '.join(sorted(known))}.")
+        return cls(**values)
+
+
+def _check_int(name: str, value: object, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be an int of at least {least}; got {value!r}.")
+
+
+def _as_ratios(ratios: int | Sequence[int]) -> tuple[int, ...]:
+    ratios = (ratios,) if isinstance(ratios, int) else tuple(ratios)
+    if not ratios:
+        raise ConfigError("ratios must name at least one compression ratio, such as (2, 4, 8, 16, 32); got none.")
+    for ratio in ratios:
+        if not isinstance(ratio, int) or isinstance(ratio, bool) or ratio < 2:
+            raise ConfigError(f"A compression ratio must be an int of at least 2 (raw tokens per beacon); got {ratio!r}.")
+    return tuple(sorted(set(ratios)))
+
+
+def _as_projections(projections: Sequence[str]) -> tuple[str, ...]:
+    chosen = tuple(name for name in PROJECTIONS if name in tuple(projections))
+    if not chosen or len(chosen) != len(tuple(projections)):
+        raise ConfigError(f"projections must be some of {', '.join(PROJECTIONS)}, each once; got {tuple(projections)!r}.")
+    return chosen

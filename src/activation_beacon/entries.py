@@ -1,0 +1,249 @@
+"""Keys and values of one layer: held, quantised, lent to a pass, cut and joined. Knows nothing of what they stand for."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+# B batch · K kv heads · S slots · P stored slots · T slots of a pass · D head dim · G group of a quantised vector
+
+GROUP = 32
+
+
+def take(tensor: torch.Tensor, rows: Sequence[int], ends: Sequence[int], length: int, *, dim: int) -> torch.Tensor:
+    """Cut from each of `rows` the `length` slots before its own of `ends`; what lies before slot 0 is padding.
+
+    Args:
+        tensor: batch first, slots along `dim`.
+
+    Returns:
+        One row for each of `rows`, `length` slots along `dim`; a view where all rows are cut alike.
+    """
+    if len(set(ends)) == 1 and ends[0] >= length:
+        whole = tuple(rows) == tuple(range(tensor.shape[0]))
+        chosen = tensor if whole else tensor[list(rows)]
+        return chosen.narrow(dim, ends[0] - length, length)
+    if tensor.shape[dim] == 0:  # nothing but padding to take
+        shape = list(tensor.shape)
+        shape[0], shape[dim] = len(rows), length
+        return tensor.new_zeros(shape)
+    index = torch.tensor(ends, device=tensor.device)[:, None] + torch.arange(-length, 0, device=tensor.device)
+    index = index.clamp(min=0)
+    if dim == 1:
+        return tensor[list(rows)].gather(1, index)
+    shape = (len(rows), tensor.shape[1], length, tensor.shape[3])
+    return tensor[list(rows)].gather(2, index[:, None, :, None].expand(shape))
+
+
+def merge(parts: Sequence[tuple[Sequence[int], torch.Tensor]], *, dim: int) -> torch.Tensor:
+    """Put rows that were handled apart into one batch again, right-aligned along `dim`.
+
+    Args:
+        parts: for each part, the rows that it holds and their tensor.
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    length = max(tensor.shape[dim] for _, tensor in parts)
+    padded = []
+    for _, tensor in parts:
+        pad = [0, 0] * (tensor.dim() - 1 - dim) + [length - tensor.shape[dim], 0]
+        padded.append(torch.nn.functional.pad(tensor, pad))
+    order = [row for rows, _ in parts for row in rows]
+    return torch.cat(padded)[[order.index(row) for row in range(len(order))]]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Keys or values in 8 or 4 bits: asymmetric, one scale and least value for each group of a vector.
+
+    Attributes:
+        codes: (B, K, P, D) uint8, or (B, K, P, D/2) with two 4-bit codes in a byte.
+        scale, least: (B, K, P, D/G) float16.
+        bits: 8 or 4.
+        dtype: of the tensor that it came from.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    least: torch.Tensor
+    bits: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, bits: int) -> "Quantized":
+        """Quantise (B, K, P, D)."""
+        dim = tensor.shape[-1]
+        group = next(size for size in range(min(GROUP, dim), 0, -1) if dim % size == 0)
+        grouped = tensor.detach().float().unflatten(-1, (-1, group))
+        least, most = grouped.amin(-1), grouped.amax(-1)
+        least = least.to(torch.float16)
+        scale = ((most - least.float()) / (2**bits - 1)).clamp(min=1e-6).to(torch.float16)
+        steps = (grouped - least.float()[..., None]) / scale.float()[..., None]
+        codes = steps.round().clamp(0, 2**bits - 1).to(torch.uint8).flatten(-2)
+        if bits == 4:
+            codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+        return cls(codes, scale, least, bits, tensor.dtype)
+
+    def dense(self) -> torch.Tensor:
+        """The tensor (B, K, P, D) again, in its own dtype."""
+        codes = self.codes
+        if self.bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+        grouped = codes.float().unflatten(-1, (self.scale.shape[-1], -1))
+        return (grouped * self.scale.float()[..., None] + self.least.float()[..., None]).flatten(-2).to(self.dtype)
+
+    @property
+    def length(self) -> int:
+        """Slots held."""
+        return self.codes.shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(part.nbytes for part in (self.codes, self.scale, self.least))
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Quantized":
+        """The same change made to each part: it may select rows or slots, or move them to a device."""
+        return Quantized(change(self.codes), change(self.scale), change(self.least), self.bits, self.dtype)
+
+    def joined(self, other: "Quantized") -> "Quantized":
+        """`other` appended along the slots."""
+        parts = zip((self.codes, self.scale, self.least), (other.codes, other.scale, other.least), strict=True)
+        return Quantized(*(torch.cat(pair, dim=2) for pair in parts), self.bits, self.dtype)
+
+
+class BeaconLayer(DynamicLayer):
+    """One layer's entries: floats in `keys` and `values` (B, K, S, D), after quantised ones if there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self.stored: tuple[Quantized, Quantized] | None = None
+
+    @classmethod
+    def of(
+        cls, keys: torch.Tensor, values: torch.Tensor, stored: tuple[Quantized, Quantized] | None = None
+    ) -> "BeaconLayer":
+        """A layer that holds these tensors, not copies of them."""
+        layer = cls()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values, layer.stored = keys, values, stored
+        return layer
+
+    @property
+    def stored_length(self) -> int:
+        """Slots held quantised."""
+        return 0 if self.stored is None else self.stored[0].length
+
+    def get_seq_length(self) -> int:
+        """Slots held, padding included."""
+        return self.stored_length + (0 if self.keys is None or self.keys.dim() < 4 else self.keys.shape[-2])
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append new entries (B, K, T, D); returns all entries, dense."""
+        super().update(key_states, value_states)
+        return self.entries()
+
+    def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all slots (B, K, S, D), dense."""
+        assert self.keys is not None and self.values is not None
+        if self.stored is None:
+            return self.keys, self.values
+        keys, values = self.stored
+        return torch.cat((keys.dense(), self.keys), dim=2), torch.cat((values.dense(), self.values), dim=2)
+
+    def copy(self) -> "BeaconLayer":
+        """A layer of its own that shares the tensors."""
+        if self.keys is None or self.values is None:
+            return BeaconLayer()
+        return BeaconLayer.of(self.keys, self.values, self.stored)
+
+    def dense(self) -> "BeaconLayer":
+        """The same entries with nothing quantised."""
+        return self if self.stored is None else BeaconLayer.of(*self.entries())
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "BeaconLayer":
+        """The same change made to every tensor."""
+        if self.keys is None or self.values is None:
+            return BeaconLayer()
+        stored = None if self.stored is None else (self.stored[0].map(change), self.stored[1].map(change))
+        return BeaconLayer.of(change(self.keys), change(self.values), stored)
+
+    def with_dtype(self, dtype: torch.dtype) -> "BeaconLayer":
+        """The same entries in another float dtype; quantised ones stay as they are and become that dtype when used."""
+        if self.keys is None or self.values is None:
+            return BeaconLayer()
+        stored = None
+        if self.stored is not None:
+            stored = (replace(self.stored[0], dtype=dtype), replace(self.stored[1], dtype=dtype))
+        return BeaconLayer.of(self.keys.to(dtype), self.values.to(dtype), stored)
+
+    def quantized(self, bits: int, length: int) -> "BeaconLayer":
+        """The first `length` slots in `bits` bits, the rest dense."""
+        keys, values = self.entries()
+        stored = (Quantized.of(keys[:, :, :length], bits), Quantized.of(values[:, :, :length], bits))
+        return BeaconLayer.of(keys[:, :, length:].clone(), values[:, :, length:].clone(), stored)
+
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors by the names that they have in a file."""
+        if self.keys is None or self.values is None:
+            return
+        yield from (("keys", self.keys), ("values", self.values))
+        for what, part in zip(("keys", "values"), self.stored or (), strict=False):
+            yield from ((f"{what}.codes", part.codes), (f"{what}.scale", part.scale), (f"{what}.least", part.least))
+
+    @classmethod
+    def of_named(cls, tensors: Mapping[str, torch.Tensor], bits: int | None) -> "BeaconLayer":
+        """The layer that `named_tensors` was called on; `bits` are those of its quantised part, None without one."""
+        if "keys" not in tensors:
+            return cls()
+        keys, values = tensors["keys"], tensors["values"]
+        if bits is None:
+            return cls.of(keys, values)
+        parts = [
+            Quantized(*(tensors[f"{what}.{name}"] for name in ("codes", "scale", "least")), bits, keys.dtype)
+            for what in ("keys", "values")
+        ]
+        return cls.of(keys, values, (parts[0], parts[1]))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values as they are held."""
+        if self.keys is None or self.values is None:
+            return 0
+        return self.keys.nbytes + self.values.nbytes + sum(part.num_bytes for part in self.stored or ())
+
+
+class ChunkLayer(DynamicLayer):
+    """One layer during the pass that reads a chunk: lends the memory, and keeps the new entries to itself.
+
+    Args:
+        memory: makes the keys and values (B, K, m, D) that stand before the chunk; called when the layer is reached, so
+            that copies of one layer at a time are alive. None where nothing is held.
+        length: m.
+    """
+
+    def __init__(self, memory: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None, length: int) -> None:
+        super().__init__()
+        self.memory = memory
+        self.length = length
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the chunk's entries (B, K, T, D); returns memory and chunk, to attend to."""
+        self.keys, self.values = key_states, value_states
+        if self.memory is None:
+            return key_states, value_states
+        keys, values = self.memory()
+        return torch.cat((keys, key_states), dim=2), torch.cat((values, value_states), dim=2)
+
+    def get_seq_length(self) -> int:
+        """Entries before the chunk."""
+        return self.length

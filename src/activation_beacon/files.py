@@ -1,0 +1,159 @@
+"""Files that are whole or not there: written aside and moved, read only after their hash is right. No pickle."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from activation_beacon.errors import BeaconError, FileFormatError, StorageError
+
+CONTEXT_FORMAT = "activation-beacon context"
+CONTEXT_VERSION = 1
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        StorageError: if it cannot be written: folder missing, no permission, disk full.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BeaconError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path} cannot be written: {reason(error)}. Nothing was changed; free space or choose another place.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def build_folder(source: str | Path, target: str | Path, write: Callable[[Path], None]) -> None:
+    """Build a folder aside with `write` and move it into place when it is complete.
+
+    Args:
+        source: named in errors.
+        target: the folder; must not exist or be empty.
+        write: fills the folder that it is given.
+
+    Raises:
+        StorageError: if the target is in use or cannot be written.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError(f"{target} exists already and is not empty. Choose another folder for what comes of {source}.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise StorageError(f"{target} cannot be made: {reason(error)}. Choose another place.") from error
+    try:
+        write(aside)
+        os.chmod(aside, 0o777 & ~_umask())
+        if target.exists():
+            target.rmdir()
+        os.replace(aside, target)
+    except BeaconError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{target} cannot be written: {reason(error)}. Free space or choose another place.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_context_file(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> int:
+    """Write a header and tensors as one safetensors file, with a SHA-256 over both in its metadata.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        StorageError: if it cannot be written; an older file at `path` is left as it was.
+    """
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    text = json.dumps({"version": CONTEXT_VERSION, **header}, sort_keys=True)
+    metadata = {"format": CONTEXT_FORMAT, "header": text, "sha256": _digest(text, tensors)}
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+        return temporary.stat().st_size
+
+
+def read_context_file(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read what `write_context_file` wrote; the file is opened by mmap.
+
+    Raises:
+        StorageError: if the file cannot be opened.
+        FileFormatError: if it is damaged, cut short, or another kind of file.
+    """
+    if not Path(path).is_file():
+        what = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise StorageError(f"{path} {what}. Name a file that `beacon compress` or context.save wrote.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != CONTEXT_FORMAT:
+                raise FileFormatError(f"{path} is a safetensors file but not a compressed context. Name a *.beacon file.")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise FileFormatError(
+            f"{path} is damaged, cut short, or not a compressed context ({reason(error)}). Compress the text again."
+        ) from error
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {reason(error)}.") from error
+    header = metadata.get("header", "")
+    if _digest(header, tensors) != metadata.get("sha256"):
+        raise FileFormatError(f"{path} is damaged: its contents do not match their SHA-256. Compress the text again.")
+    values = json.loads(header)
+    if values.get("version") != CONTEXT_VERSION:
+        raise FileFormatError(
+            f"{path} has format version {values.get('version')!r}; this release reads {CONTEXT_VERSION}. Use the one that wrote it."
+        )
+    return values, tensors
+
+
+def _digest(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,475 @@
+"""Reading tokens into a beacon cache: the one place that calls the base model.
+
+A reading is planned in integers (`plan`), then executed in passes: one for each chunk that is closed, and a last one for
+the tail. Every pass calls the base's own forward on a cache; no modeling code is copied.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from transformers import Cache
+from transformers.utils import ModelOutput
+
+from activation_beacon.adapt import DecoderSite
+from activation_beacon.cache import BeaconCache
+from activation_beacon.entries import BeaconLayer, ChunkLayer, Quantized, merge, take
+from activation_beacon.plan import ChunkLayout, Row, RowReading, TextPlanner, closing_rounds
+from activation_beacon.rope import KeyMover
+
+# B batch · N new tokens (columns) · T slots of a pass · S cache slots · M model dim · V vocabulary
+
+Progress = Callable[[int, int], None]
+
+
+class BaseModel(Protocol):
+    """What reading needs of an attached model."""
+
+    beacon_embedding: torch.Tensor  # (M,)
+
+    def base_forward(self, **kwargs: Any) -> Any:
+        """The base's own forward, with its language modelling head."""
+
+    def get_decoder(self) -> Any:
+        """The base without its head."""
+
+    def get_input_embeddings(self) -> Any:
+        """The token embedding."""
+
+
+@dataclass
+class NewTokens:
+    """The tokens to be read, as they stand in the caller's batch.
+
+    Attributes:
+        ids: (B, N), padded at either side.
+        starts: column of each row's first token.
+        counts: tokens of each row.
+    """
+
+    ids: torch.Tensor
+    starts: list[int]
+    counts: list[int]
+
+    @property
+    def columns(self) -> int:
+        """N."""
+        return self.ids.shape[1]
+
+    def right_aligned(self) -> torch.Tensor:
+        """Ids (B, max count), padding first."""
+        ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
+        return take(self.ids, range(len(ends)), ends, max(self.counts), dim=1)
+
+
+@dataclass
+class Wanted:
+    """What a caller wants of the logits.
+
+    Attributes:
+        first_column: logits are returned from this column on; None for none at all.
+        labels: (B, N) next-token targets in the columns of the new tokens, -100 where there is none.
+        options: further keyword arguments of the base's forward, for the pass that reads the tail.
+    """
+
+    first_column: int | None = None
+    labels: torch.Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether every token's logits are needed, to be returned or not."""
+        return self.labels is not None
+
+
+@dataclass
+class Readout:
+    """What came of a reading.
+
+    Attributes:
+        logits: (B, N - first column, V), zero in padding.
+        nll: (B, N - 1) in nats, NaN where there is no target.
+        last: the base's output of the tail's pass.
+    """
+
+    logits: torch.Tensor | None = None
+    nll: torch.Tensor | None = None
+    last: ModelOutput | None = None
+
+
+def read(
+    model: BaseModel,
+    site: DecoderSite,
+    cache: BeaconCache,
+    new: NewTokens,
+    wanted: Wanted,
+    *,
+    progress: Progress | None = None,
+) -> Readout:
+    """Read new tokens into `cache`, closing chunks on the way. On an error the cache stays as it was.
+
+    Args:
+        model: the attached model.
+        site: its layers and positions.
+        cache: read on in place.
+        new: the tokens.
+        wanted: which logits and losses to return.
+        progress: called with the chunks closed and to be closed, after each pass.
+
+    Raises:
+        RatioError, CapacityError: from the plan, before anything is read.
+    """
+    planner = TextPlanner(cache.config, cache.policy, site.max_positions)
+    readings = [planner.plan(row, count) for row, count in zip(cache.rows, new.counts, strict=True)]
+    reader = _Reader(model, site, cache, new, wanted, readings)
+    if not any(reading.closings for reading in readings):
+        reader.read_tail()
+        return reader.readout
+    reader.cache = cache.fork()
+    reader.close_chunks(progress)
+    reader.read_tail()
+    cache.adopt(reader.cache)
+    return reader.readout
+
+
+class _Reader:
+    """One reading in progress; lives for one call of `read`."""
+
+    def __init__(
+        self,
+        model: BaseModel,
+        site: DecoderSite,
+        cache: BeaconCache,
+        new: NewTokens,
+        wanted: Wanted,
+        readings: Sequence[RowReading],
+    ) -> None:
+        self.model = model
+        self.site = site
+        self.cache = cache
+        self.new = new
+        self.wanted = wanted
+        self.readings = readings
+        self.seen = [row.tokens_seen for row in cache.rows]
+        self.ids = _appended_ids(cache, new)  # (B, longest text), right-aligned
+        self.readout = Readout()
+        if wanted.labels is not None:
+            self.readout.nll = torch.full(
+                (len(self.seen), max(new.columns - 1, 0)), torch.nan, dtype=torch.float32, device=new.ids.device
+            )
+
+    # --- chunks ---
+
+    def close_chunks(self, progress: Progress | None) -> None:
+        """Close every chunk that the plan names, pass by pass."""
+        rows = [Row(row.chunk_size) if reading.restart else row for row, reading in self._rows_and_readings()]
+        self.cache.rows = tuple(rows)
+        rounds = list(closing_rounds(self.readings))
+        for number, (members, layout) in enumerate(rounds):
+            self._close(members, layout)
+            if progress is not None:
+                progress(number + 1, len(rounds))
+
+    def _rows_and_readings(self) -> Any:
+        return zip(self.cache.rows, self.readings, strict=True)
+
+    def _close(self, members: tuple[int, ...], layout: ChunkLayout) -> None:
+        cache = self.cache
+        starts = [len(cache.rows[row].chunks) * cache.config.chunk_size for row in members]
+        ids = self._text(members, starts, cache.config.chunk_size)
+        lengths = [cache.rows[row].memory_length for row in members]
+        memory = _memory_view(cache, members, max(lengths))
+        slots = torch.arange(layout.num_slots, device=ids.device)
+        output = self._call_base(
+            self._first_wanted(members, starts),
+            layout.raw_slots,
+            inputs_embeds=self._interleave(ids, layout),
+            position_ids=_positions(lengths, slots),
+            attention_mask=_padding_mask(lengths, [layout.num_slots] * len(lengths), layout.num_slots, ids.device),
+            past_key_values=memory,
+            use_cache=True,
+            beacon_slots=torch.tensor(layout.beacon_slots, device=ids.device),
+        )
+        if output is not None:
+            self._collect(output, members, starts, cache.config.chunk_size)
+        self._keep(members, memory, layout)
+
+    def _interleave(self, ids: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
+        """Input embeddings (B, T, M) of a chunk: its tokens (B, w) with the beacon's embedding between them."""
+        tokens = self.model.get_input_embeddings()(ids)
+        beacon = self.model.beacon_embedding.to(tokens.dtype)[None, None]
+        source = torch.cat((tokens, beacon.expand(tokens.shape[0], 1, -1)), dim=1)
+        order = [ids.shape[1]] * layout.num_slots
+        for token, slot in enumerate(layout.raw_slots):
+            order[slot] = token
+        return source.index_select(1, torch.tensor(order, device=ids.device))
+
+    def _keep(self, members: tuple[int, ...], memory: Cache, layout: ChunkLayout) -> None:
+        """Append what the chunk leaves behind to the memory of its rows, and drop the rest."""
+        cache = self.cache
+        kept = torch.tensor(layout.kept_slots, device=self.ids.device)
+        mover = KeyMover(self.site.ropes, layout.shifts, self.ids.device)
+        others = [row for row in range(cache.batch_size) if row not in members]
+        longest_other = max((cache.rows[row].cache_length for row in others), default=0)
+        layers = []
+        for index, (chunk, layer) in enumerate(zip(memory.layers, cache.layers, strict=True)):
+            keys = mover.move(chunk.keys.index_select(2, kept.to(chunk.keys.device)), index)
+            values = chunk.values.index_select(2, kept.to(chunk.values.device))
+            chunk.keys = chunk.values = None
+            layers.append(_joined_layer(layer, chunk, keys, values, members, others, longest_other))
+        cache.layers = layers
+        cache.rows = tuple(row.after_closing(layout) if b in members else row for b, row in enumerate(cache.rows))
+
+    # --- the tail ---
+
+    def read_tail(self) -> None:
+        """Read each row's tokens after its last closed chunk, raw."""
+        cache, readings = self.cache, self.readings
+        counts = [reading.stop - reading.raw_start for reading in readings]
+        starts = [reading.raw_start for reading in readings]
+        num_slots, width = cache.layers[0].get_seq_length(), max(counts)
+        lengths = [row.cache_length for row in cache.rows]
+        left = num_slots == 0  # nothing held: padding may stand before the new tokens, as tokenizers put it
+        offsets = [width - count if left else 0 for count in counts]
+        first = [start - offset for start, offset in zip(starts, offsets, strict=True)]
+        ids = self._text(range(len(counts)), first, width)
+        slots = torch.arange(width, device=ids.device)
+        wanted = self._wanted_slots(starts, counts, offsets)
+        try:
+            output = self._call_base(
+                wanted,
+                range(width),
+                input_ids=ids,
+                position_ids=_positions([n - offset for n, offset in zip(lengths, offsets, strict=True)], slots),
+                attention_mask=_tail_mask(num_slots, lengths, counts, width, left, ids.device),
+                past_key_values=cache,
+                use_cache=True,
+                **self.wanted.options,
+            )
+        except BaseException:
+            cache.truncate(num_slots)
+            raise
+        self._settle(lengths, counts, num_slots, left)
+        if output is not None:
+            self.readout.last = output
+            self._collect(output, range(len(counts)), starts, width, offsets=offsets, counts=counts, slots=wanted)
+
+    def _settle(self, lengths: list[int], counts: list[int], num_slots: int, left: bool) -> None:
+        """Note what the tail's pass has added, and align rows of different lengths at the right again."""
+        cache = self.cache
+        if not left and len(set(counts)) > 1:
+            ends = [num_slots + count for count in counts]
+            longest = max(length + count for length, count in zip(lengths, counts, strict=True))
+            cache.layers = [
+                layer.dense().map(lambda tensor: take(tensor, range(len(ends)), ends, longest, dim=2))
+                for layer in cache.layers
+            ]
+        cache.token_ids = self.ids
+        cache.rows = tuple(
+            row.after_reading(reading.stop - row.tokens_seen) for row, reading in self._rows_and_readings()
+        )
+
+    # --- what both share ---
+
+    def _text(self, members: Sequence[int], starts: Sequence[int], width: int) -> torch.Tensor:
+        """Ids (B, width) of each member's text from its start on; padded where the text ends before or starts after."""
+        longest = self.ids.shape[1]
+        ends = [longest - self.readings[row].stop + start + width for row, start in zip(members, starts, strict=True)]
+        padded = torch.nn.functional.pad(self.ids, (0, max(0, max(ends) - longest)))
+        return take(padded, members, ends, width, dim=1)
+
+    def _call_base(self, wanted: list[int] | None, slots: Sequence[int], **inputs: Any) -> ModelOutput | None:
+        """Run the base; with its head only at those of `slots` that are wanted."""
+        if wanted is None:
+            self.model.get_decoder()(**inputs)
+            return None
+        if wanted == list(range(len(slots))) and list(slots) == wanted and "beacon_slots" not in inputs:
+            return self.model.base_forward(**inputs, logits_to_keep=0)
+        if list(slots) == list(range(len(slots))) and wanted == [len(slots) - 1]:
+            return self.model.base_forward(**inputs, logits_to_keep=1)
+        index = torch.tensor([slots[number] for number in wanted], device=self.ids.device)
+        return self.model.base_forward(**inputs, logits_to_keep=index)
+
+    def _column(self, row: int, token: int) -> int:
+        """Column of a text's token in the caller's batch; before the new tokens' first for those read earlier."""
+        return self.new.starts[row] + token - self.seen[row]
+
+    def _first_column(self) -> int | None:
+        return 0 if self.wanted.needs_all else self.wanted.first_column
+
+    def _first_wanted(self, members: Sequence[int], starts: Sequence[int]) -> list[int] | None:
+        """Tokens of a chunk whose logits are wanted in some row."""
+        first, size = self._first_column(), self.cache.config.chunk_size
+        if first is None:
+            return None
+        lowest = size
+        for row, start in zip(members, starts, strict=True):
+            lowest = min(lowest, max(0, first - self._column(row, start), self.seen[row] - start))
+        return list(range(lowest, size)) if lowest < size else None
+
+    def _wanted_slots(self, starts: list[int], counts: list[int], offsets: list[int]) -> list[int] | None:
+        """Slots of the tail's pass whose logits are wanted in some row."""
+        first = self._first_column()
+        if first is None:
+            return None
+        slots: set[int] = set()
+        for row, (start, count, offset) in enumerate(zip(starts, counts, offsets, strict=True)):
+            skipped = max(0, first - self._column(row, start), self.seen[row] - start)
+            slots.update(range(offset + skipped, offset + count))
+        return sorted(slots)
+
+    def _collect(
+        self,
+        output: Any,
+        members: Sequence[int],
+        starts: Sequence[int],
+        width: int,
+        *,
+        offsets: Sequence[int] | None = None,
+        counts: Sequence[int] | None = None,
+        slots: list[int] | None = None,
+    ) -> None:
+        """Put a pass's logits (b, wanted, V) into the columns of the caller's batch, and its losses beside them."""
+        logits = output.logits
+        first_slot = width - logits.shape[1]
+        order = slots if slots is not None else list(range(first_slot, width))
+        for b, row in enumerate(members):
+            offset = 0 if offsets is None else offsets[b]
+            count = width if counts is None else counts[b]
+            begin = max(self.seen[row] - starts[b], 0) + offset
+            chosen = [n for n, slot in enumerate(order) if begin <= slot < offset + count]
+            if not chosen:
+                continue
+            piece = logits[b, chosen[0] : chosen[-1] + 1]
+            column = self._column(row, starts[b] + order[chosen[0]] - offset)
+            self._put_nll(row, column, piece)
+            self._put_logits(row, column, piece, logits, len(members))
+
+    def _put_nll(self, row: int, column: int, piece: torch.Tensor) -> None:
+        if self.wanted.labels is None or self.readout.nll is None:
+            return
+        stop = min(column + piece.shape[0], self.readout.nll.shape[1])
+        if stop <= column:
+            return
+        targets = self.wanted.labels[row, column + 1 : stop + 1].to(piece.device)
+        losses = torch.nn.functional.cross_entropy(
+            piece[: stop - column].float(), targets, ignore_index=-100, reduction="none"
+        )
+        self.readout.nll[row, column:stop] = losses.masked_fill(targets == -100, torch.nan)
+
+    def _put_logits(self, row: int, column: int, piece: torch.Tensor, logits: torch.Tensor, num_rows: int) -> None:
+        first = self.wanted.first_column
+        if first is None:
+            return
+        batch, width = len(self.seen), self.new.columns - first
+        if self.readout.logits is None:
+            if num_rows == batch and logits.shape[1] == width and not self._is_padded():
+                self.readout.logits = logits  # one pass made them all
+                return
+            self.readout.logits = logits.new_zeros((batch, width, logits.shape[-1]))
+        elif self.readout.logits is logits:
+            return
+        skipped = max(0, first - column)
+        if skipped < piece.shape[0]:
+            begin = column + skipped - first
+            self.readout.logits[row, begin : begin + piece.shape[0] - skipped] = piece[skipped:]
+
+    def _is_padded(self) -> bool:
+        return any(count != self.new.columns for count in self.new.counts) and self.wanted.first_column == 0
+
+
+def _appended_ids(cache: BeaconCache, new: NewTokens) -> torch.Tensor:
+    """All ids of each text (B, longest), right-aligned: those seen and the new ones."""
+    fresh = new.right_aligned()
+    if cache.token_ids.shape[1] == 0:
+        return fresh
+    held = cache.token_ids.to(fresh.device)
+    if len(set(new.counts)) == 1:
+        return torch.cat((held, fresh), dim=1)
+    totals = [row.tokens_seen + count for row, count in zip(cache.rows, new.counts, strict=True)]
+    ends = [held.shape[1] + count for count in new.counts]
+    left_aligned = take(
+        torch.nn.functional.pad(fresh, (0, fresh.shape[1])),
+        range(len(ends)),
+        [2 * fresh.shape[1] - count for count in new.counts],
+        fresh.shape[1],
+        dim=1,
+    )
+    return take(torch.cat((held, left_aligned), dim=1), range(len(ends)), ends, max(totals), dim=1)
+
+
+def _memory_view(cache: BeaconCache, members: Sequence[int], length: int) -> Cache:
+    """The memory of some rows as the cache of a chunk's pass, cut out layer by layer when it is needed."""
+    if length == 0:
+        return Cache(layers=[ChunkLayer(None, 0) for _ in cache.layers])
+    ends = cache.memory_ends(members)
+
+    def lend(layer: BeaconLayer) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        def cut() -> tuple[torch.Tensor, torch.Tensor]:
+            keys, values = layer.entries()
+            return take(keys, members, ends, length, dim=2), take(values, members, ends, length, dim=2)
+
+        return cut
+
+    return Cache(layers=[ChunkLayer(lend(layer), length) for layer in cache.layers])
+
+
+def _joined_layer(
+    layer: BeaconLayer,
+    chunk: ChunkLayer,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    members: Sequence[int],
+    others: Sequence[int],
+    longest_other: int,
+) -> BeaconLayer:
+    """One layer after a chunk has been closed: memory and kept entries of `members`, all entries of the others."""
+    if layer.stored is not None and not others and layer.stored_length == chunk.length:
+        bits = layer.stored[0].bits
+        stored_keys = layer.stored[0].joined(Quantized.of(keys, bits))
+        stored_values = layer.stored[1].joined(Quantized.of(values, bits))
+        return BeaconLayer.of(keys[:, :, :0], values[:, :, :0], (stored_keys, stored_values))
+    if chunk.memory is not None:
+        held_keys, held_values = chunk.memory()
+        keys, values = torch.cat((held_keys, keys), dim=2), torch.cat((held_values, values), dim=2)
+    if not others:
+        return BeaconLayer.of(keys, values)
+    if layer.keys is None:
+        rest_keys, rest_values = (t.new_zeros((len(others), *t.shape[1:2], 0, t.shape[3])) for t in (keys, values))
+    else:
+        slots = layer.get_seq_length()
+        rest_keys, rest_values = (t[list(others), :, slots - longest_other :] for t in layer.entries())
+    return BeaconLayer.of(
+        merge([(members, keys), (others, rest_keys)], dim=2), merge([(members, values), (others, rest_values)], dim=2)
+    )
+
+
+def _positions(first: Sequence[int], slots: torch.Tensor) -> torch.Tensor:
+    """Position ids (1 or B, T): each row's slots counted from its first position; padding before it stands at 0."""
+    if len(set(first)) == 1:
+        return (slots + first[0])[None]
+    return (torch.tensor(first, device=slots.device)[:, None] + slots).clamp(min=0)
+
+
+def _padding_mask(
+    lengths: Sequence[int], counts: Sequence[int], width: int, device: torch.device
+) -> torch.Tensor | None:
+    """Which of memory and new slots hold something, (B, S + T); None where all do. Memory stands at the right of S."""
+    longest = max(lengths)
+    if all(length == longest for length in lengths) and all(count == width for count in counts):
+        return None
+    slots = torch.arange(longest + width, device=device)[None]
+    first = torch.tensor([longest - length for length in lengths], device=device)[:, None]
+    stop = torch.tensor([longest + count for count in counts], device=device)[:, None]
+    return ((slots >= first) & (slots < stop)).long()
+
+
+def _tail_mask(
+    num_slots: int, lengths: Sequence[int], counts: Sequence[int], width: int, left: bool, device: torch.device
+) -> torch.Tensor | None:
+    """The mask of a tail's pass, with padding on the left while nothing is held and on the right afterwards."""
+    if left:
+        return _padding_mask(counts, [0] * len(counts), 0, device)
+    assert max(lengths) == num_slots, "the longest row reaches to the first slot"
+    return _padding_mask(lengths, counts, width, device)

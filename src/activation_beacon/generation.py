@@ -1,0 +1,228 @@
+"""`generate` on compressed contexts and long prompts: what transformers' own loop needs to be told.
+
+Two semi-private methods of transformers are overridden, `_prefill` and `prepare_inputs_for_generation`; everything else
+(sampling, beams, streamers, stopping, processors) is theirs. Ids go in and come out as text: the cache is shorter.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from activation_beacon.cache import BeaconCache
+from activation_beacon.errors import InputError, UnsupportedError
+from activation_beacon.plan import Ratio, TextPlanner
+
+REFUSED_OPTIONS = {
+    "assistant_model": "assisted decoding takes back tokens that may be in closed chunks",
+    "prompt_lookup_num_tokens": "prompt lookup takes back tokens that may be in closed chunks",
+    "assistant_early_exit": "assisted decoding takes back tokens that may be in closed chunks",
+    "cache_implementation": "the beacon cache takes its place; see context.quantize() and context.to()",
+    "penalty_alpha": "contrastive search needs the hidden states of the whole prompt",
+    "dola_layers": "DoLa needs the hidden states of the whole prompt",
+    "speculation_type": "speculative decoding takes back tokens that may be in closed chunks",
+}
+
+
+class BeaconGeneration:
+    """The part of an attached model that `generate` uses; mixed in before the base's class."""
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        context: BeaconCache | None = None,
+        beacon_ratio: Ratio | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as transformers does, on a compressed context or with the prompt compressed on the way in.
+
+        Args:
+            inputs: (B, T) ids of the prompt, left-padded; with a context, ids of what follows it (the question).
+            generation_config: as in transformers, like all further arguments.
+            context: what was read before; stays as it was. One context serves a batch of prompts too.
+            beacon_ratio: ratio of the chunks that are closed from now on; by default that of the context, or the model's
+                `beacon_ratio` ("auto" unless set).
+
+        Returns:
+            What transformers returns; ids are those of `inputs` and of the answer. With `return_dict_in_generate`,
+            `past_key_values` is the grown context.
+
+        Raises:
+            UnsupportedError: for options that cannot work on compressed contexts, by name.
+            MismatchError: if the context comes from another base model or adapter.
+            CapacityError: if the prompt cannot fit the base model's positions.
+        """
+        if self._beacon.state.is_disabled:
+            if context is not None:
+                raise UnsupportedError("A context cannot be used while beacons are disabled. Leave beacon_disabled() first.")
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        _refuse_options(generation_config, kwargs)
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        given = kwargs.get("past_key_values")
+        if context is not None and given is not None:
+            raise InputError("generate takes context or past_key_values, not both. Use context; it stays as it was.")
+        if input_ids is None or (given is not None and not isinstance(given, BeaconCache)):
+            self._refuse_beacons_by_name(context, beacon_ratio)
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        if _uses_no_cache(generation_config, kwargs):
+            if context is not None or given is not None or beacon_ratio is not None:
+                raise UnsupportedError("use_cache=False leaves no cache to hold beacons. Generate with use_cache=True.")
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        cache = self._generation_cache(input_ids, context, given, beacon_ratio)
+        cache.is_continued = given is not None
+        self._check_capacity(cache, input_ids.shape[1], generation_config, kwargs)
+        kwargs["past_key_values"] = cache
+        if self.generation_config.cache_implementation is not None:  # some models ask for one by default
+            generation_config = copy.deepcopy(generation_config or self.generation_config)
+            generation_config.cache_implementation = None
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _refuse_beacons_by_name(self, context: BeaconCache | None, beacon_ratio: Ratio | None) -> None:
+        if context is not None or beacon_ratio is not None:
+            raise UnsupportedError("Compressing needs input_ids and a cache of its own; got neither or another cache.")
+
+    def _generation_cache(
+        self, input_ids: torch.Tensor, context: BeaconCache | None, given: BeaconCache | None, ratio: Ratio | None
+    ) -> BeaconCache:
+        cache = context.fork() if context is not None else given
+        if cache is None:
+            return self.new_cache(input_ids.shape[0], ratio=ratio)
+        self.check_context(cache)
+        if ratio is not None:
+            cache.policy = self.ratio_policy(ratio)
+        if cache.batch_size == 1 and input_ids.shape[0] > 1:
+            cache.batch_repeat_interleave(input_ids.shape[0])
+        if cache.batch_size != input_ids.shape[0]:
+            raise InputError(
+                f"The context has {cache.batch_size} rows, the prompt {input_ids.shape[0]}. Stack as many contexts, or give one."
+            )
+        return cache
+
+    def _check_capacity(
+        self, cache: BeaconCache, num_new: int, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Refuse now, rather than after half an answer, what would not fit the base model's positions."""
+        num_answer = _option("max_new_tokens", generation_config, kwargs) or 1
+        planner = TextPlanner(cache.config, cache.policy, self._beacon.site.max_positions)
+        for row in cache.rows:
+            already = row.tokens_seen if cache.is_continued else 0
+            planner.plan(row, max(1, num_new - already) + num_answer - 1)
+
+    def _prefill(
+        self,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """Read the prompt into the cache, once for all beams and sequences that will go on from it."""
+        cache = model_kwargs.get("past_key_values")
+        if not isinstance(cache, BeaconCache):
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        copies = input_ids.shape[0] // cache.batch_size
+        mask = model_kwargs.get("attention_mask")
+        is_short = cache.num_slots == 0 and input_ids.shape[1] <= self.untouched_length
+        if copies > 1 and is_short:  # as the base does, bit for bit
+            cache.batch_repeat_interleave(copies)
+            copies = 1
+        new_ids, new_mask = input_ids[::copies], None if mask is None else mask[::copies]
+        if cache.is_continued:
+            new_ids, new_mask = _unread(new_ids, new_mask, cache)
+        outputs = self(
+            input_ids=new_ids,
+            attention_mask=new_mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+            **{name: model_kwargs[name] for name in PASSED_ON if name in model_kwargs},
+        )
+        if copies > 1:
+            cache.batch_repeat_interleave(copies)
+            outputs.logits = outputs.logits.repeat_interleave(copies, dim=0)
+        return outputs
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of a decode step: the new ids only; positions and masks follow from the cache."""
+        if not isinstance(past_key_values, BeaconCache):
+            return super().prepare_inputs_for_generation(
+                input_ids,
+                next_sequence_length=next_sequence_length,
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
+        kwargs.pop("position_ids", None)
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
+        )
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching keeps keys and values in pages of its own.
+
+        Raises:
+            UnsupportedError: unless beacons are disabled.
+        """
+        if not self._beacon.state.is_disabled:
+            raise UnsupportedError("generate_batch cannot take compressed contexts. Use generate with stacked contexts.")
+        return super().generate_batch(*args, **kwargs)
+
+
+PASSED_ON = ("output_attentions", "output_hidden_states")
+
+
+def _unread(
+    prompt: torch.Tensor, mask: torch.Tensor | None, cache: BeaconCache
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What of a prompt (B, T) the cache has not seen: all of it, unless each row opens with the whole text seen."""
+    if cache.token_ids.shape[1] == 0:
+        return prompt, mask
+    width = prompt.shape[1]
+    valid = torch.ones_like(prompt) if mask is None else mask[:, -width:].to(prompt.device)
+    unread = valid.clone()
+    for b, row in enumerate(cache.rows):
+        columns = valid[b].nonzero()[:, 0]
+        seen = cache.token_ids[b, cache.token_ids.shape[1] - row.tokens_seen :].to(prompt.device)
+        opening = columns[: row.tokens_seen]
+        if len(columns) <= row.tokens_seen or not torch.equal(prompt[b, opening], seen):
+            return prompt, mask
+        unread[b, opening] = 0
+    first = int(unread.any(dim=0).nonzero()[0])
+    return prompt[:, first:], unread[:, first:]
+
+
+def _option(name: str, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
+    value = kwargs.get(name)
+    return getattr(generation_config, name, None) if value is None else value
+
+
+def _refuse_options(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+    for name, reason in REFUSED_OPTIONS.items():
+        if _option(name, generation_config, kwargs) is not None:
+            raise UnsupportedError(f"generate({name}=...) does not work with beacons: {reason}. Leave it out, or disable them.")
+
+
+def _uses_no_cache(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> bool:
+    return _option("use_cache", generation_config, kwargs) is False
+
+
+def left_padded(texts: Sequence[Sequence[int]], *, device: torch.device | str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (B, T) of texts of any length, padded on the left as tokenizers do for decoders."""
+    width = max(len(text) for text in texts)
+    ids = torch.zeros((len(texts), width), dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, width - len(text) :] = torch.as_tensor(text, dtype=torch.long, device=device)
+        mask[row, width - len(text) :] = 1
+    return ids, mask

@@ -1,0 +1,98 @@
+"""Where adapters come from: a folder, the hub, or this package; with the base model that they were made for."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from activation_beacon.base_models import default_base_revision, load_pretrained_base
+from activation_beacon.config import BeaconConfig
+from activation_beacon.errors import StorageError
+from activation_beacon.model import attach, detach
+from activation_beacon.persistence import CONFIG_FILE, fill_parameters, load_adapter_config, load_adapter_tensors
+
+DEFAULT = "default"
+
+
+def load(
+    name: str | Path = DEFAULT,
+    *,
+    base: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> tuple[Any, Any]:
+    """Load an adapter with its base model and tokenizer.
+
+    Args:
+        name: a folder that `save_pretrained` wrote, a hub id, or "default" for the model that comes with the package.
+        base: another place for the base model than the adapter names: "default", a folder or a hub id.
+        dtype, device: of model and adapter, as in transformers; by default float32 for the default model.
+        revision: of the adapter on the hub.
+
+    Returns:
+        The model with beacons attached, in eval mode, and its tokenizer (None where the base's folder has none).
+
+    Raises:
+        StorageError: if there is no adapter of that name.
+        FileFormatError: if the adapter is damaged.
+        BaseModelError: if the base model cannot be found.
+        MismatchError: if the base model is not the one that the adapter was made for.
+    """
+    folder = _adapter_folder(name, revision)
+    if folder is None:  # the default model has no trained adapter yet
+        config = BeaconConfig(base_model=DEFAULT, base_revision=default_base_revision())
+    else:
+        config = load_adapter_config(folder)
+    model, tokenizer = load_pretrained_base(
+        base or _base_name(config, folder), dtype=dtype, device=device, revision=None if base else _hub_revision(config)
+    )
+    model = attach(model, config)
+    if folder is not None:
+        try:
+            fill_parameters(model.beacon_parameters(), load_adapter_tensors(folder))
+        except BaseException:
+            detach(model)
+            raise
+    return model.eval(), tokenizer
+
+
+def default_adapter_folder() -> Path | None:
+    """The trained adapter of the default model in this package; None if it ships without one."""
+    folder = resources.files("activation_beacon") / "adapters" / DEFAULT
+    return Path(str(folder)) if (folder / CONFIG_FILE).is_file() else None
+
+
+def _adapter_folder(name: str | Path, revision: str | None) -> Path | None:
+    if str(name) == DEFAULT:
+        return default_adapter_folder()
+    path = Path(name)
+    if path.exists() or isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:
+        return path.expanduser()
+    return _download_adapter(str(name), revision)
+
+
+def _download_adapter(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=["beacon*", "base/*"]))
+    except Exception as error:  # noqa: BLE001 - the hub's errors have no common base; each becomes one line
+        reason = str(error).strip().splitlines()[0]
+        raise StorageError(
+            f"The adapter {repo_id} is neither a folder here nor to be had from the hub ({reason}). Check the name, or the network."
+        ) from error
+
+
+def _base_name(config: BeaconConfig, folder: Path | None) -> str:
+    if config.base_model is None:
+        raise StorageError(f"The adapter in {folder} names no base model. Name it: load(..., base=...), or --base.")
+    beside = None if folder is None else folder / config.base_model
+    return str(beside) if beside is not None and beside.is_dir() else config.base_model
+
+
+def _hub_revision(config: BeaconConfig) -> str | None:
+    is_hub_id = config.base_model is not None and config.base_model.count("/") == 1
+    return config.base_revision if is_hub_id else None
+

@@ -1,0 +1,647 @@
+"""The face: attach beacons to a decoder, compress, ask, detach."""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from activation_beacon.adapt import DecoderSite, dense_weight, find_decoder
+from activation_beacon.cache import BeaconCache
+from activation_beacon.config import BeaconConfig
+from activation_beacon.entries import take
+from activation_beacon.errors import AttachError, ConfigError, InputError, MismatchError, UnsupportedError
+from activation_beacon.fingerprint import fingerprint
+from activation_beacon.forward import NewTokens, Progress, Wanted, read
+from activation_beacon.generation import BeaconGeneration, left_padded
+from activation_beacon.persistence import save_adapter
+from activation_beacon.plan import Ratio, RatioPolicy, TextPlanner, as_policy
+from activation_beacon.projection import (
+    BeaconProjection,
+    PassState,
+    forget_beacon_slots,
+    replace_beacon_rows,
+    take_beacon_slots,
+)
+
+# B batch · N new tokens · V vocabulary · M model dim
+
+IGNORED = -100
+
+
+@dataclass
+class BeaconOutput(CausalLMOutputWithPast):
+    """What transformers returns, and the loss of each token.
+
+    Attributes:
+        nll: (B, N - 1) in nats, NaN where the label is -100 or padding; None without labels.
+    """
+
+    nll: torch.Tensor | None = None
+
+
+@dataclass
+class Attachment:
+    """What has been put on a model, and what is needed to take it off again."""
+
+    config: BeaconConfig
+    site: DecoderSite
+    state: PassState
+    base_class: type[PreTrainedModel]
+    frozen: list[nn.Parameter]  # parameters that required gradients before
+    handles: list[Any]
+    own_forward: Callable[..., Any] | None  # a forward that another library had put on the instance
+    policy: RatioPolicy
+    fingerprints: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+
+
+class BeaconModel(BeaconGeneration):
+    """What `attach` adds to a model; mixed in before its own class. The same object, still its own class to isinstance."""
+
+    _beacon: Attachment
+    beacon_embedding: nn.Parameter
+
+    # --- settings ---
+
+    @property
+    def beacon_config(self) -> BeaconConfig:
+        """Settings of the adapter."""
+        return self._beacon.config
+
+    @property
+    def beacon_ratio(self) -> Ratio:
+        """Ratio that is used where a call names none: "auto" unless set."""
+        return self._beacon.policy.ratio
+
+    @beacon_ratio.setter
+    def beacon_ratio(self, ratio: Ratio) -> None:
+        self._beacon.policy = self.ratio_policy(ratio)
+
+    @property
+    def untouched_length(self) -> int:
+        """Tokens up to which no chunk is closed and outputs are the base model's."""
+        return self._beacon.config.chunk_size + self._beacon.config.local_tokens
+
+    def beacon_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names, as in the adapter's file, and parameters of all beacon weights: what is trained."""
+        yield "embedding", self.beacon_embedding
+        for index, layer in enumerate(self._beacon.site.layers):
+            for site in layer.projections:
+                for name, parameter in site.linear.beacon.named_parameters():
+                    yield f"layers.{index}.{site.name}.{name}", parameter
+
+    @property
+    def adapter_fingerprint(self) -> str:
+        """Fingerprint of the beacon weights and of the settings that a compressed context depends on."""
+        config = self._beacon.config
+        settings = f"{config.chunk_size} {config.projections} {config.num_sinks} {config.local_tokens} {config.placement}"
+        return self._fingerprint("adapter", list(self.beacon_parameters()), settings)
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Fingerprint of the base model's weights."""
+        return self._fingerprint("base", list(_base_parameters(self)), "")
+
+    def _fingerprint(self, name: str, tensors: list[tuple[str, nn.Parameter]], settings: str) -> str:
+        version = sum(tensor._version for _, tensor in tensors)
+        known = self._beacon.fingerprints.get(name)
+        if known is None or known[0] != version:
+            known = self._beacon.fingerprints[name] = (version, fingerprint(tensors, settings))
+        return known[1]
+
+    @contextlib.contextmanager
+    def beacon_disabled(self) -> Iterator[None]:
+        """Within the block, and in this thread, the model is the base model, bit for bit."""
+        state = self._beacon.state
+        before, state.is_disabled = state.is_disabled, True
+        try:
+            yield
+        finally:
+            state.is_disabled = before
+
+    # --- contexts ---
+
+    def ratio_policy(
+        self, ratio: Ratio = "auto", *, budget: int | None = None, spans: Sequence[Sequence[int | None]] = ()
+    ) -> RatioPolicy:
+        """A checked ratio policy; see `compress` for the arguments."""
+        return as_policy(self._beacon.config, ratio, budget=budget, spans=spans)
+
+    def new_cache(self, batch_size: int = 1, *, ratio: Ratio | None = None) -> BeaconCache:
+        """An empty cache of this model and adapter."""
+        return BeaconCache(
+            self._beacon.config,
+            num_layers=len(self._beacon.site.layers),
+            batch_size=batch_size,
+            policy=self._beacon.policy if ratio is None else self.ratio_policy(ratio),
+            base_fingerprint=self.base_fingerprint,
+            adapter_fingerprint=self.adapter_fingerprint,
+            device=self.get_input_embeddings().weight.device,
+        )
+
+    def check_context(self, context: BeaconCache) -> None:
+        """Refuse a context that another base model or adapter has made.
+
+        Raises:
+            MismatchError: with both fingerprints.
+        """
+        for kind in ("base", "adapter"):
+            theirs, ours = getattr(context, f"{kind}_fingerprint"), getattr(self, f"{kind}_fingerprint")
+            if theirs != ours:
+                what = "base model" if kind == "base" else "adapter"
+                raise MismatchError(
+                    f"The context was made with another {what} (fingerprint {theirs}, this one has {ours}). "
+                    "Compress the text again with this model, or load the one that made it."
+                )
+
+    @torch.no_grad()
+    def compress(
+        self,
+        input_ids: torch.Tensor | Sequence[int] | Sequence[Sequence[int]],
+        *,
+        ratio: Ratio | None = None,
+        attention_mask: torch.Tensor | None = None,
+        budget: int | None = None,
+        spans: Sequence[Sequence[int | None]] = (),
+        cache: BeaconCache | None = None,
+        progress: bool | Progress = False,
+    ) -> BeaconCache:
+        """Read texts and keep their chunks as beacons (section 3.1).
+
+        Args:
+            input_ids: (B, N) or (N,) ids, padded with `attention_mask`; or lists of ids, ragged as they are.
+            ratio: raw tokens per beacon: an int for all chunks; a sequence with one for each chunk of the whole text;
+                "auto", the smallest of the adapter's ratios with which the text fits the base model's positions. When the
+                text grows beyond what fits, "auto" chooses again and reads the text anew from the ids that are kept.
+            attention_mask: (B, N), 1 where there is a token; padding on either side.
+            budget: with "auto", cache entries that a text may hold at most.
+            spans: (start, stop, ratio) in tokens of the text: chunks there get at most that ratio; with None for ratio
+                those tokens' keys and values are kept raw.
+            cache: go on where this one stands, in place; it keeps its policy unless a ratio is given.
+            progress: True for a bar, or a function that is called with the chunks closed and to be closed.
+
+        Returns:
+            The cache. The text's last tokens stay raw in its tail: a chunk is closed when a further token is read.
+
+        Raises:
+            InputError: for an empty text, or ids outside the vocabulary.
+            RatioError, CapacityError: before anything is read.
+            MismatchError: if `cache` comes from another model.
+        """
+        self._refuse_disabled()
+        if not isinstance(input_ids, torch.Tensor):
+            input_ids, attention_mask = _as_batch(input_ids)
+        if input_ids.dim() == 1:
+            input_ids = input_ids[None]
+        policy = None
+        if ratio is not None or budget is not None or spans:
+            policy = self.ratio_policy("auto" if ratio is None else ratio, budget=budget, spans=spans)
+        cache = self._opened(cache, input_ids, policy)
+        new = self._new_tokens(input_ids, attention_mask)
+        self._check_names_every_chunk(cache, new)
+        with _progress_bar(progress) as report:
+            read(self, self._beacon.site, cache, new, Wanted(), progress=report)
+        return cache
+
+    def _opened(self, cache: BeaconCache | None, input_ids: torch.Tensor, policy: RatioPolicy | None) -> BeaconCache:
+        if cache is None:
+            cache = self.new_cache(input_ids.shape[0])
+        self.check_context(cache)
+        if cache.batch_size != input_ids.shape[0]:
+            raise InputError(f"The cache has {cache.batch_size} rows, the ids {input_ids.shape[0]}. Give as many of each.")
+        if policy is not None:
+            cache.policy = policy
+        return cache
+
+    def _check_names_every_chunk(self, cache: BeaconCache, new: NewTokens) -> None:
+        planner = TextPlanner(cache.config, cache.policy, None)
+        for row, count in zip(cache.rows, new.counts, strict=True):
+            planner.check_names_every_chunk(row.tokens_seen + count)
+
+    def _new_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> NewTokens:
+        input_ids = input_ids.to(self.get_input_embeddings().weight.device)
+        batch, width = input_ids.shape
+        if width == 0:
+            raise InputError("The text is empty: there is no token to read. Give at least one.")
+        if width > 1:
+            self._check_vocabulary(input_ids)
+        if attention_mask is None:
+            return NewTokens(input_ids, [0] * batch, [width] * batch)
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < width:
+            raise InputError(
+                f"attention_mask must be (B, N) like the ids {tuple(input_ids.shape)}; got {tuple(attention_mask.shape)}."
+            )
+        return NewTokens(input_ids, *_runs(attention_mask[:, -width:]))
+
+    def _check_vocabulary(self, input_ids: torch.Tensor) -> None:
+        if input_ids.is_floating_point():
+            raise InputError(f"input_ids must be integers; got {input_ids.dtype}.")
+        size = self.get_input_embeddings().weight.shape[0]
+        least, most = (int(bound) for bound in input_ids.aminmax())
+        if least < 0 or most >= size:
+            raise InputError(
+                f"Token ids must be within 0..{size - 1}; got {least if least < 0 else most}. Use the model's own tokenizer."
+            )
+
+    def _refuse_disabled(self) -> None:
+        if self._beacon.state.is_disabled:
+            raise UnsupportedError("Beacons are disabled here. Leave the beacon_disabled() block first.")
+
+    # --- forward ---
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's own forward."""
+        own = self._beacon.own_forward
+        return own(*args, **kwargs) if own is not None else super().forward(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        *,
+        beacon_ratio: Ratio | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward; texts longer than a chunk are read chunk by chunk on compressed contexts.
+
+        Arguments are transformers'. Also:
+            past_key_values: a `BeaconCache` is read on in place. Any other cache is left to the base model.
+            labels: (B, N) targets; the loss is the mean next-token cross-entropy over raw tokens (section 3.2), and
+                gradients flow through all chunks.
+            logits_to_keep: an int; 0 for the logits of all tokens. Long texts with labels need little memory with 1.
+            beacon_ratio: as `ratio` in `compress`.
+
+        Returns:
+            `BeaconOutput` with `loss`, `logits`, `past_key_values` and `nll`. Hidden states and attentions, where asked
+            for, are those of the tail's pass.
+
+        Raises:
+            UnsupportedError: for `inputs_embeds`, 4D masks or packed sequences longer than a chunk, by name.
+        """
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        given |= {"labels": labels, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
+        cache = past_key_values if isinstance(past_key_values, BeaconCache) else None
+        if self._beacon.state.is_disabled:
+            if cache is not None:
+                self._refuse_disabled()
+            return self.base_forward(input_ids, past_key_values=past_key_values, **given, **kwargs)
+        if past_key_values is not None and cache is None:
+            self._refuse_beacons_by_name(None, beacon_ratio)
+            return self.base_forward(input_ids, past_key_values=past_key_values, **given, **kwargs)
+        if input_ids is None or (attention_mask is not None and attention_mask.dim() != 2):
+            self._refuse_long_or_compressed(inputs_embeds if input_ids is None else input_ids, cache, beacon_ratio)
+            return self.base_forward(input_ids, **given, **kwargs)
+        policy = None if beacon_ratio is None else self.ratio_policy(beacon_ratio)
+        keep_cache = cache is not None or self._keeps_cache(use_cache)
+        cache = self._opened(cache, input_ids, policy)
+        new = self._new_tokens(input_ids, attention_mask)
+        if beacon_ratio is not None:
+            self._check_names_every_chunk(cache, new)
+        is_short = cache.num_slots == 0 and max(new.counts) <= self.untouched_length
+        if is_short:
+            output = self._forward_short(input_ids, cache if keep_cache else None, new, given, kwargs)
+        else:
+            output = self._forward_long(cache, new, given, kwargs)
+            output.past_key_values = cache if keep_cache else None
+        return output if kwargs.get("return_dict", True) is not False else output.to_tuple()
+
+    def _keeps_cache(self, use_cache: bool | None) -> bool:
+        if use_cache is None:
+            use_cache = getattr(self.config.get_text_config(decoder=True), "use_cache", True)
+        return bool(use_cache) and not self.training
+
+    def _refuse_long_or_compressed(
+        self, inputs: torch.Tensor | None, cache: BeaconCache | None, ratio: Ratio | None
+    ) -> None:
+        if cache is not None or ratio is not None or (inputs is not None and inputs.shape[1] > self.untouched_length):
+            raise UnsupportedError(
+                "Closing chunks needs input_ids and masks of two dimensions; got inputs_embeds or a mask of another shape. "
+                "Give ids, or use beacon_disabled()."
+            )
+
+    def _forward_short(
+        self,
+        input_ids: torch.Tensor,
+        cache: BeaconCache | None,
+        new: NewTokens,
+        given: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> BeaconOutput:
+        """No chunk is closed: the base's own forward with the caller's own arguments."""
+        labels = given["labels"]
+        is_padded = any(count < new.columns for count in new.counts)
+        inputs = dict(given, labels=None if is_padded else labels)
+        if labels is not None:
+            inputs["logits_to_keep"] = 0
+        if self.training and not self._keeps_cache(given["use_cache"]):
+            inputs["use_cache"] = False
+        kwargs = {**kwargs, "return_dict": True}
+        num_items = kwargs.pop("num_items_in_batch", None) if labels is None or is_padded else None
+        output = self.base_forward(input_ids, past_key_values=cache, **inputs, **kwargs)
+        if cache is not None:
+            _note_read(cache, new)
+        nll, loss = None, output.loss
+        if labels is not None:
+            nll = _token_losses(output.logits, _targets(labels, new))
+            loss = _mean_loss(nll, num_items) if is_padded else loss
+            output.logits = _kept(output.logits, given["logits_to_keep"])
+        fields = {name: output.get(name) for name in ("hidden_states", "attentions")}
+        return BeaconOutput(loss=loss, logits=output.logits, past_key_values=output.past_key_values, nll=nll, **fields)
+
+    def _forward_long(
+        self, cache: BeaconCache, new: NewTokens, given: dict[str, Any], kwargs: dict[str, Any]
+    ) -> BeaconOutput:
+        keep, labels = given["logits_to_keep"], given["labels"]
+        if isinstance(keep, torch.Tensor):
+            raise UnsupportedError("logits_to_keep must be an int for texts that are compressed; got a tensor.")
+        _refuse_packed(given["position_ids"], new)
+        options = {name: value for name, value in kwargs.items() if name not in ("return_dict", "num_items_in_batch")}
+        wanted = Wanted(
+            first_column=max(0, new.columns - keep) if keep else 0,
+            labels=None if labels is None else _targets(labels, new),
+            options=options,
+        )
+        readout = read(self, self._beacon.site, cache, new, wanted)
+        loss = None if readout.nll is None else _mean_loss(readout.nll, kwargs.get("num_items_in_batch"))
+        fields = {name: getattr(readout.last, name, None) for name in ("hidden_states", "attentions")}
+        return BeaconOutput(loss=loss, logits=readout.logits, nll=readout.nll, **fields)
+
+    # --- files ---
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write the adapter: `beacon_config.json`, `beacon.safetensors` and a model card. The base is not written.
+
+        Args:
+            save_directory: folder, made if missing.
+            kwargs: `max_shard_size` as in transformers; its other options concern base models and are ignored.
+        """
+        tensors = {name: parameter.detach() for name, parameter in self.beacon_parameters()}
+        shard_size = kwargs.get("max_shard_size", "5GB")
+        save_adapter(save_directory, self._beacon.config, tensors, max_shard_size=shard_size)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
+        """Write the adapter to the hub.
+
+        Args:
+            repo_id: such as "me/my-adapter"; made if missing.
+            private, token: as in huggingface_hub.
+            kwargs: further arguments of `HfApi.upload_folder`, such as `commit_message` or `revision`.
+
+        Returns:
+            The address of the commit.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
+
+
+# --- attach and detach -------------------------------------------------------------------------------------------------
+
+
+def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> Any:
+    """Put untrained beacons on a model: the same object, which now compresses long texts.
+
+    The base's weights are frozen and stay as they are; beacon weights start as copies of its projections, the beacon's
+    embedding as that of its eos (or bos) token.
+
+    Args:
+        base_model: a decoder with a language modelling head.
+        config: settings of the adapter.
+
+    Returns:
+        `base_model`, with `compress`, `generate(context=...)` and the rest of `BeaconModel`.
+
+    Raises:
+        AttachError: if it carries beacons already.
+        UnsupportedModelError: if its architecture cannot carry beacons.
+        ConfigError: if a chunk does not fit its positions.
+        MismatchError: if the config names the fingerprint of another base model.
+    """
+    config = config or BeaconConfig()
+    if isinstance(base_model, BeaconModel):
+        raise AttachError(f"This {type(base_model).__name__} carries beacons already. Call detach(model) first.")
+    site = find_decoder(base_model, config.projections)
+    _check_chunk_fits(config, site)
+    base_print = fingerprint(_base_parameters(base_model))
+    if config.base_fingerprint not in (None, base_print):
+        raise MismatchError(
+            f"The adapter was made for another base model (fingerprint {config.base_fingerprint}, this one has "
+            f"{base_print}). Load the base that beacon_config.json names: {config.base_model}."
+        )
+    attachment = Attachment(
+        config=dataclasses.replace(config, base_fingerprint=base_print),
+        site=site,
+        state=PassState(),
+        base_class=type(base_model),
+        frozen=[parameter for parameter in base_model.parameters() if parameter.requires_grad],
+        handles=[],
+        own_forward=vars(base_model).pop("forward", None),
+        policy=RatioPolicy(),
+    )
+    base_model._beacon = attachment
+    try:
+        base_model.requires_grad_(False)
+        _put_branches(attachment)
+        base_model.beacon_embedding = nn.Parameter(_first_embedding(base_model))
+        base_model.__class__ = _beacon_class(attachment.base_class)
+    except BaseException:
+        _take_off(base_model, attachment)
+        raise
+    return base_model
+
+
+def detach(model: Any) -> PreTrainedModel:
+    """Take everything off that `attach` put on: the old class, parameters and state-dict keys.
+
+    Returns:
+        The same object.
+
+    Raises:
+        AttachError: if it carries no beacons.
+    """
+    if not isinstance(model, BeaconModel):
+        raise AttachError(f"This {type(model).__name__} carries no beacons. Call attach(model) first.")
+    _take_off(model, model._beacon)
+    return model
+
+
+def _put_branches(attachment: Attachment) -> None:
+    for layer in attachment.site.layers:
+        layer.attention.beacon_state = attachment.state
+        attachment.handles.append(layer.attention.register_forward_pre_hook(take_beacon_slots, with_kwargs=True))
+        attachment.handles.append(layer.attention.register_forward_hook(forget_beacon_slots, always_call=True))
+        for site in layer.projections:
+            weight, bias = dense_weight(site.linear), getattr(site.linear, "bias", None)
+            site.linear.beacon = BeaconProjection(weight, bias, attachment.state)
+            attachment.handles.append(site.linear.register_forward_hook(replace_beacon_rows))
+
+
+def _take_off(model: Any, attachment: Attachment) -> None:
+    model.__class__ = attachment.base_class
+    for handle in attachment.handles:
+        handle.remove()
+    for layer in attachment.site.layers:
+        vars(layer.attention).pop("beacon_state", None)
+        for site in layer.projections:
+            site.linear._modules.pop("beacon", None)
+    model._parameters.pop("beacon_embedding", None)
+    if attachment.own_forward is not None:
+        model.forward = attachment.own_forward
+    vars(model).pop("_beacon", None)
+    for parameter in attachment.frozen:
+        parameter.requires_grad_(True)
+
+
+def _first_embedding(model: PreTrainedModel) -> torch.Tensor:
+    """The embedding (M,) that beacons start from: that of the eos token, else of bos, else of token 0."""
+    config = model.config.get_text_config(decoder=True)
+    token = next((t for t in (config.eos_token_id, config.bos_token_id) if t is not None), 0)
+    token = token[0] if isinstance(token, (list, tuple)) else token
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        return embedding(torch.tensor([token], device=embedding.weight.device))[0].clone()
+
+
+def _check_chunk_fits(config: BeaconConfig, site: DecoderSite) -> None:
+    needed = config.chunk_size + config.num_beacons(config.ratios[-1])
+    if site.max_positions is not None and needed > site.max_positions:
+        raise ConfigError(
+            f"A chunk of {config.chunk_size} tokens with its beacons at ratio {config.ratios[-1]} takes {needed} positions; "
+            f"the base model has {site.max_positions}. Use a smaller chunk_size."
+        )
+
+
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in model.named_parameters():
+        if ".beacon." not in name and name != "beacon_embedding":
+            yield name, parameter
+
+
+@functools.cache
+def _beacon_class(base_class: type[PreTrainedModel]) -> type:
+    """The base's class with `BeaconModel` in front, under the same name: pipelines and configs go by it."""
+    signature = inspect.signature(BeaconModel.forward)
+    base_signature = inspect.signature(base_class.forward)
+    ours = signature.parameters["beacon_ratio"]
+    parameters = [p for p in base_signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return BeaconModel.forward(self, *args, **kwargs)
+
+    forward.__doc__ = BeaconModel.forward.__doc__
+    forward.__signature__ = base_signature.replace(parameters=[*parameters, ours, *rest])  # type: ignore[attr-defined]
+    members = {"__module__": base_class.__module__, "__doc__": base_class.__doc__, "forward": forward}
+    return type(base_class.__name__, (BeaconModel, base_class), members)
+
+
+# --- batches and losses ------------------------------------------------------------------------------------------------
+
+
+def _as_batch(texts: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids and mask of one list of ids, or of several of any length."""
+    if not len(texts):
+        raise InputError("The text is empty: there is no token to read. Give at least one.")
+    if isinstance(texts[0], int):
+        return torch.tensor([list(texts)], dtype=torch.long), None
+    if any(len(text) == 0 for text in texts):
+        raise InputError("A text of the batch is empty. Give each row at least one token.")
+    return left_padded(texts)
+
+
+def _runs(mask: torch.Tensor) -> tuple[list[int], list[int]]:
+    """First column and number of tokens of each row of a mask (B, N)."""
+    valid = mask.bool()
+    counts = valid.sum(dim=1)
+    starts = valid.int().argmax(dim=1)
+    columns = torch.arange(mask.shape[1], device=mask.device)[None]
+    run = (columns >= starts[:, None]) & (columns < (starts + counts)[:, None])
+    if not bool((counts > 0).all()):
+        raise InputError("attention_mask leaves a row without tokens. Give each row at least one.")
+    if not torch.equal(run, valid):
+        raise InputError("attention_mask has holes: each row must be one run of tokens, padded at its ends.")
+    return starts.tolist(), counts.tolist()
+
+
+def _note_read(cache: BeaconCache, new: NewTokens) -> None:
+    """Enter into an empty cache what the base has just read into it, rows aligned at the right."""
+    if len(set(new.counts)) > 1 or new.counts[0] < new.columns:
+        ends = [start + count for start, count in zip(new.starts, new.counts, strict=True)]
+        cut = functools.partial(take, rows=range(len(ends)), ends=ends, length=max(new.counts), dim=2)
+        cache.layers = [layer.map(cut) for layer in cache.layers]
+    cache.token_ids = new.right_aligned()
+    cache.rows = tuple(row.after_reading(count) for row, count in zip(cache.rows, new.counts, strict=True))
+
+
+def _targets(labels: torch.Tensor, new: NewTokens) -> torch.Tensor:
+    """Labels (B, N) with everything ignored that is padding, or first in its row with nothing before it."""
+    if labels.shape != new.ids.shape:
+        raise InputError(f"labels must be shaped like the ids {tuple(new.ids.shape)}; got {tuple(labels.shape)}.")
+    columns = torch.arange(new.columns, device=labels.device)[None]
+    first = torch.tensor(new.starts, device=labels.device)[:, None]
+    stop = first + torch.tensor(new.counts, device=labels.device)[:, None]
+    return labels.masked_fill((columns <= first) | (columns >= stop), IGNORED)
+
+
+def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Next-token losses (B, N - 1) in nats of logits (B, N, V), NaN where there is no target."""
+    targets = targets[:, 1:].to(logits.device)
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
+    )
+    return losses.masked_fill(targets == IGNORED, torch.nan)
+
+
+def _mean_loss(nll: torch.Tensor, num_items: Any) -> torch.Tensor:
+    """Mean over the targets, or over `num_items` where a trainer accumulates over several batches."""
+    total = nll.nansum()
+    return total / (nll.isfinite().sum() if num_items is None else num_items)
+
+
+def _kept(logits: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+
+
+def _refuse_packed(position_ids: torch.Tensor | None, new: NewTokens) -> None:
+    if position_ids is None:
+        return
+    for row, (start, count) in enumerate(zip(new.starts, new.counts, strict=True)):
+        steps = position_ids[min(row, position_ids.shape[0] - 1), ..., start : start + count].diff()
+        if steps.numel() and not bool((steps == 1).all()):
+            raise UnsupportedError("position_ids that do not count up (packed sequences) cannot be compressed. Leave them out.")
+
+
+@contextlib.contextmanager
+def _progress_bar(progress: bool | Progress) -> Iterator[Progress | None]:
+    if not isinstance(progress, bool):
+        yield progress
+    elif not progress:
+        yield None
+    else:
+        with tqdm(total=None, desc="compressing", unit="chunk") as bar:
+
+            def report(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            yield report

@@ -1,0 +1,219 @@
+"""The paper authors' checkpoints: import into an adapter, and export back.
+
+Theirs are whole models (Llama, Mistral, Qwen2) in one folder: `config.json` with `beacon_*` fields, and safetensors with
+`beacon_{q,k,v,o}_proj` and `beacon_embed_tokens` among the base's weights. Only tensors are read; no code of theirs.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from activation_beacon.config import BeaconConfig
+from activation_beacon.errors import FileFormatError, StorageError, UnsupportedModelError
+from activation_beacon.files import build_folder, reason, write_text
+from activation_beacon.fingerprint import fingerprint
+from activation_beacon.persistence import load_adapter_config, load_adapter_tensors, save_adapter
+
+FAMILIES = ("llama", "mistral", "qwen2")
+EMBEDDING = "model.beacon_embed_tokens.weight"
+PROJECTION = re.compile(r"model\.layers\.(\d+)\.self_attn\.beacon_([qkvo])_proj\.(weight|bias)")
+BASE_FOLDER = "base"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja")
+SAME_EVERYWHERE = {  # settings of theirs that have one value in all released checkpoints
+    "beacon_attn": "full-coverage",
+    "beacon_attend_prev": True,
+    "beacon_parallel_window": 1,
+}
+
+
+def import_official(source: str | Path, target: str | Path, *, with_base: bool = False) -> BeaconConfig:
+    """Make an adapter of a checkpoint of the authors'.
+
+    Args:
+        source: their folder.
+        target: a new folder for the adapter.
+        with_base: also write the base model under `target/base`, where `load(target)` finds it.
+
+    Returns:
+        The adapter's configuration.
+
+    Raises:
+        StorageError: if a folder or file is missing, or the target is in use.
+        FileFormatError: if a file is damaged or not what it should be.
+        UnsupportedModelError: for settings that no released checkpoint has, by name.
+    """
+    source = Path(source)
+    settings = _read_json(source / "config.json")
+    tensors = _read_tensors(source)
+    adapter = dict(_adapter_tensors(tensors))
+    base = {name: tensor for name, tensor in tensors.items() if "beacon" not in name and "rotary_emb" not in name}
+    config = _config_of(settings, adapter, base)
+
+    def write(folder: Path) -> None:
+        if with_base:
+            _write_base(folder / BASE_FOLDER, source, settings, base)
+        save_adapter(folder, config, adapter)
+
+    build_folder(source, target, write)
+    return config
+
+
+def export_official(adapter_folder: str | Path, base_folder: str | Path, target: str | Path) -> None:
+    """Write an adapter and its base model as one folder in the authors' layout.
+
+    Args:
+        adapter_folder: our adapter.
+        base_folder: the base model's folder, with `config.json` and safetensors.
+        target: a new folder.
+
+    Raises:
+        StorageError, FileFormatError: as in `import_official`.
+        UnsupportedModelError: if the authors' code has no such family or setting.
+    """
+    config, adapter = load_adapter_config(adapter_folder), load_adapter_tensors(adapter_folder)
+    settings = _read_json(Path(base_folder) / "config.json")
+    _check_family(settings)
+    if config.local_tokens:
+        raise UnsupportedModelError(f"The authors' code has no local_tokens; this adapter has {config.local_tokens}.")
+    base = _read_tensors(Path(base_folder))
+    settings |= _settings_of(config)
+    tensors = base | {_official_name(name): tensor for name, tensor in adapter.items()}
+    tensors[EMBEDDING] = adapter["embedding"][None].clone()
+
+    def write(folder: Path) -> None:
+        write_text(folder / "config.json", json.dumps(settings, indent=1) + "\n")
+        _copy_tokenizer(Path(base_folder), folder)
+        _write_tensors(folder, tensors)
+
+    build_folder(adapter_folder, target, write)
+
+
+def _config_of(
+    settings: Mapping[str, Any], adapter: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]
+) -> BeaconConfig:
+    _check_family(settings)
+    for name, expected in SAME_EVERYWHERE.items():
+        if settings.get(name, expected) != expected:
+            raise UnsupportedModelError(f"{name} must be {expected!r}, as in every released checkpoint; got {settings[name]!r}.")
+    window, stride = settings.get("beacon_window"), settings.get("beacon_stride")
+    if window is None:
+        raise FileFormatError("config.json has no beacon_window: this is not a checkpoint of the authors' beacon code.")
+    if stride not in (None, window):
+        raise UnsupportedModelError(f"beacon_stride ({stride}) must equal beacon_window ({window}).")
+    projections = tuple(settings.get("beacon_param", ("q", "k", "v")))
+    missing = [letter for letter in projections if f"layers.0.{letter}.weight" not in adapter]
+    if missing or "embedding" not in adapter:
+        raise FileFormatError(f"The checkpoint has no beacon weights for {', '.join(missing) or 'the embedding'}.")
+    tied = settings.get("tie_word_embeddings", False)
+    named = {name: tensor for name, tensor in base.items() if not (tied and name == "lm_head.weight")}
+    return BeaconConfig(
+        chunk_size=window,
+        ratios=tuple(ratio for ratio in _as_list(settings.get("beacon_ratio")) if ratio > 1),
+        projections=projections,
+        num_sinks=settings.get("beacon_sink_size", 0),
+        placement="append" if settings.get("beacon_pos") == "append" else "interleave",
+        base_model=BASE_FOLDER,
+        base_fingerprint=fingerprint(named.items()),
+        training={"origin": "imported from a checkpoint in the layout of the paper's authors"},
+    )
+
+
+def _as_list(ratio: Any) -> list[int]:
+    return list(ratio) if isinstance(ratio, (list, tuple)) else [ratio]
+
+
+def _settings_of(config: BeaconConfig) -> dict[str, Any]:
+    return SAME_EVERYWHERE | {
+        "beacon_window": config.chunk_size,
+        "beacon_stride": config.chunk_size,
+        "beacon_ratio": list(config.ratios),
+        "beacon_ratio_mix": "step-random",
+        "beacon_param": list(config.projections),
+        "beacon_embed_init": "eos",
+        "beacon_sink_size": config.num_sinks,
+        "beacon_pos": config.placement,
+    }
+
+
+def _check_family(settings: Mapping[str, Any]) -> None:
+    family = settings.get("model_type")
+    if family not in FAMILIES:
+        raise UnsupportedModelError(f"The authors' checkpoints are of {', '.join(FAMILIES)}; this one is of {family!r}.")
+
+
+def _adapter_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors.items():
+        if name == EMBEDDING:
+            yield "embedding", tensor[0].clone()
+        elif match := PROJECTION.fullmatch(name):
+            yield f"layers.{match[1]}.{match[2]}.{match[3]}", tensor
+        elif "beacon" in name:
+            raise FileFormatError(f"The tensor {name} is not part of a beacon checkpoint that is known.")
+
+
+def _official_name(name: str) -> str:
+    if name == "embedding":
+        return EMBEDDING
+    _, layer, letter, kind = name.split(".")
+    if len(letter) > 1:
+        raise UnsupportedModelError(f"The authors' code has no fused projection ({letter}).")
+    return f"model.layers.{layer}.self_attn.beacon_{letter}_proj.{kind}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {reason(error)}. Name a folder with config.json and safetensors.") from error
+    except ValueError as error:
+        raise FileFormatError(f"{path} is damaged: {reason(error)}.") from error
+    if not isinstance(values, dict):
+        raise FileFormatError(f"{path} must hold a JSON object; it holds {type(values).__name__}.")
+    return values
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise StorageError(f"{folder} has no *.safetensors. Convert its weights to safetensors first: nothing else is read.")
+    tensors: dict[str, torch.Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError) as error:
+            raise FileFormatError(f"{path} is damaged: {reason(error)}. Fetch it again.") from error
+    return tensors
+
+
+def _write_base(folder: Path, source: Path, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    folder.mkdir()
+    own = {name: value for name, value in settings.items() if not name.startswith("beacon_") and name != "auto_map"}
+    write_text(folder / "config.json", json.dumps(own, indent=1) + "\n")
+    _copy_tokenizer(source, folder)
+    _write_tensors(folder, tensors)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            (folder / name).write_bytes((source / name).read_bytes())
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    split = split_torch_state_dict_into_shards(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, filename_pattern="model{suffix}.safetensors"
+    )
+    for filename, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name].contiguous() for name in names}, folder / filename, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
+

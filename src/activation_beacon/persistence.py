@@ -1,0 +1,131 @@
+"""Adapters on disk: `beacon_config.json`, `beacon.safetensors` (or shards of it) and a model card."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import load_state_dict_from_file, split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from activation_beacon.config import BeaconConfig
+from activation_beacon.errors import ConfigError, FileFormatError, MismatchError, StorageError
+from activation_beacon.files import reason, whole_file, write_text
+
+CONFIG_FILE = "beacon_config.json"
+WEIGHTS_FILE = "beacon.safetensors"
+INDEX_FILE = "beacon.safetensors.index.json"
+CARD_FILE = "README.md"
+
+
+def save_adapter(
+    folder: str | Path, config: BeaconConfig, tensors: Mapping[str, torch.Tensor], *, max_shard_size: str | int = "5GB"
+) -> None:
+    """Write an adapter: config last, so that a folder with a config is complete.
+
+    Args:
+        folder: made if missing.
+        config: its settings.
+        tensors: by the names of `BeaconModel.beacon_parameters`.
+        max_shard_size: bytes from which the weights are split, as transformers counts ("5GB").
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be made: {reason(error)}. Choose another place.") from error
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    split = split_torch_state_dict_into_shards(
+        tensors, max_shard_size=max_shard_size, filename_pattern="beacon{suffix}.safetensors"
+    )
+    for filename, names in split.filename_to_tensors.items():
+        with whole_file(folder / filename) as temporary:
+            save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_text(folder / INDEX_FILE, json.dumps(index, indent=2))
+    if not (folder / CARD_FILE).exists():
+        write_text(folder / CARD_FILE, model_card(config))
+    write_text(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def model_card(config: BeaconConfig) -> str:
+    """A model card with what the configuration knows."""
+    base = config.base_model or "unknown"
+    hub_base = f"base_model: {base}\n" if "/" in base and not base.startswith((".", "/")) else ""
+    training = json.dumps(config.training, indent=2) if config.training else "**Untrained**: of no use before training."
+    return (
+        f"---\nlibrary_name: activation-beacon\n{hub_base}tags:\n- activation-beacon\n- long-context\n---\n\n"
+        f"# Activation Beacon adapter\n\nBase model: `{base}`. Chunks of {config.chunk_size} tokens, compression ratios "
+        f"{', '.join(map(str, config.ratios))}, {config.num_sinks} sinks, projections {', '.join(config.projections)}.\n\n"
+        f'```python\nfrom activation_beacon import load\n\nmodel, tokenizer = load("path-or-hub-id")\n```\n\n'
+        f"## Training\n\n{training}\n"
+    )
+
+
+def load_adapter_config(folder: str | Path) -> BeaconConfig:
+    """Read `beacon_config.json`.
+
+    Raises:
+        StorageError: if the folder has none.
+        FileFormatError: if it cannot be read as one.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return BeaconConfig.from_dict(values)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise StorageError(f"{folder} holds no adapter: {CONFIG_FILE} is missing. Name a folder that save_pretrained wrote.") from error
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {reason(error)}.") from error
+    except ConfigError as error:
+        raise FileFormatError(f"{path} is not a valid adapter configuration: {error}") from error
+    except (UnicodeDecodeError, ValueError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{path} is damaged: {reason(error)}. Fetch or save the adapter again.") from error
+
+
+def load_adapter_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Read an adapter's weights, from one file or several.
+
+    Raises:
+        StorageError: if a file is missing.
+        FileFormatError: if one is damaged.
+    """
+    folder = Path(folder)
+    try:
+        files = {WEIGHTS_FILE}
+        if (folder / INDEX_FILE).exists():
+            files = set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values())
+        tensors: dict[str, torch.Tensor] = {}
+        for name in sorted(files):
+            if not (folder / name).exists():
+                raise StorageError(f"{folder} holds no complete adapter: {name} is missing. Fetch or save it again.")
+            tensors |= load_state_dict_from_file(folder / name)
+        return tensors
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(f"The weights in {folder} are damaged: {reason(error)}. Fetch or save the adapter again.") from error
+
+
+@torch.no_grad()
+def fill_parameters(parameters: Iterable[tuple[str, torch.Tensor]], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy an adapter's tensors into a model's beacon parameters, in whatever dtype these are.
+
+    Raises:
+        MismatchError: if names or shapes differ; nothing is copied then.
+    """
+    wanted = dict(parameters)
+    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or extra:
+        named = ", ".join([*(f"-{name}" for name in missing), *(f"+{name}" for name in extra)][:4])
+        raise MismatchError(f"The adapter's tensors are not those of this base model and configuration ({named}, ...).")
+    for name, parameter in wanted.items():
+        if tensors[name].shape != parameter.shape:
+            raise MismatchError(
+                f"{name} must have the shape {tuple(parameter.shape)}; the adapter's has {tuple(tensors[name].shape)}."
+            )
+    for name, parameter in wanted.items():
+        parameter.copy_(tensors[name])

@@ -1,0 +1,390 @@
+"""What to read and what to keep, decided in integers: ratio policies, chunk layouts, reading plans.
+
+Knows nothing of torch. The semantics are those of section 3 of the paper: a text falls into chunks, a full chunk is read
+with one beacon after each unit of `ratio` raw tokens, and afterwards only the beacons are held.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from activation_beacon.config import BeaconConfig, Placement
+from activation_beacon.errors import CapacityError, RatioError
+
+Ratio = int | Sequence[int] | Literal["auto"]
+
+
+class Span(NamedTuple):
+    """Tokens `start..stop-1` of a text that deserve better: their chunks get at most `ratio`; None keeps them raw."""
+
+    start: int
+    stop: int
+    ratio: int | None
+
+
+class RawRun(NamedTuple):
+    """Tokens `start..stop-1` of a chunk, counted from the chunk's first, that are kept raw beside its beacons."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class RatioPolicy:
+    """How a text's chunks get their compression ratios.
+
+    Args:
+        ratio: one ratio for all chunks; one for each chunk of the text (the last goes on for what is decoded later); or
+            "auto", the smallest ratio of the adapter with which the text fits.
+        budget: cache entries that the text may hold at most; needs "auto".
+        spans: parts of the text that are kept raw or at a lower ratio.
+    """
+
+    ratio: int | tuple[int, ...] | Literal["auto"] = "auto"
+    budget: int | None = None
+    spans: tuple[Span, ...] = ()
+
+
+def as_policy(
+    config: BeaconConfig,
+    ratio: Ratio = "auto",
+    *,
+    budget: int | None = None,
+    spans: Sequence[Sequence[int | None]] = (),
+) -> RatioPolicy:
+    """Check what a caller asked for against the adapter.
+
+    Raises:
+        RatioError: if a ratio is not among the adapter's, the budget is too small to hold a chunk, or a span is empty.
+    """
+    if isinstance(ratio, str):
+        if ratio != "auto":
+            raise RatioError(f'ratio must be an int, a sequence of ints, or "auto"; got {ratio!r}.')
+        checked: int | tuple[int, ...] | Literal["auto"] = "auto"
+    elif hasattr(ratio, "__iter__"):
+        values = ratio.tolist() if hasattr(ratio, "tolist") else ratio
+        checked = tuple(check_ratio(config, value) for value in values)
+    else:
+        checked = check_ratio(config, ratio)
+    return RatioPolicy(checked, _check_budget(config, budget, checked), tuple(_check_span(config, s) for s in spans))
+
+
+def check_ratio(config: BeaconConfig, ratio: object) -> int:
+    """One of the adapter's ratios, as an int.
+
+    Raises:
+        RatioError: if it is something else; the message lists the adapter's ratios.
+    """
+    known = ", ".join(map(str, config.ratios))
+    if isinstance(ratio, bool) or not hasattr(ratio, "__index__"):
+        raise RatioError(f"A compression ratio is an int of at least 2 (raw tokens per beacon); got {ratio!r}. Use {known}.")
+    ratio = ratio.__index__()
+    if ratio < 2:
+        raise RatioError(f"A compression ratio is an int of at least 2 (raw tokens per beacon); got {ratio}. Use {known}.")
+    if ratio > config.chunk_size:
+        raise RatioError(f"ratio ({ratio}) must not exceed chunk_size ({config.chunk_size}). Use {known}.")
+    if config.chunk_size % ratio:
+        raise RatioError(f"ratio ({ratio}) must divide chunk_size ({config.chunk_size}). Use {known}.")
+    if ratio not in config.ratios:
+        raise RatioError(f"ratio ({ratio}) is not one that this adapter knows. Use {known}.")
+    return ratio
+
+
+def _check_budget(config: BeaconConfig, budget: int | None, ratio: object) -> int | None:
+    if budget is None:
+        return None
+    if ratio != "auto":
+        raise RatioError(f'A budget ({budget}) chooses the ratio by itself and needs ratio="auto"; got {ratio!r}.')
+    least = config.num_sinks + config.chunk_size + config.local_tokens + config.num_beacons(config.ratios[-1])
+    if not isinstance(budget, int) or budget < least:
+        raise RatioError(
+            f"budget ({budget!r}) must be an int of at least {least} cache entries: sinks, one raw chunk and its beacons."
+        )
+    return budget
+
+
+def _check_span(config: BeaconConfig, span: Sequence[int | None]) -> Span:
+    if len(span) != 3:
+        raise RatioError(f"A span is (start, stop, ratio), with None for ratio to keep it raw; got {tuple(span)!r}.")
+    start, stop, ratio = span
+    if not isinstance(start, int) or not isinstance(stop, int) or not 0 <= start < stop:
+        raise RatioError(f"A span needs 0 <= start < stop, counted in tokens of the text; got {start!r}, {stop!r}.")
+    return Span(start, stop, None if ratio is None else check_ratio(config, ratio))
+
+
+# --- one chunk -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """Where a chunk's raw tokens and beacons stand in the pass that reads it, and what is kept of it.
+
+    Slots count from the chunk's first; positions of the held entries count from the memory's end, so that slot and target
+    share an origin and a key is moved by `shifts`.
+    """
+
+    ratio: int
+    num_slots: int
+    raw_slots: tuple[int, ...]  # slot of each raw token
+    beacon_slots: tuple[int, ...]  # slot of each beacon
+    kept_slots: tuple[int, ...]  # sinks first (chunk 1 only), then beacons and raw runs in the order of the text
+    num_sinks: int
+    num_beacons: int  # beacons among the kept
+    num_raw: int  # tokens of raw runs among the kept
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        """For each kept entry, the position it is moved to less the one it was read at."""
+        return tuple(target - slot for target, slot in enumerate(self.kept_slots))
+
+
+@functools.lru_cache(maxsize=1024)
+def chunk_layout(
+    chunk_size: int, ratio: int, placement: Placement, num_sinks: int = 0, raw_runs: tuple[RawRun, ...] = ()
+) -> ChunkLayout:
+    """Lay out one chunk (section 3.1: interleaved; "append" is the paper's ablation)."""
+    units = chunk_size // ratio
+    if placement == "append":
+        raw_slots = tuple(range(chunk_size))
+        beacon_slots = tuple(range(chunk_size, chunk_size + units))
+    else:
+        raw_slots = tuple(token + token // ratio for token in range(chunk_size))
+        beacon_slots = tuple(unit * (ratio + 1) + ratio for unit in range(units))
+    raw_tokens = {token for run in raw_runs for token in range(run.start, run.stop)}
+    beacons = [
+        slot for unit, slot in enumerate(beacon_slots) if not raw_tokens.issuperset(range(unit * ratio, (unit + 1) * ratio))
+    ]
+    kept_raw = [raw_slots[token] for token in sorted(raw_tokens) if token >= num_sinks]
+    return ChunkLayout(
+        ratio=ratio,
+        num_slots=chunk_size + units,
+        raw_slots=raw_slots,
+        beacon_slots=beacon_slots,
+        kept_slots=(*raw_slots[:num_sinks], *sorted(beacons + kept_raw)),
+        num_sinks=num_sinks,
+        num_beacons=len(beacons),
+        num_raw=len(kept_raw),
+    )
+
+
+# --- one text --------------------------------------------------------------------------------------------------------
+
+
+class ClosedChunk(NamedTuple):
+    """What a closed chunk left behind."""
+
+    ratio: int
+    num_beacons: int
+    num_raw: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text as far as it has been read: what its cache holds, in numbers. Part of a batch's row, hence the name."""
+
+    chunk_size: int
+    tokens_seen: int = 0
+    num_sinks: int = 0
+    chunks: tuple[ClosedChunk, ...] = ()
+
+    @functools.cached_property
+    def num_beacons(self) -> int:
+        """Beacons held."""
+        return sum(chunk.num_beacons for chunk in self.chunks)
+
+    @functools.cached_property
+    def memory_length(self) -> int:
+        """Entries before the tail: sinks, beacons, and tokens kept raw among them."""
+        return self.num_sinks + sum(chunk.num_beacons + chunk.num_raw for chunk in self.chunks)
+
+    @property
+    def tail_length(self) -> int:
+        """Raw tokens after the last closed chunk."""
+        return self.tokens_seen - len(self.chunks) * self.chunk_size
+
+    @property
+    def cache_length(self) -> int:
+        """Entries held now; also the position of the next token."""
+        return self.memory_length + self.tail_length
+
+    def after_closing(self, layout: ChunkLayout) -> "Row":
+        """The row once its next chunk has been closed and what stood after it is unread."""
+        chunk = ClosedChunk(layout.ratio, layout.num_beacons, layout.num_raw)
+        chunks = (*self.chunks, chunk)
+        return Row(self.chunk_size, len(chunks) * self.chunk_size, self.num_sinks + layout.num_sinks, chunks)
+
+    def after_reading(self, num_tokens: int) -> "Row":
+        """The row once `num_tokens` more have been read raw."""
+        return Row(self.chunk_size, self.tokens_seen + num_tokens, self.num_sinks, self.chunks)
+
+
+@dataclass(frozen=True)
+class RowReading:
+    """How one text is read on: start anew or not, chunks to close in order, and then the tail from `raw_start`."""
+
+    restart: bool
+    closings: tuple[ChunkLayout, ...]
+    raw_start: int
+    stop: int
+
+
+class TextPlanner:
+    """Plans the reading of texts under one configuration and policy.
+
+    Args:
+        config: the adapter's settings.
+        policy: the ratios asked for.
+        max_positions: positions of the base model; None where it has no limit.
+    """
+
+    def __init__(self, config: BeaconConfig, policy: RatioPolicy, max_positions: int | None) -> None:
+        self.config = config
+        self.policy = policy
+        self.max_positions = max_positions
+
+    def num_closed(self, num_tokens: int) -> int:
+        """Chunks that are closed once `num_tokens` have been read (lazily: the last full chunk stays raw)."""
+        return max(0, (num_tokens - 1 - self.config.local_tokens) // self.config.chunk_size)
+
+    def plan(self, row: Row, num_new: int) -> RowReading:
+        """Plan the reading of `num_new` more tokens.
+
+        Raises:
+            RatioError: if the policy names fewer ratios than chunks have to be closed.
+            CapacityError: if the cache would need more positions than the base model has.
+        """
+        stop = row.tokens_seen + num_new
+        num_closed = self.num_closed(stop) if num_new else len(row.chunks)
+        if num_closed == len(row.chunks):
+            self._check_tail(row.memory_length + row.tail_length + num_new, stop)
+            return RowReading(False, (), row.tokens_seen, stop)
+        layouts = self.layouts(stop)
+        held = [layout.ratio for layout in layouts[: len(row.chunks)]]
+        restart = self.policy.ratio == "auto" and held != [chunk.ratio for chunk in row.chunks]
+        done = 0 if restart else len(row.chunks)
+        self._check_closings(Row(row.chunk_size) if restart else row, layouts[done:], stop)
+        return RowReading(restart, tuple(layouts[done:]), num_closed * self.config.chunk_size, stop)
+
+    def layouts(self, num_tokens: int) -> list[ChunkLayout]:
+        """The layout of every chunk that is closed once `num_tokens` have been read."""
+        num_closed = self.num_closed(num_tokens)
+        ratio = self.policy.ratio
+        if ratio == "auto":
+            return self._layouts_that_fit(num_closed, num_tokens)
+        if isinstance(ratio, tuple):
+            if num_closed and not ratio:
+                raise RatioError(f"ratio names no chunk, but the text of {num_tokens} tokens closes {num_closed}.")
+            ratios: list[int] = [ratio[min(index, len(ratio) - 1)] for index in range(num_closed)]
+        else:
+            ratios = [ratio] * num_closed
+        return [self._layout(index, chunk_ratio) for index, chunk_ratio in enumerate(ratios)]
+
+    def check_names_every_chunk(self, num_tokens: int) -> None:
+        """Refuse a sequence of ratios that is shorter than the chunks that a text of `num_tokens` closes.
+
+        Raises:
+            RatioError: with both numbers.
+        """
+        needed, ratio = self.num_closed(num_tokens), self.policy.ratio
+        if isinstance(ratio, tuple) and len(ratio) < needed:
+            raise RatioError(
+                f"ratio names {len(ratio)} chunks, but the text of {num_tokens} tokens closes {needed}. "
+                "Give one ratio for each chunk of the whole text, or one int for all."
+            )
+
+    def _layouts_that_fit(self, num_closed: int, num_tokens: int) -> list[ChunkLayout]:
+        for ratio in self.config.ratios:
+            layouts = [self._layout(index, ratio) for index in range(num_closed)]
+            if self._fits(layouts):
+                return layouts
+        ratio = self.config.ratios[-1]
+        raise CapacityError(
+            f"A text of {num_tokens} tokens needs {self._entries(layouts)} cache entries at ratio {ratio}, the largest that "
+            f"this adapter knows; {self._limit_text()}. Read at most {self._longest_text(ratio)} tokens."
+        )
+
+    def _fits(self, layouts: Sequence[ChunkLayout]) -> bool:
+        budget_ok = self.policy.budget is None or self._entries(layouts) <= self.policy.budget
+        return budget_ok and (self.max_positions is None or self._positions(layouts) <= self.max_positions)
+
+    def _entries(self, layouts: Sequence[ChunkLayout]) -> int:
+        """Entries held at most, with the tail at its longest."""
+        return sum(len(layout.kept_slots) for layout in layouts) + self.config.chunk_size + self.config.local_tokens
+
+    def _positions(self, layouts: Sequence[ChunkLayout]) -> int:
+        """Positions used at most: by the tail at its longest, or by the pass that closes the last chunk."""
+        if not layouts:
+            return self.config.chunk_size + self.config.local_tokens
+        before_last = sum(len(layout.kept_slots) for layout in layouts[:-1])
+        return max(self._entries(layouts), before_last + layouts[-1].num_slots)
+
+    def _layout(self, index: int, ratio: int) -> ChunkLayout:
+        start, size = index * self.config.chunk_size, self.config.chunk_size
+        runs = []
+        for span in self.policy.spans:
+            begin, end = max(span.start - start, 0), min(span.stop - start, size)
+            if begin < end and span.ratio is None:
+                runs.append(RawRun(begin, end))
+            elif begin < end and span.ratio is not None:
+                ratio = min(ratio, span.ratio)
+        num_sinks = self.config.num_sinks if index == 0 else 0
+        return chunk_layout(size, ratio, self.config.placement, num_sinks, tuple(runs))
+
+    def _check_closings(self, row: Row, layouts: Sequence[ChunkLayout], stop: int) -> None:
+        if self.max_positions is None:
+            return
+        for layout in layouts:
+            if row.memory_length + layout.num_slots > self.max_positions:
+                raise self._too_long(row.memory_length + layout.num_slots, stop)
+            row = row.after_closing(layout)
+        self._check_tail(row.memory_length + stop - row.tokens_seen, stop)
+
+    def _check_tail(self, num_positions: int, num_tokens: int) -> None:
+        if self.max_positions is not None and num_positions > self.max_positions:
+            raise self._too_long(num_positions, num_tokens)
+
+    def _too_long(self, num_positions: int, num_tokens: int) -> CapacityError:
+        text = f"A text of {num_tokens} tokens needs {num_positions} positions at ratio {self._ratio_text()}"
+        num_closed = self.num_closed(num_tokens)
+        for ratio in self.config.ratios:
+            if self._fits([self._layout(index, ratio) for index in range(num_closed)]):
+                return CapacityError(f"{text}; {self._limit_text()}. Use ratio {ratio}.")
+        longest = self._longest_text(self.config.ratios[-1])
+        return CapacityError(f"{text}; {self._limit_text()}. No ratio fits: read at most {longest} tokens at the largest.")
+
+    def _ratio_text(self) -> str:
+        ratio = self.policy.ratio
+        return ",".join(map(str, ratio)) if isinstance(ratio, tuple) else str(ratio)
+
+    def _limit_text(self) -> str:
+        if self.policy.budget is not None and (self.max_positions is None or self.policy.budget <= self.max_positions):
+            return f"the budget is {self.policy.budget}"
+        return f"the base model has {self.max_positions}"
+
+    def _longest_text(self, ratio: int) -> int:
+        layouts: list[ChunkLayout] = []
+        for index in itertools.count():
+            layouts.append(self._layout(index, ratio))
+            if not self._fits(layouts):
+                return (index + 1) * self.config.chunk_size + self.config.local_tokens
+        raise AssertionError("unreachable: a limit exists where this is asked")
+
+
+# --- a batch ---------------------------------------------------------------------------------------------------------
+
+
+def closing_rounds(readings: Sequence[RowReading]) -> Iterator[tuple[tuple[int, ...], ChunkLayout]]:
+    """Order the chunks of a batch into passes: each row's chunks in turn, rows of one layout together.
+
+    Yields:
+        The rows of a pass and the layout that they share.
+    """
+    for number in range(max((len(reading.closings) for reading in readings), default=0)):
+        groups: dict[ChunkLayout, list[int]] = {}
+        for row, reading in enumerate(readings):
+            if number < len(reading.closings):
+                groups.setdefault(reading.closings[number], []).append(row)
+        for layout, rows in groups.items():
+            yield tuple(rows), layout

@@ -1,0 +1,71 @@
+"""Beacon projections: a side branch on a projection of the base model, for the beacon rows of a pass only.
+
+The branch hangs on the base's own linear layer as a child module (`q_proj.beacon`) and a forward hook, so that the base's
+state-dict keys stay as they are. Which slots are beacons comes in as the keyword argument `beacon_slots`, which the base
+hands down to its attention modules; a hook there takes it off and leaves it where the projections of the same thread find
+it. Nothing outlives a call, and recomputation under gradient checkpointing passes the same arguments again.
+"""
+
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+# B batch · T slots in this pass · n beacons in this pass · M input features · N output features
+
+
+class PassState(threading.local):
+    """What the layers of one model must know about the pass in progress, for each thread its own.
+
+    `beacon_slots` (n,) are the slots of the pass that hold beacons, or None; `is_disabled` turns the beacons off.
+    """
+
+    def __init__(self) -> None:
+        self.beacon_slots: torch.Tensor | None = None
+        self.is_disabled = False
+
+    def __reduce__(self) -> tuple[type["PassState"], tuple[()]]:
+        return (PassState, ())  # a copied or pickled model starts with a state of its own
+
+
+class BeaconProjection(nn.Module):
+    """The beacons' own copy of one projection: `y = x W^T + b` (section 3.1: W_Q, W_K, W_V of the beacon).
+
+    Args:
+        weight: (N, M), copied.
+        bias: (N,) or None, copied.
+        state: shared by all projections of a model.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, state: PassState) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.state = state
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Project beacon rows (B, n, M) to (B, n, N)."""
+        return nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+
+
+def replace_beacon_rows(linear: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+    """Forward hook of a base projection: the beacon rows of `output` (B, T, N) become those of `linear.beacon`."""
+    beacon: BeaconProjection = linear.beacon  # type: ignore[assignment]
+    slots = beacon.state.beacon_slots
+    if slots is None:
+        return None
+    rows = beacon(args[0].index_select(1, slots))
+    return output.index_copy(1, slots, rows.to(output.dtype))
+
+
+def take_beacon_slots(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Forward pre-hook of an attention module: takes `beacon_slots` off its arguments, for its projections to find."""
+    state: PassState = attention.beacon_state  # type: ignore[assignment]
+    state.beacon_slots = kwargs.pop("beacon_slots", None)
+    return args, kwargs
+
+
+def forget_beacon_slots(attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of an attention module, called also after an error: leaves nothing behind."""
+    attention.beacon_state.beacon_slots = None  # type: ignore[union-attr, assignment]

@@ -1,0 +1,69 @@
+"""Where a document and a question meet: the document opens a user's message, the question closes it.
+
+So that a context can be compressed before the question is known, a chat template is cut where the document ends. Works
+with any tokenizer; one without a chat template gets a plain "Question: ... Answer:".
+"""
+
+from typing import Any
+
+from activation_beacon.errors import InputError
+
+DOCUMENT, QUESTION, ANSWER = "[[the-document]]", "[[the-question]]", "[[the-answer]]"
+GAP = "\n\n"
+
+
+class ChatPrompt:
+    """Cuts a tokenizer's chat template into what comes before, between and after document, questions and answers.
+
+    Args:
+        tokenizer: of the base model.
+        system: a system message; None leaves it to the template.
+    """
+
+    def __init__(self, tokenizer: Any, *, system: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        if not self.has_template:
+            self._before, self._close, self._next = "", "\nAnswer:", f"{GAP}Question: "
+            return
+        first = {"role": "user", "content": DOCUMENT + QUESTION}
+        opening = [{"role": "system", "content": system}] if system else []
+        messages = [*opening, first, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": QUESTION}]
+        start = self._render([*opening, first])
+        whole = self._render(messages)
+        self._before = _between(start, None, DOCUMENT)
+        self._close = _between(start, QUESTION, None)
+        self._next = _between(whole, ANSWER, QUESTION)
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def opening(self, document: str) -> list[int]:
+        """Ids of the message as far as the document goes: what is compressed."""
+        return self._ids(self._before + document, special=not self.has_template)
+
+    def question(self, text: str) -> list[int]:
+        """Ids that close the message that `opening` began, and open the answer."""
+        label = "" if self.has_template else "Question: "
+        return self._ids(f"{GAP}{label}{text}{self._close}")
+
+    def message(self, text: str) -> list[int]:
+        """Ids of a whole first message, without a document, and of the opening of its answer."""
+        label = "" if self.has_template else "Question: "
+        return self._ids(f"{self._before}{label}{text}{self._close}", special=not self.has_template)
+
+    def follow_up(self, text: str) -> list[int]:
+        """Ids that end an answer, ask on, and open the next answer."""
+        return self._ids(self._next + text + self._close)
+
+    def _ids(self, text: str, *, special: bool = False) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+
+def _between(text: str, left: str | None, right: str | None) -> str:
+    for mark in (left, right):
+        if mark is not None and mark not in text:
+            raise InputError(f"The tokenizer's chat template drops or changes the message's text ({mark} is not in it).")
+    start = 0 if left is None else text.rindex(left) + len(left) if right is None else text.index(left) + len(left)
+    stop = len(text) if right is None else text.index(right, start)
+    return text[start:stop]
