@@ -83,7 +83,9 @@ def find_decoder(model: PreTrainedModel, projections: Sequence[str]) -> DecoderS
         raise _unsupported(model, "its decoder has no list of layers called `layers`")
     rotary = getattr(decoder, "rotary_emb", None)
     if rotary is None:
-        raise _unsupported(model, "it has no rotary position embedding (`rotary_emb`), so that stored keys cannot be moved")
+        raise _unsupported(
+            model, "it has no rotary position embedding (`rotary_emb`), so that stored keys cannot be moved"
+        )
     sites = tuple(
         _layer_site(model, config, layer, index, rotary, projections)
         for index, layer in enumerate(layers[: config.num_hidden_layers])
@@ -107,7 +109,9 @@ def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, distance: int 
         moved = key if rope is None else rope.move(key, rope.rotation((distance,), key.device))
         error = (moved - expected).norm() / expected.norm()
         if not error <= tolerance:
-            raise _unsupported(model, f"moving the keys of layer {index} by rotation misses its own keys by {error:.0%}")
+            raise _unsupported(
+                model, f"moving the keys of layer {index} by rotation misses its own keys by {error:.0%}"
+            )
 
 
 @torch.no_grad()
@@ -162,7 +166,9 @@ def _layer_site(
     sites = tuple(_projection_sites(attention, projections))
     found = "".join(site.name for site in sites)
     if missing := [name for name in projections if name not in found]:
-        raise _unsupported(model, f"layer {index} has no projection {', '.join(missing)} of its own that could be replaced")
+        raise _unsupported(
+            model, f"layer {index} has no projection {', '.join(missing)} of its own that could be replaced"
+        )
     return LayerSite(attention, sites, _layer_rope(model, config, attention, index, rotary))
 
 
@@ -171,10 +177,13 @@ def _projection_sites(attention: nn.Module, projections: Sequence[str]) -> Itera
     if fused is not None and set("qkv") <= set(projections):
         yield ProjectionSite("qkv", getattr(attention, fused))
     for name in ("q", "k", "v"):
-        if name in projections and _is_linear(linear := getattr(attention, f"{name}_proj", None)):
+        linear = getattr(attention, f"{name}_proj", None)
+        if name in projections and linear is not None and _is_linear(linear):
             yield ProjectionSite(name, linear)
     if "o" in projections:
-        output = next((getattr(attention, name) for name in OUTPUT_NAMES if _is_linear(getattr(attention, name, None))), None)
+        output = next(
+            (getattr(attention, name) for name in OUTPUT_NAMES if _is_linear(getattr(attention, name, None))), None
+        )
         if output is not None:
             yield ProjectionSite("o", output)
 
@@ -225,11 +234,15 @@ def _refuse_known_obstacles(model: PreTrainedModel, config: Any) -> None:
         raise _unsupported(model, "multi-head latent attention keeps no keys that could be compressed one by one")
     layer_types = set(getattr(config, "layer_types", None) or ())
     if strange := sorted(layer_types - {"full_attention", "sliding_attention"}):
-        raise _unsupported(model, f"its layers are of type {', '.join(strange)}, which keep no keys and values for every token")
+        raise _unsupported(
+            model, f"its layers are of type {', '.join(strange)}, which keep no keys and values for every token"
+        )
     if getattr(model, "_is_stateful", False):
         raise _unsupported(model, "it is recurrent (linear attention or state space), with no cache of keys and values")
     if "dynamic" in _rope_types(config):
-        raise _unsupported(model, "dynamic NTK scaling changes its frequencies with the length, so that keys cannot be moved")
+        raise _unsupported(
+            model, "dynamic NTK scaling changes its frequencies with the length, so that keys cannot be moved"
+        )
     if "mrope_section" in _rope_settings(config):
         raise _unsupported(model, "its positions have several axes (mrope)")
     if getattr(config, "num_kv_shared_layers", 0):

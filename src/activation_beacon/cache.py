@@ -15,8 +15,15 @@ import torch
 from transformers.cache_utils import Cache
 
 from activation_beacon.config import BeaconConfig
-from activation_beacon.entries import BeaconLayer, Quantized, merge
-from activation_beacon.errors import BeaconError, FileFormatError, InputError, MismatchError, RatioError, UnsupportedError
+from activation_beacon.entries import BeaconLayer, merge
+from activation_beacon.errors import (
+    BeaconError,
+    FileFormatError,
+    InputError,
+    MismatchError,
+    RatioError,
+    UnsupportedError,
+)
 from activation_beacon.files import read_context_file, reason, write_context_file
 from activation_beacon.plan import ClosedChunk, RatioPolicy, Row, Span
 
@@ -50,7 +57,8 @@ class BeaconCache(Cache):
         adapter_fingerprint: str = "",
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(layers=[BeaconLayer() for _ in range(num_layers)])
+        super().__init__(layers=[])
+        self.layers: list[BeaconLayer] = [BeaconLayer() for _ in range(num_layers)]
         self.config = config
         self.policy = policy or RatioPolicy()
         self.rows: tuple[Row, ...] = (Row(config.chunk_size),) * batch_size
@@ -191,7 +199,7 @@ class BeaconCache(Cache):
         """Drop the slots from `num_slots` on, as after a pass that failed."""
         for layer in self.layers:
             length = num_slots - layer.stored_length
-            if layer.keys is not None and layer.keys.dim() == 4:
+            if layer.keys is not None and layer.values is not None and layer.keys.dim() == 4:
                 layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
     # --- the caller's side ---
@@ -255,7 +263,9 @@ class BeaconCache(Cache):
         stacked = first._like(rows, _stacked([context.token_ids for context in contexts], dim=1))
         dense = [[layer.dense() for layer in context.layers] for context in contexts]
         stacked.layers = [
-            BeaconLayer.of(_stacked([part.keys for part in parts], dim=2), _stacked([part.values for part in parts], dim=2))
+            BeaconLayer.of(
+                _stacked([part.keys for part in parts], dim=2), _stacked([part.values for part in parts], dim=2)
+            )
             for parts in zip(*dense, strict=True)
         ]
         return stacked
@@ -371,7 +381,9 @@ class BeaconCache(Cache):
             raise FileFormatError(f"layers hold {sorted(lengths)} entries where {self.num_slots} are due")
         longest = max(row.tokens_seen for row in self.rows)
         if self.token_ids.shape != (self.batch_size, longest):
-            raise FileFormatError(f"{tuple(self.token_ids.shape)} ids are held where {(self.batch_size, longest)} are due")
+            raise FileFormatError(
+                f"{tuple(self.token_ids.shape)} ids are held where {(self.batch_size, longest)} are due"
+            )
 
     # --- the forward's side ---
 

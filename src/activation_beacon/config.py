@@ -1,6 +1,7 @@
 """The settings of an adapter: what was decided when it was trained. Knows nothing of torch."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -58,6 +59,14 @@ class BeaconConfig:
                 f"num_sinks ({self.num_sinks}) must not exceed chunk_size ({self.chunk_size}). Use fewer sinks."
             )
         self._check_ratios_divide()
+        self._check_origin()
+
+    def _check_origin(self) -> None:
+        for name in ("base_model", "base_revision", "base_fingerprint"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ConfigError(f"{name} must be a string or None; got {value!r}.")
+        if not isinstance(self.training, dict | None):
+            raise ConfigError(f"training must be a dictionary or None; got {self.training!r}.")
 
     def _check_ratios_divide(self) -> None:
         for ratio in self.ratios:
@@ -66,10 +75,12 @@ class BeaconConfig:
                     f"ratio ({ratio}) must not exceed chunk_size ({self.chunk_size}). Use smaller ratios or a larger chunk."
                 )
             if self.chunk_size % ratio:
-                below = self.chunk_size // ratio * ratio
+                multiple = math.lcm(*self.ratios)
+                below = self.chunk_size // multiple * multiple
+                ways = f"{below} or {below + multiple}" if below else f"{multiple}"
                 raise ConfigError(
                     f"chunk_size ({self.chunk_size}) must be divisible by every ratio; {ratio} does not divide it. "
-                    f"Use {below} or {below + ratio}."
+                    f"Use {ways}."
                 )
 
     @property
@@ -110,17 +121,20 @@ def _check_int(name: str, value: object, *, least: int) -> None:
 
 
 def _as_ratios(ratios: int | Sequence[int]) -> tuple[int, ...]:
-    ratios = (ratios,) if isinstance(ratios, int) else tuple(ratios)
+    ratios = tuple(ratios) if hasattr(ratios, "__iter__") else (ratios,)
     if not ratios:
         raise ConfigError("ratios must name at least one compression ratio, such as (2, 4, 8, 16, 32); got none.")
     for ratio in ratios:
         if not isinstance(ratio, int) or isinstance(ratio, bool) or ratio < 2:
-            raise ConfigError(f"A compression ratio must be an int of at least 2 (raw tokens per beacon); got {ratio!r}.")
+            raise ConfigError(
+                f"A compression ratio must be an int of at least 2 (raw tokens per beacon); got {ratio!r}."
+            )
     return tuple(sorted(set(ratios)))
 
 
 def _as_projections(projections: Sequence[str]) -> tuple[str, ...]:
-    chosen = tuple(name for name in PROJECTIONS if name in tuple(projections))
-    if not chosen or len(chosen) != len(tuple(projections)):
-        raise ConfigError(f"projections must be some of {', '.join(PROJECTIONS)}, each once; got {tuple(projections)!r}.")
+    named = tuple(projections) if hasattr(projections, "__iter__") else (projections,)
+    chosen = tuple(name for name in PROJECTIONS if name in named)
+    if not chosen or len(chosen) != len(named):
+        raise ConfigError(f"projections must be some of {', '.join(PROJECTIONS)}, each once; got {named!r}.")
     return chosen

@@ -26,9 +26,9 @@ def take(tensor: torch.Tensor, rows: Sequence[int], ends: Sequence[int], length:
         chosen = tensor if whole else tensor[list(rows)]
         return chosen.narrow(dim, ends[0] - length, length)
     if tensor.shape[dim] == 0:  # nothing but padding to take
-        shape = list(tensor.shape)
-        shape[0], shape[dim] = len(rows), length
-        return tensor.new_zeros(shape)
+        empty = list(tensor.shape)
+        empty[0], empty[dim] = len(rows), length
+        return tensor.new_zeros(empty)
     index = torch.tensor(ends, device=tensor.device)[:, None] + torch.arange(-length, 0, device=tensor.device)
     index = index.clamp(min=0)
     if dim == 1:
@@ -111,7 +111,8 @@ class Quantized:
     def joined(self, other: "Quantized") -> "Quantized":
         """`other` appended along the slots."""
         parts = zip((self.codes, self.scale, self.least), (other.codes, other.scale, other.least), strict=True)
-        return Quantized(*(torch.cat(pair, dim=2) for pair in parts), self.bits, self.dtype)
+        codes, scale, least = (torch.cat(pair, dim=2) for pair in parts)
+        return Quantized(codes, scale, least, self.bits, self.dtype)
 
 
 class BeaconLayer(DynamicLayer):
@@ -151,7 +152,8 @@ class BeaconLayer(DynamicLayer):
 
     def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all slots (B, K, S, D), dense."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None, "an empty layer has no entries"
+        assert self.values is not None
         if self.stored is None:
             return self.keys, self.values
         keys, values = self.stored
@@ -205,11 +207,12 @@ class BeaconLayer(DynamicLayer):
         keys, values = tensors["keys"], tensors["values"]
         if bits is None:
             return cls.of(keys, values)
-        parts = [
-            Quantized(*(tensors[f"{what}.{name}"] for name in ("codes", "scale", "least")), bits, keys.dtype)
-            for what in ("keys", "values")
-        ]
-        return cls.of(keys, values, (parts[0], parts[1]))
+
+        def part(what: str) -> Quantized:
+            codes, scale, least = (tensors[f"{what}.{name}"] for name in ("codes", "scale", "least"))
+            return Quantized(codes, scale, least, bits, keys.dtype)
+
+        return cls.of(keys, values, (part("keys"), part("values")))
 
     @property
     def num_bytes(self) -> int:

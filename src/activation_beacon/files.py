@@ -19,6 +19,7 @@ from activation_beacon.errors import BeaconError, FileFormatError, StorageError
 CONTEXT_FORMAT = "activation-beacon context"
 CONTEXT_VERSION = 1
 
+
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not.
@@ -33,14 +34,16 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        with open(temporary, "rb") as written:
+        with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
     except BeaconError:
         raise
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path} cannot be written: {reason(error)}. Nothing was changed; free space or choose another place.") from error
+        raise StorageError(
+            f"{path} cannot be written: {reason(error)}. Nothing was changed; free space or choose another place."
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -53,6 +56,7 @@ def _umask() -> int:
 
 
 def reason(error: Exception) -> str:
+    """One line of what an error says."""
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
@@ -79,7 +83,9 @@ def build_folder(source: str | Path, target: str | Path, write: Callable[[Path],
     """
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StorageError(f"{target} exists already and is not empty. Choose another folder for what comes of {source}.")
+        raise StorageError(
+            f"{target} exists already and is not empty. Choose another folder for what comes of {source}."
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -87,14 +93,16 @@ def build_folder(source: str | Path, target: str | Path, write: Callable[[Path],
         raise StorageError(f"{target} cannot be made: {reason(error)}. Choose another place.") from error
     try:
         write(aside)
-        os.chmod(aside, 0o777 & ~_umask())
+        aside.chmod(0o777 & ~_umask())
         if target.exists():
             target.rmdir()
-        os.replace(aside, target)
+        aside.replace(target)
     except BeaconError:
         raise
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"{target} cannot be written: {reason(error)}. Free space or choose another place.") from error
+        raise StorageError(
+            f"{target} cannot be written: {reason(error)}. Free space or choose another place."
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -130,7 +138,9 @@ def read_context_file(path: str | Path) -> tuple[dict[str, Any], dict[str, torch
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != CONTEXT_FORMAT:
-                raise FileFormatError(f"{path} is a safetensors file but not a compressed context. Name a *.beacon file.")
+                raise FileFormatError(
+                    f"{path} is a safetensors file but not a compressed context. Name a *.beacon file."
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise FileFormatError(
@@ -155,5 +165,6 @@ def _digest(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            octets: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+            digest.update(octets)
     return digest.hexdigest()

@@ -26,7 +26,9 @@ Progress = Callable[[int, int], None]
 class BaseModel(Protocol):
     """What reading needs of an attached model."""
 
-    beacon_embedding: torch.Tensor  # (M,)
+    @property
+    def beacon_embedding(self) -> torch.Tensor:
+        """The input (M,) of every beacon."""
 
     def base_forward(self, **kwargs: Any) -> Any:
         """The base's own forward, with its language modelling head."""

@@ -6,7 +6,7 @@ Two semi-private methods of transformers are overridden, `_prefill` and `prepare
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
@@ -14,6 +14,11 @@ from transformers import GenerationConfig
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import InputError, UnsupportedError
 from activation_beacon.plan import Ratio, TextPlanner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as Host
+else:
+    Host = object  # the base's own class comes after the mixin
 
 REFUSED_OPTIONS = {
     "assistant_model": "assisted decoding takes back tokens that may be in closed chunks",
@@ -26,7 +31,7 @@ REFUSED_OPTIONS = {
 }
 
 
-class BeaconGeneration:
+class BeaconGeneration(Host):
     """The part of an attached model that `generate` uses; mixed in before the base's class."""
 
     def generate(
@@ -58,7 +63,9 @@ class BeaconGeneration:
         """
         if self._beacon.state.is_disabled:
             if context is not None:
-                raise UnsupportedError("A context cannot be used while beacons are disabled. Leave beacon_disabled() first.")
+                raise UnsupportedError(
+                    "A context cannot be used while beacons are disabled. Leave beacon_disabled() first."
+                )
             return super().generate(inputs, generation_config, *args, **kwargs)
         _refuse_options(generation_config, kwargs)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -175,7 +182,9 @@ class BeaconGeneration:
             UnsupportedError: unless beacons are disabled.
         """
         if not self._beacon.state.is_disabled:
-            raise UnsupportedError("generate_batch cannot take compressed contexts. Use generate with stacked contexts.")
+            raise UnsupportedError(
+                "generate_batch cannot take compressed contexts. Use generate with stacked contexts."
+            )
         return super().generate_batch(*args, **kwargs)
 
 
@@ -210,14 +219,18 @@ def _option(name: str, generation_config: GenerationConfig | None, kwargs: dict[
 def _refuse_options(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
     for name, reason in REFUSED_OPTIONS.items():
         if _option(name, generation_config, kwargs) is not None:
-            raise UnsupportedError(f"generate({name}=...) does not work with beacons: {reason}. Leave it out, or disable them.")
+            raise UnsupportedError(
+                f"generate({name}=...) does not work with beacons: {reason}. Leave it out, or disable them."
+            )
 
 
 def _uses_no_cache(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> bool:
     return _option("use_cache", generation_config, kwargs) is False
 
 
-def left_padded(texts: Sequence[Sequence[int]], *, device: torch.device | str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(
+    texts: Sequence[Sequence[int]], *, device: torch.device | str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask (B, T) of texts of any length, padded on the left as tokenizers do for decoders."""
     width = max(len(text) for text in texts)
     ids = torch.zeros((len(texts), width), dtype=torch.long, device=device)

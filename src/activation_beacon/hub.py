@@ -41,10 +41,7 @@ def load(
         MismatchError: if the base model is not the one that the adapter was made for.
     """
     folder = _adapter_folder(name, revision)
-    if folder is None:  # the default model has no trained adapter yet
-        config = BeaconConfig(base_model=DEFAULT, base_revision=default_base_revision())
-    else:
-        config = load_adapter_config(folder)
+    config = _untrained_default() if folder is None else load_adapter_config(folder)
     model, tokenizer = load_pretrained_base(
         base or _base_name(config, folder), dtype=dtype, device=device, revision=None if base else _hub_revision(config)
     )
@@ -64,6 +61,10 @@ def default_adapter_folder() -> Path | None:
     return Path(str(folder)) if (folder / CONFIG_FILE).is_file() else None
 
 
+def _untrained_default() -> BeaconConfig:
+    return BeaconConfig(base_model=DEFAULT, base_revision=default_base_revision())
+
+
 def _adapter_folder(name: str | Path, revision: str | None) -> Path | None:
     if str(name) == DEFAULT:
         return default_adapter_folder()
@@ -78,7 +79,7 @@ def _download_adapter(repo_id: str, revision: str | None) -> Path:
 
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=["beacon*", "base/*"]))
-    except Exception as error:  # noqa: BLE001 - the hub's errors have no common base; each becomes one line
+    except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise StorageError(
             f"The adapter {repo_id} is neither a folder here nor to be had from the hub ({reason}). Check the name, or the network."
@@ -95,4 +96,3 @@ def _base_name(config: BeaconConfig, folder: Path | None) -> str:
 def _hub_revision(config: BeaconConfig) -> str | None:
     is_hub_id = config.base_model is not None and config.base_model.count("/") == 1
     return config.base_revision if is_hub_id else None
-

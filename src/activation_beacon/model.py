@@ -97,14 +97,17 @@ class BeaconModel(BeaconGeneration):
         yield "embedding", self.beacon_embedding
         for index, layer in enumerate(self._beacon.site.layers):
             for site in layer.projections:
-                for name, parameter in site.linear.beacon.named_parameters():
+                beacon: BeaconProjection = site.linear.beacon  # type: ignore[assignment]
+                for name, parameter in beacon.named_parameters():
                     yield f"layers.{index}.{site.name}.{name}", parameter
 
     @property
     def adapter_fingerprint(self) -> str:
         """Fingerprint of the beacon weights and of the settings that a compressed context depends on."""
         config = self._beacon.config
-        settings = f"{config.chunk_size} {config.projections} {config.num_sinks} {config.local_tokens} {config.placement}"
+        settings = (
+            f"{config.chunk_size} {config.projections} {config.num_sinks} {config.local_tokens} {config.placement}"
+        )
         return self._fingerprint("adapter", list(self.beacon_parameters()), settings)
 
     @property
@@ -218,7 +221,9 @@ class BeaconModel(BeaconGeneration):
             cache = self.new_cache(input_ids.shape[0])
         self.check_context(cache)
         if cache.batch_size != input_ids.shape[0]:
-            raise InputError(f"The cache has {cache.batch_size} rows, the ids {input_ids.shape[0]}. Give as many of each.")
+            raise InputError(
+                f"The cache has {cache.batch_size} rows, the ids {input_ids.shape[0]}. Give as many of each."
+            )
         if policy is not None:
             cache.policy = policy
         return cache
@@ -294,7 +299,8 @@ class BeaconModel(BeaconGeneration):
         Raises:
             UnsupportedError: for `inputs_embeds`, 4D masks or packed sequences longer than a chunk, by name.
         """
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        given: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
+        given["inputs_embeds"] = inputs_embeds
         given |= {"labels": labels, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
         cache = past_key_values if isinstance(past_key_values, BeaconCache) else None
         if self._beacon.state.is_disabled:
@@ -368,6 +374,10 @@ class BeaconModel(BeaconGeneration):
         self, cache: BeaconCache, new: NewTokens, given: dict[str, Any], kwargs: dict[str, Any]
     ) -> BeaconOutput:
         keep, labels = given["logits_to_keep"], given["labels"]
+        if self.training and self.is_gradient_checkpointing:
+            raise UnsupportedError(
+                "Gradient checkpointing drops the caches that chunks are read on. Call gradient_checkpointing_disable()."
+            )
         if isinstance(keep, torch.Tensor):
             raise UnsupportedError("logits_to_keep must be an int for texts that are compressed; got a tensor.")
         _refuse_packed(given["position_ids"], new)
@@ -463,7 +473,8 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
         base_model.requires_grad_(False)
         _put_branches(attachment)
         base_model.beacon_embedding = nn.Parameter(_first_embedding(base_model))
-        base_model.__class__ = _beacon_class(attachment.base_class)
+        base_class: Any = attachment.base_class
+        base_model.__class__ = _beacon_class(base_class)
     except BaseException:
         _take_off(base_model, attachment)
         raise
@@ -487,7 +498,7 @@ def detach(model: Any) -> PreTrainedModel:
 
 def _put_branches(attachment: Attachment) -> None:
     for layer in attachment.site.layers:
-        layer.attention.beacon_state = attachment.state
+        layer.attention.beacon_state = attachment.state  # type: ignore[assignment]
         attachment.handles.append(layer.attention.register_forward_pre_hook(take_beacon_slots, with_kwargs=True))
         attachment.handles.append(layer.attention.register_forward_hook(forget_beacon_slots, always_call=True))
         for site in layer.projections:
@@ -538,7 +549,7 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 @functools.cache
-def _beacon_class(base_class: type[PreTrainedModel]) -> type:
+def _beacon_class(base_class: Any) -> type:
     """The base's class with `BeaconModel` in front, under the same name: pipelines and configs go by it."""
     signature = inspect.signature(BeaconModel.forward)
     base_signature = inspect.signature(base_class.forward)
@@ -551,7 +562,7 @@ def _beacon_class(base_class: type[PreTrainedModel]) -> type:
 
     forward.__doc__ = BeaconModel.forward.__doc__
     forward.__signature__ = base_signature.replace(parameters=[*parameters, ours, *rest])  # type: ignore[attr-defined]
-    members = {"__module__": base_class.__module__, "__doc__": base_class.__doc__, "forward": forward}
+    members: dict[str, Any] = {"__module__": base_class.__module__, "__doc__": base_class.__doc__, "forward": forward}
     return type(base_class.__name__, (BeaconModel, base_class), members)
 
 
@@ -628,7 +639,9 @@ def _refuse_packed(position_ids: torch.Tensor | None, new: NewTokens) -> None:
     for row, (start, count) in enumerate(zip(new.starts, new.counts, strict=True)):
         steps = position_ids[min(row, position_ids.shape[0] - 1), ..., start : start + count].diff()
         if steps.numel() and not bool((steps == 1).all()):
-            raise UnsupportedError("position_ids that do not count up (packed sequences) cannot be compressed. Leave them out.")
+            raise UnsupportedError(
+                "position_ids that do not count up (packed sequences) cannot be compressed. Leave them out."
+            )
 
 
 @contextlib.contextmanager

@@ -25,7 +25,16 @@ FAMILIES = ("llama", "mistral", "qwen2")
 EMBEDDING = "model.beacon_embed_tokens.weight"
 PROJECTION = re.compile(r"model\.layers\.(\d+)\.self_attn\.beacon_([qkvo])_proj\.(weight|bias)")
 BASE_FOLDER = "base"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 SAME_EVERYWHERE = {  # settings of theirs that have one value in all released checkpoints
     "beacon_attn": "full-coverage",
     "beacon_attend_prev": True,
@@ -101,7 +110,9 @@ def _config_of(
     _check_family(settings)
     for name, expected in SAME_EVERYWHERE.items():
         if settings.get(name, expected) != expected:
-            raise UnsupportedModelError(f"{name} must be {expected!r}, as in every released checkpoint; got {settings[name]!r}.")
+            raise UnsupportedModelError(
+                f"{name} must be {expected!r}, as in every released checkpoint; got {settings[name]!r}."
+            )
     window, stride = settings.get("beacon_window"), settings.get("beacon_stride")
     if window is None:
         raise FileFormatError("config.json has no beacon_window: this is not a checkpoint of the authors' beacon code.")
@@ -145,7 +156,9 @@ def _settings_of(config: BeaconConfig) -> dict[str, Any]:
 def _check_family(settings: Mapping[str, Any]) -> None:
     family = settings.get("model_type")
     if family not in FAMILIES:
-        raise UnsupportedModelError(f"The authors' checkpoints are of {', '.join(FAMILIES)}; this one is of {family!r}.")
+        raise UnsupportedModelError(
+            f"The authors' checkpoints are of {', '.join(FAMILIES)}; this one is of {family!r}."
+        )
 
 
 def _adapter_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
@@ -171,7 +184,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {reason(error)}. Name a folder with config.json and safetensors.") from error
+        raise StorageError(
+            f"{path} cannot be read: {reason(error)}. Name a folder with config.json and safetensors."
+        ) from error
     except ValueError as error:
         raise FileFormatError(f"{path} is damaged: {reason(error)}.") from error
     if not isinstance(values, dict):
@@ -182,7 +197,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise StorageError(f"{folder} has no *.safetensors. Convert its weights to safetensors first: nothing else is read.")
+        raise StorageError(
+            f"{folder} has no *.safetensors. Convert its weights to safetensors first: nothing else is read."
+        )
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
         try:
@@ -216,4 +233,3 @@ def _write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
-

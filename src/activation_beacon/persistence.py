@@ -79,7 +79,9 @@ def load_adapter_config(folder: str | Path) -> BeaconConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
         return BeaconConfig.from_dict(values)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise StorageError(f"{folder} holds no adapter: {CONFIG_FILE} is missing. Name a folder that save_pretrained wrote.") from error
+        raise StorageError(
+            f"{folder} holds no adapter: {CONFIG_FILE} is missing. Name a folder that save_pretrained wrote."
+        ) from error
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {reason(error)}.") from error
     except ConfigError as error:
@@ -107,7 +109,9 @@ def load_adapter_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
             tensors |= load_state_dict_from_file(folder / name)
         return tensors
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise FileFormatError(f"The weights in {folder} are damaged: {reason(error)}. Fetch or save the adapter again.") from error
+        raise FileFormatError(
+            f"The weights in {folder} are damaged: {reason(error)}. Fetch or save the adapter again."
+        ) from error
 
 
 @torch.no_grad()

@@ -6,9 +6,10 @@ with one beacon after each unit of `ratio` raw tokens, and afterwards only the b
 
 import functools
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from activation_beacon.config import BeaconConfig, Placement
 from activation_beacon.errors import CapacityError, RatioError
@@ -71,7 +72,7 @@ def as_policy(
     return RatioPolicy(checked, _check_budget(config, budget, checked), tuple(_check_span(config, s) for s in spans))
 
 
-def check_ratio(config: BeaconConfig, ratio: object) -> int:
+def check_ratio(config: BeaconConfig, ratio: Any) -> int:
     """One of the adapter's ratios, as an int.
 
     Raises:
@@ -79,10 +80,14 @@ def check_ratio(config: BeaconConfig, ratio: object) -> int:
     """
     known = ", ".join(map(str, config.ratios))
     if isinstance(ratio, bool) or not hasattr(ratio, "__index__"):
-        raise RatioError(f"A compression ratio is an int of at least 2 (raw tokens per beacon); got {ratio!r}. Use {known}.")
-    ratio = ratio.__index__()
+        raise RatioError(
+            f"A compression ratio is an int of at least 2 (raw tokens per beacon); got {ratio!r}. Use {known}."
+        )
+    ratio = operator.index(ratio)
     if ratio < 2:
-        raise RatioError(f"A compression ratio is an int of at least 2 (raw tokens per beacon); got {ratio}. Use {known}.")
+        raise RatioError(
+            f"A compression ratio is an int of at least 2 (raw tokens per beacon); got {ratio}. Use {known}."
+        )
     if ratio > config.chunk_size:
         raise RatioError(f"ratio ({ratio}) must not exceed chunk_size ({config.chunk_size}). Use {known}.")
     if config.chunk_size % ratio:
@@ -154,7 +159,9 @@ def chunk_layout(
         beacon_slots = tuple(unit * (ratio + 1) + ratio for unit in range(units))
     raw_tokens = {token for run in raw_runs for token in range(run.start, run.stop)}
     beacons = [
-        slot for unit, slot in enumerate(beacon_slots) if not raw_tokens.issuperset(range(unit * ratio, (unit + 1) * ratio))
+        slot
+        for unit, slot in enumerate(beacon_slots)
+        if not raw_tokens.issuperset(range(unit * ratio, (unit + 1) * ratio))
     ]
     kept_raw = [raw_slots[token] for token in sorted(raw_tokens) if token >= num_sinks]
     return ChunkLayout(
@@ -352,7 +359,9 @@ class TextPlanner:
             if self._fits([self._layout(index, ratio) for index in range(num_closed)]):
                 return CapacityError(f"{text}; {self._limit_text()}. Use ratio {ratio}.")
         longest = self._longest_text(self.config.ratios[-1])
-        return CapacityError(f"{text}; {self._limit_text()}. No ratio fits: read at most {longest} tokens at the largest.")
+        return CapacityError(
+            f"{text}; {self._limit_text()}. No ratio fits: read at most {longest} tokens at the largest."
+        )
 
     def _ratio_text(self) -> str:
         ratio = self.policy.ratio

@@ -68,4 +68,4 @@ def take_beacon_slots(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[
 
 def forget_beacon_slots(attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of an attention module, called also after an error: leaves nothing behind."""
-    attention.beacon_state.beacon_slots = None  # type: ignore[union-attr, assignment]
+    attention.beacon_state.beacon_slots = None  # type: ignore[union-attr]

@@ -63,7 +63,9 @@ class ChatPrompt:
 def _between(text: str, left: str | None, right: str | None) -> str:
     for mark in (left, right):
         if mark is not None and mark not in text:
-            raise InputError(f"The tokenizer's chat template drops or changes the message's text ({mark} is not in it).")
+            raise InputError(
+                f"The tokenizer's chat template drops or changes the message's text ({mark} is not in it)."
+            )
     start = 0 if left is None else text.rindex(left) + len(left) if right is None else text.index(left) + len(left)
     stop = len(text) if right is None else text.index(right, start)
     return text[start:stop]

@@ -1,0 +1,225 @@
+"""Tiny random models, one for each family of decoders, and the paper authors' tiny models with what they computed.
+
+Weights are drawn here rather than by transformers, which leaves biases at 0 and norms at 1: a family's own traits must
+show in the numbers. Beacon weights are drawn apart from the base's, as those of a trained adapter would be.
+"""
+
+import copy
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from activation_beacon import BeaconConfig, attach
+
+VOCABULARY = 97
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+# What a family has besides SIZES; those after the first ten vary a family.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {"sliding_window": 24}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "phi3": ("phi3", {"partial_rotary_factor": 0.5}),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            "sliding_window": 20,
+            "query_pre_attn_scalar": 8,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "rope_parameters": {
+                SLIDING: {"rope_type": "default", "rope_theta": 500.0},
+                FULL: {"rope_type": "linear", "factor": 2.0, "rope_theta": 100000.0},
+            },
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 1.5,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.5,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "gpt_oss": (
+        "gpt_oss",
+        # As many experts as are chosen: a choice among more would turn rounding errors into jumps.
+        {
+            "num_local_experts": 3,
+            "num_experts_per_tok": 3,
+            "sliding_window": 20,
+            "layer_types": [SLIDING, FULL, SLIDING],
+            "rope_parameters": YARN,
+        },
+    ),
+    "mistral-full": ("mistral", {"sliding_window": None}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-biases": ("llama", {"attention_bias": True}),
+    "llama-deep": ("llama", {"num_hidden_layers": 4}),
+}
+TESTED = tuple(FAMILIES)[:10]
+EAGER_ONLY = frozenset({"gpt_oss"})
+
+
+def tiny(family: str, seed: int = 0, *, attention: str = "eager", **overrides: Any) -> PreTrainedModel:
+    """A tiny model of `family` (a key of FAMILIES, or a model type), the same for the same seed.
+
+    Args:
+        attention: attention implementation.
+        overrides: fields of the family's config.
+    """
+    model_type, own = FAMILIES.get(family, (family, {}))
+    config = CONFIG_MAPPING[model_type](**{**SIZES, **own, **overrides})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    randomize(model.named_parameters(), seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def randomize(parameters: Any, seed: int) -> None:
+    """Draw named parameters anew so that attention, norms, biases and multipliers all matter."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    for name, parameter in parameters:
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            parameter.copy_(parameter + 0.2 * noise)
+        elif parameter.dim() < 2 or name.endswith("bias"):
+            parameter.copy_(0.3 * noise)
+        elif "embed" in name or "lm_head" in name:
+            parameter.copy_(0.3 * noise)
+        else:
+            gain = 1.6 if any(key in name for key in ("q_proj", "k_proj", "qkv", ".q.", ".k.")) else 1.0
+            fan_in = parameter.shape[-1] if parameter.dim() == 2 else parameter.shape[-2]  # experts stand transposed
+            parameter.copy_(noise * gain / math.sqrt(fan_in))
+
+
+def with_beacons(
+    family: str, config: BeaconConfig, seed: int = 0, *, attention: str = "eager", **overrides: Any
+) -> Any:
+    """`tiny(family, seed)` with beacons attached whose weights are drawn apart from the base's."""
+    model = attach(tiny(family, seed, attention=attention, **overrides), config)
+    randomize(model.beacon_parameters(), seed + 100)
+    return model
+
+
+def beacon_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of a model's beacon weights, by their names in an adapter's file."""
+    return {name: parameter.detach().clone() for name, parameter in model.beacon_parameters()}
+
+
+def random_ids(length: int, seed: int = 0, *, batch: int = 1) -> torch.Tensor:
+    """Ids (batch, length), none of them special."""
+    generator = torch.Generator().manual_seed(7 + seed)
+    return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+
+
+# --- the authors' cases ------------------------------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_CASES = tuple(sorted(path.parent.name for path in GOLDEN.glob("*/golden.safetensors")))
+
+
+@dataclass
+class Golden:
+    """One case of `golden/`, in this package's words."""
+
+    base: PreTrainedModel
+    config: BeaconConfig
+    beacons: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def ids(self) -> torch.Tensor:
+        return self.tensors["input_ids"]
+
+    @property
+    def ratios(self) -> list[int]:
+        return self.tensors["ratios"].tolist()
+
+    def attached(self) -> Any:
+        """The base, a copy of it, with these beacons on."""
+        model = attach(copy.deepcopy(self.base), self.config)
+        with torch.no_grad():
+            for name, parameter in model.beacon_parameters():
+                parameter.copy_(self.beacons[name])
+        return model
+
+
+def golden(name: str) -> Golden:
+    """Read a case of `golden/`."""
+    settings = json.loads((GOLDEN / name / "config.json").read_text())
+    weights = load_file(GOLDEN / name / "model.safetensors")
+    own = {key: value for key, value in settings.items() if not key.startswith("beacon_") and key in KEPT_SETTINGS}
+    config = CONFIG_MAPPING[settings["model_type"]](**own)
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    base.load_state_dict({key: tensor for key, tensor in weights.items() if "beacon" not in key})
+    projections = tuple(settings["beacon_param"])
+    beacons = {"embedding": weights["model.beacon_embed_tokens.weight"][0]}
+    for key, tensor in weights.items():
+        if ".beacon_" in key and "embed" not in key:
+            _, _, layer, _, projection, kind = key.split(".")
+            letter = projection.split("_")[1]
+            if letter in projections and f"{key.replace('beacon_', '')}" in weights:
+                beacons[f"layers.{layer}.{letter}.{kind}"] = tensor
+    beacon_config = BeaconConfig(
+        chunk_size=settings["beacon_window"],
+        ratios=tuple(settings["beacon_ratio"]),
+        projections=projections,
+        num_sinks=settings["beacon_sink_size"],
+        placement=settings["beacon_pos"],
+    )
+    return Golden(base, beacon_config, beacons, load_file(GOLDEN / name / "golden.safetensors"))
+
+
+KEPT_SETTINGS = frozenset(
+    {
+        "attention_bias",
+        "bos_token_id",
+        "eos_token_id",
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "pad_token_id",
+        "rms_norm_eps",
+        "rope_theta",
+        "tie_word_embeddings",
+        "vocab_size",
+    }
+)

@@ -1,0 +1,256 @@
+"""The slow reference: the semantics of compression written out plainly, to compare the package with.
+
+No cache, no hooks, no planning code of the package: a text is laid out from its first token for each length asked for,
+one dense forward over all slots of all passes is made on a copy of the base model, and the dense mask says who sees whom.
+
+A beacon's key stands at two places. Slots of its own chunk see it where it was read; later slots see it where it is held.
+So attention gets every key twice, once for each place, and the mask picks.
+"""
+
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+# N slots of all passes · T raw tokens · S held entries · K kv heads · D head dim · M model dim · V vocabulary
+
+NAME = "beacon_reference"
+
+
+@dataclass
+class Layout:
+    """Every slot of every pass over a text, in order of reading; lists of N."""
+
+    token: list[int | None] = field(default_factory=list)  # the text's token at a slot; None for a beacon
+    chunk: list[int] = field(default_factory=list)  # the pass that a slot belongs to; the tail's is the last
+    read_at: list[int] = field(default_factory=list)  # position at which a slot is read
+    held_at: list[int | None] = field(default_factory=list)  # position at which it is held for later chunks, if it is
+
+    def add(self, token: int | None, chunk: int, read_at: int) -> int:
+        self.token.append(token)
+        self.chunk.append(chunk)
+        self.read_at.append(read_at)
+        self.held_at.append(None)
+        return len(self.token) - 1
+
+
+def lay_out(
+    length: int,
+    *,
+    chunk_size: int,
+    ratios: Sequence[int],
+    num_sinks: int = 0,
+    placement: str = "interleave",
+    local_tokens: int = 0,
+    raw: Sequence[tuple[int, int]] = (),
+) -> Layout:
+    """Lay out a text of `length` tokens.
+
+    Args:
+        ratios: one for each chunk.
+        raw: spans (start, stop) of tokens that are kept raw; a beacon is dropped if all of its unit is.
+    """
+    layout = Layout()
+    is_raw = [any(start <= token < stop for start, stop in raw) for token in range(length)]
+    num_chunks = 0  # a chunk is closed when a token has to be read for which the tail has no more room
+    while length - num_chunks * chunk_size > chunk_size + local_tokens:
+        num_chunks += 1
+    held = 0
+    for chunk in range(num_chunks):
+        tokens = range(chunk * chunk_size, (chunk + 1) * chunk_size)
+        position, kept, sinks, pending = held, [], [], []
+        for token in tokens:
+            slot = layout.add(token, chunk, position)
+            position += 1
+            if token < num_sinks:
+                sinks.append(slot)
+            elif is_raw[token]:
+                kept.append(slot)
+            if (token + 1) % ratios[chunk] == 0:
+                unit = range(token + 1 - ratios[chunk], token + 1)
+                if placement == "interleave":
+                    slot = layout.add(None, chunk, position)
+                    position += 1
+                    kept += [] if all(is_raw[member] for member in unit) else [slot]
+                else:
+                    pending.append(unit)
+        for unit in pending:
+            slot = layout.add(None, chunk, position)
+            position += 1
+            kept += [] if all(is_raw[member] for member in unit) else [slot]
+        for slot in sinks + kept:
+            layout.held_at[slot] = held
+            held += 1
+    for offset, token in enumerate(range(num_chunks * chunk_size, length)):
+        layout.add(token, num_chunks, held + offset)
+    return layout
+
+
+@dataclass
+class Result:
+    """What the reference makes of a text.
+
+    Attributes:
+        logits: (T, V) of the raw tokens, each from the pass that read it last.
+        keys, values: for each layer (K, S, D), what a cache holds at the end: sinks, beacons and tail.
+        unrotated_keys: the keys before rotary embedding.
+    """
+
+    logits: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    unrotated_keys: list[torch.Tensor]
+
+
+class TwoBranches(nn.Module):
+    """A projection with a beacon copy; both project every slot, and one is chosen."""
+
+    def __init__(self, base: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.base, self.weight, self.bias = base, weight, bias
+        self.is_beacon = torch.zeros(0, dtype=torch.bool)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        beacon = nn.functional.linear(hidden, self.weight, self.bias)
+        return torch.where(self.is_beacon[:, None], beacon, self.base(hidden))
+
+
+class Reference:
+    """A base model with beacons, computed slowly.
+
+    Args:
+        base: without beacons; copied.
+        beacons: beacon weights by their names in an adapter's file ("embedding", "layers.0.q.weight", ...). Gradients
+            flow to them.
+        settings: `chunk_size`, `num_sinks`, `placement`, `local_tokens`.
+    """
+
+    def __init__(self, base: PreTrainedModel, beacons: Mapping[str, torch.Tensor], **settings: Any) -> None:
+        self.model = copy.deepcopy(base).eval()
+        self.model.config._attn_implementation = NAME
+        self.beacons, self.settings = beacons, settings
+        self.decoder = self.model.get_decoder()
+        self.branches: list[TwoBranches] = []
+        for index, layer in enumerate(self.decoder.layers):
+            attention = next(getattr(layer, name) for name in ("self_attn", "attention") if hasattr(layer, name))
+            attention.reference = self
+            attention.reference_layer = index
+            for letter, names in PROJECTION_NAMES.items():
+                weight = beacons.get(f"layers.{index}.{letter}.weight")
+                if weight is not None:
+                    name = next(name for name in names if hasattr(attention, name))
+                    branch = TwoBranches(
+                        getattr(attention, name), weight, beacons.get(f"layers.{index}.{letter}.bias")
+                    )
+                    setattr(attention, name, branch)
+                    self.branches.append(branch)
+
+    def __call__(
+        self, ids: torch.Tensor | Sequence[int], ratio: int | Sequence[int], *, raw: Sequence[tuple[int, int]] = ()
+    ) -> Result:
+        """Read one text from its first token.
+
+        Args:
+            ids: (T,) or (1, T).
+            ratio: for all chunks, or one for each.
+            raw: spans that are kept raw.
+        """
+        ids = torch.as_tensor(ids).reshape(-1)
+        num_chunks = len(ids) // self.settings["chunk_size"]
+        ratios = [ratio] * num_chunks if isinstance(ratio, int) else list(ratio)
+        layout = lay_out(len(ids), ratios=ratios, raw=raw, **self.settings)
+        is_beacon = torch.tensor([token is None for token in layout.token])
+        for branch in self.branches:
+            branch.is_beacon = is_beacon
+        embedded = self.model.get_input_embeddings()(ids)
+        slots = [self.beacons["embedding"] if token is None else embedded[token] for token in layout.token]
+        self.layout = layout
+        self.read_at = torch.tensor(layout.read_at)
+        self.held_at = torch.tensor([-1 if at is None else at for at in layout.held_at])
+        self.collected: dict[int, tuple[torch.Tensor, ...]] = {}
+        logits = self.model(
+            inputs_embeds=torch.stack(slots)[None], position_ids=self.read_at[None], use_cache=False
+        ).logits[0]
+        return self._result(logits)
+
+    def _result(self, logits: torch.Tensor) -> Result:
+        layout = self.layout
+        last = layout.chunk[-1]
+        raw_slots = [slot for slot, token in enumerate(layout.token) if token is not None]
+        memory = sorted((at, slot) for slot, at in enumerate(layout.held_at) if at is not None)
+        tail = [slot for slot, chunk in enumerate(layout.chunk) if chunk == last]
+        order = [slot for _, slot in memory]
+        keys, values, unrotated = [], [], []
+        for index in range(len(self.decoder.layers)):
+            read, held, plain, value = self.collected[index]
+            keys.append(torch.cat((held[:, order], read[:, tail]), dim=1))
+            values.append(value[:, order + tail])
+            unrotated.append(plain[:, order + tail])
+        return Result(logits[raw_slots], keys, values, unrotated)
+
+    # --- attention ---
+
+    def attend(
+        self, attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+    ) -> Any:
+        """The family's eager attention over every key at both of its places."""
+        plain, held = self._moved(attention, key)
+        self.collected[attention.reference_layer] = (key[0], held[0], plain[0], value[0])
+        mask = self._mask(kwargs.get("sliding_window")).to(query.dtype)
+        return sys.modules[type(attention).__module__].eager_attention_forward(
+            attention, query, torch.cat((key, held), dim=2), torch.cat((value, value), dim=2), mask[None, None], **kwargs
+        )
+
+    def _moved(self, attention: nn.Module, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (1, K, N, D) without rotation, and rotated for the positions where they are held."""
+        index, config = attention.reference_layer, self.model.config
+        if config.model_type == "smollm3" and not config.no_rope_layers[index]:
+            return key, key
+        layer_type = (config.layer_types[index],) if config.model_type == "gemma3_text" else ()
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        cos, sin = self.decoder.rotary_emb(key, self.read_at[None], *layer_type)
+        size = cos.square() + sin.square()  # the square of the attention scaling, 1 where there is none
+        plain = rotate(key, key, cos / size, -sin / size)[1]
+        cos, sin = self.decoder.rotary_emb(key, self.held_at.clamp(min=0)[None], *layer_type)
+        return plain, rotate(plain, plain, cos, sin)[1]
+
+    def _mask(self, window: int | None) -> torch.Tensor:
+        """Additive mask (N, 2N): keys where they were read, then keys where they are held."""
+        chunk = torch.tensor(self.layout.chunk)
+        order = torch.arange(len(chunk))
+        own = (chunk[:, None] == chunk[None]) & (order[:, None] >= order[None])
+        earlier = (chunk[:, None] > chunk[None]) & (self.held_at >= 0)[None]
+        if window is not None:
+            own &= self.read_at[:, None] - self.read_at[None] < window
+            earlier &= self.read_at[:, None] - self.held_at[None] < window
+        seen = torch.cat((own, earlier), dim=1)
+        return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+
+PROJECTION_NAMES = {
+    "q": ("q_proj",),
+    "k": ("k_proj",),
+    "v": ("v_proj",),
+    "o": ("o_proj", "dense", "out_proj"),
+    "qkv": ("qkv_proj", "query_key_value"),
+}
+
+
+def _attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **kwargs: Any
+) -> Any:
+    return module.reference.attend(module, query, key, value, **kwargs)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _no_mask)
