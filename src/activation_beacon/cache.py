@@ -315,7 +315,7 @@ class BeaconCache(Cache):
 
         Args:
             path: the file; it is opened by mmap and checked against its SHA-256.
-            model: the model that is to use them: its fingerprints are compared, and the contexts go to its device.
+            model: the model that is to use them: its fingerprints are compared, and the contexts go to its device and dtype.
 
         Raises:
             StorageError: if the file cannot be opened.
@@ -332,7 +332,7 @@ class BeaconCache(Cache):
         if model is None:
             return context
         model.check_context(context)
-        return context.to(model.get_input_embeddings().weight.device)
+        return context.to(model.get_input_embeddings().weight.device, model.dtype)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {"token_ids": self.token_ids}

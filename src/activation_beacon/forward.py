@@ -13,6 +13,7 @@ from transformers import Cache
 from transformers.utils import ModelOutput
 
 from activation_beacon.adapt import DecoderSite
+from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
 from activation_beacon.entries import BeaconLayer, ChunkLayer, Quantized, merge, take
 from activation_beacon.plan import ChunkLayout, Row, RowReading, TextPlanner, closing_rounds
@@ -38,31 +39,6 @@ class BaseModel(Protocol):
 
     def get_input_embeddings(self) -> Any:
         """The token embedding."""
-
-
-@dataclass
-class NewTokens:
-    """The tokens to be read, as they stand in the caller's batch.
-
-    Attributes:
-        ids: (B, N), padded at either side.
-        starts: column of each row's first token.
-        counts: tokens of each row.
-    """
-
-    ids: torch.Tensor
-    starts: list[int]
-    counts: list[int]
-
-    @property
-    def columns(self) -> int:
-        """N."""
-        return self.ids.shape[1]
-
-    def right_aligned(self) -> torch.Tensor:
-        """Ids (B, max count), padding first."""
-        ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
-        return take(self.ids, range(len(ends)), ends, max(self.counts), dim=1)
 
 
 @dataclass
@@ -211,7 +187,7 @@ class _Reader:
         """Append what the chunk leaves behind to the memory of its rows, and drop the rest."""
         cache = self.cache
         kept = torch.tensor(layout.kept_slots, device=self.ids.device)
-        mover = KeyMover(self.site.ropes, layout.shifts, self.ids.device)
+        mover = KeyMover(self.site.ropes, layout.shifts)
         others = [row for row in range(cache.batch_size) if row not in members]
         longest_other = max((cache.rows[row].cache_length for row in others), default=0)
         layers = []

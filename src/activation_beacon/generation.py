@@ -5,7 +5,6 @@ Two semi-private methods of transformers are overridden, `_prefill` and `prepare
 """
 
 import copy
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,7 +117,9 @@ class BeaconGeneration(Host):
     def _pad_token(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> int | None:
         """The token that pads prompts; None where it is an end of text as well, and so may be part of one."""
         pad, eos = (
-            getattr(self.generation_config, name) if (given := _option(name, generation_config, kwargs)) is None else given
+            getattr(self.generation_config, name)
+            if (given := _option(name, generation_config, kwargs)) is None
+            else given
             for name in ("pad_token_id", "eos_token_id")
         )
         return None if pad == eos or (isinstance(eos, list) and pad in eos) else pad
@@ -261,16 +262,3 @@ def _refuse_options(generation_config: GenerationConfig | None, kwargs: dict[str
 
 def _uses_no_cache(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> bool:
     return _option("use_cache", generation_config, kwargs) is False
-
-
-def left_padded(
-    texts: Sequence[Sequence[int]], *, device: torch.device | str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask (B, T) of texts of any length, padded on the left as tokenizers do for decoders."""
-    width = max(len(text) for text in texts)
-    ids = torch.zeros((len(texts), width), dtype=torch.long, device=device)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, width - len(text) :] = torch.as_tensor(text, dtype=torch.long, device=device)
-        mask[row, width - len(text) :] = 1
-    return ids, mask

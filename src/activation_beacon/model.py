@@ -1,11 +1,10 @@
 """The face: attach beacons to a decoder, compress, ask, detach."""
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,27 +15,29 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from activation_beacon.adapt import DecoderSite, dense_weight, find_decoder
+from activation_beacon.adapt import find_decoder
+from activation_beacon.attachment import (
+    Attachment,
+    base_parameters,
+    check_chunk_fits,
+    first_embedding,
+    put_branches,
+    take_off,
+    with_base,
+)
+from activation_beacon.batch import NewTokens, as_batch, mean_loss, runs, targets, token_losses
 from activation_beacon.cache import BeaconCache
 from activation_beacon.config import BeaconConfig
 from activation_beacon.entries import take
-from activation_beacon.errors import AttachError, ConfigError, InputError, MismatchError, UnsupportedError
+from activation_beacon.errors import AttachError, InputError, MismatchError, UnsupportedError
 from activation_beacon.fingerprint import fingerprint
-from activation_beacon.forward import NewTokens, Progress, Wanted, read
-from activation_beacon.generation import BeaconGeneration, left_padded
+from activation_beacon.forward import Progress, Wanted, read
+from activation_beacon.generation import BeaconGeneration
 from activation_beacon.persistence import save_adapter
 from activation_beacon.plan import Ratio, RatioPolicy, TextPlanner, as_policy
-from activation_beacon.projection import (
-    BeaconProjection,
-    PassState,
-    forget_beacon_slots,
-    replace_beacon_rows,
-    take_beacon_slots,
-)
+from activation_beacon.projection import BeaconProjection, PassState
 
 # B batch · N new tokens · V vocabulary · M model dim
-
-IGNORED = -100
 
 
 @dataclass
@@ -48,21 +49,6 @@ class BeaconOutput(CausalLMOutputWithPast):
     """
 
     nll: torch.Tensor | None = None
-
-
-@dataclass
-class Attachment:
-    """What has been put on a model, and what is needed to take it off again."""
-
-    config: BeaconConfig
-    site: DecoderSite
-    state: PassState
-    base_class: type[PreTrainedModel]
-    frozen: list[nn.Parameter]  # parameters that required gradients before
-    handles: list[Any]
-    own_forward: Callable[..., Any] | None  # a forward that another library had put on the instance
-    policy: RatioPolicy
-    fingerprints: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
 
 
 class BeaconModel(BeaconGeneration):
@@ -113,7 +99,7 @@ class BeaconModel(BeaconGeneration):
     @property
     def base_fingerprint(self) -> str:
         """Fingerprint of the base model's weights."""
-        return self._fingerprint("base", list(_base_parameters(self)), "")
+        return self._fingerprint("base", list(base_parameters(self)), "")
 
     def _fingerprint(self, name: str, tensors: list[tuple[str, nn.Parameter]], settings: str) -> str:
         version = sum(tensor._version for _, tensor in tensors)
@@ -203,7 +189,7 @@ class BeaconModel(BeaconGeneration):
         """
         self._refuse_disabled()
         if not isinstance(input_ids, torch.Tensor):
-            input_ids, attention_mask = _as_batch(input_ids)
+            input_ids, attention_mask = as_batch(input_ids)
         if input_ids.dim() == 1:
             input_ids = input_ids[None]
         policy = None
@@ -246,7 +232,7 @@ class BeaconModel(BeaconGeneration):
             raise InputError(
                 f"attention_mask must be (B, N) like the ids {tuple(input_ids.shape)}; got {tuple(attention_mask.shape)}."
             )
-        return NewTokens(input_ids, *_runs(attention_mask[:, -width:]))
+        return NewTokens(input_ids, *runs(attention_mask[:, -width:]))
 
     def _check_vocabulary(self, input_ids: torch.Tensor) -> None:
         if input_ids.is_floating_point():
@@ -359,13 +345,18 @@ class BeaconModel(BeaconGeneration):
             inputs["use_cache"] = False
         kwargs = {**kwargs, "return_dict": True}
         num_items = kwargs.pop("num_items_in_batch", None) if labels is None or is_padded else None
-        output = self.base_forward(input_ids, past_key_values=cache, **inputs, **kwargs)
+        try:
+            output = self.base_forward(input_ids, past_key_values=cache, **inputs, **kwargs)
+        except BaseException:
+            if cache is not None:
+                cache.truncate(0)
+            raise
         if cache is not None:
             _note_read(cache, new)
         nll, loss = None, output.loss
         if labels is not None:
-            nll = _token_losses(output.logits, _targets(labels, new))
-            loss = _mean_loss(nll, num_items) if is_padded else loss
+            nll = token_losses(output.logits, targets(labels, new))
+            loss = mean_loss(nll, num_items) if is_padded else loss
             output.logits = _kept(output.logits, given["logits_to_keep"])
         fields = {name: output.get(name) for name in ("hidden_states", "attentions")}
         return BeaconOutput(loss=loss, logits=output.logits, past_key_values=output.past_key_values, nll=nll, **fields)
@@ -384,11 +375,11 @@ class BeaconModel(BeaconGeneration):
         options = {name: value for name, value in kwargs.items() if name not in ("return_dict", "num_items_in_batch")}
         wanted = Wanted(
             first_column=max(0, new.columns - keep) if keep else 0,
-            labels=None if labels is None else _targets(labels, new),
+            labels=None if labels is None else targets(labels, new),
             options=options,
         )
         readout = read(self, self._beacon.site, cache, new, wanted)
-        loss = None if readout.nll is None else _mean_loss(readout.nll, kwargs.get("num_items_in_batch"))
+        loss = None if readout.nll is None else mean_loss(readout.nll, kwargs.get("num_items_in_batch"))
         fields = {name: getattr(readout.last, name, None) for name in ("hidden_states", "attentions")}
         return BeaconOutput(loss=loss, logits=readout.logits, nll=readout.nll, **fields)
 
@@ -451,15 +442,15 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
     if isinstance(base_model, BeaconModel):
         raise AttachError(f"This {type(base_model).__name__} carries beacons already. Call detach(model) first.")
     site = find_decoder(base_model, config.projections)
-    _check_chunk_fits(config, site)
-    base_print = fingerprint(_base_parameters(base_model))
+    check_chunk_fits(config, site)
+    base_print = fingerprint(base_parameters(base_model))
     if config.base_fingerprint not in (None, base_print):
         raise MismatchError(
             f"The adapter was made for another base model (fingerprint {config.base_fingerprint}, this one has "
             f"{base_print}). Load the base that beacon_config.json names: {config.base_model}."
         )
     attachment = Attachment(
-        config=dataclasses.replace(config, base_fingerprint=base_print),
+        config=with_base(config, base_model, base_print),
         site=site,
         state=PassState(),
         base_class=type(base_model),
@@ -471,12 +462,12 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
     base_model._beacon = attachment
     try:
         base_model.requires_grad_(False)
-        _put_branches(attachment)
-        base_model.beacon_embedding = nn.Parameter(_first_embedding(base_model))
+        put_branches(attachment)
+        base_model.beacon_embedding = nn.Parameter(first_embedding(base_model))
         base_class: Any = attachment.base_class
         base_model.__class__ = _beacon_class(base_class)
     except BaseException:
-        _take_off(base_model, attachment)
+        take_off(base_model, attachment)
         raise
     return base_model
 
@@ -492,60 +483,8 @@ def detach(model: Any) -> PreTrainedModel:
     """
     if not isinstance(model, BeaconModel):
         raise AttachError(f"This {type(model).__name__} carries no beacons. Call attach(model) first.")
-    _take_off(model, model._beacon)
+    take_off(model, model._beacon)
     return model
-
-
-def _put_branches(attachment: Attachment) -> None:
-    for layer in attachment.site.layers:
-        layer.attention.beacon_state = attachment.state  # type: ignore[assignment]
-        attachment.handles.append(layer.attention.register_forward_pre_hook(take_beacon_slots, with_kwargs=True))
-        attachment.handles.append(layer.attention.register_forward_hook(forget_beacon_slots, always_call=True))
-        for site in layer.projections:
-            weight, bias = dense_weight(site.linear), getattr(site.linear, "bias", None)
-            site.linear.beacon = BeaconProjection(weight, bias, attachment.state)
-            attachment.handles.append(site.linear.register_forward_hook(replace_beacon_rows))
-
-
-def _take_off(model: Any, attachment: Attachment) -> None:
-    model.__class__ = attachment.base_class
-    for handle in attachment.handles:
-        handle.remove()
-    for layer in attachment.site.layers:
-        vars(layer.attention).pop("beacon_state", None)
-        for site in layer.projections:
-            site.linear._modules.pop("beacon", None)
-    model._parameters.pop("beacon_embedding", None)
-    if attachment.own_forward is not None:
-        model.forward = attachment.own_forward
-    vars(model).pop("_beacon", None)
-    for parameter in attachment.frozen:
-        parameter.requires_grad_(True)
-
-
-def _first_embedding(model: PreTrainedModel) -> torch.Tensor:
-    """The embedding (M,) that beacons start from: that of the eos token, else of bos, else of token 0."""
-    config = model.config.get_text_config(decoder=True)
-    token = next((t for t in (config.eos_token_id, config.bos_token_id) if t is not None), 0)
-    token = token[0] if isinstance(token, (list, tuple)) else token
-    embedding = model.get_input_embeddings()
-    with torch.no_grad():
-        return embedding(torch.tensor([token], device=embedding.weight.device))[0].clone()
-
-
-def _check_chunk_fits(config: BeaconConfig, site: DecoderSite) -> None:
-    needed = config.chunk_size + config.num_beacons(config.ratios[-1])
-    if site.max_positions is not None and needed > site.max_positions:
-        raise ConfigError(
-            f"A chunk of {config.chunk_size} tokens with its beacons at ratio {config.ratios[-1]} takes {needed} positions; "
-            f"the base model has {site.max_positions}. Use a smaller chunk_size."
-        )
-
-
-def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in model.named_parameters():
-        if ".beacon." not in name and name != "beacon_embedding":
-            yield name, parameter
 
 
 @functools.cache
@@ -569,31 +508,6 @@ def _beacon_class(base_class: Any) -> type:
 # --- batches and losses ------------------------------------------------------------------------------------------------
 
 
-def _as_batch(texts: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Ids and mask of one list of ids, or of several of any length."""
-    if not len(texts):
-        raise InputError("The text is empty: there is no token to read. Give at least one.")
-    if isinstance(texts[0], int):
-        return torch.tensor([list(texts)], dtype=torch.long), None
-    if any(len(text) == 0 for text in texts):
-        raise InputError("A text of the batch is empty. Give each row at least one token.")
-    return left_padded(texts)
-
-
-def _runs(mask: torch.Tensor) -> tuple[list[int], list[int]]:
-    """First column and number of tokens of each row of a mask (B, N)."""
-    valid = mask.bool()
-    counts = valid.sum(dim=1)
-    starts = valid.int().argmax(dim=1)
-    columns = torch.arange(mask.shape[1], device=mask.device)[None]
-    run = (columns >= starts[:, None]) & (columns < (starts + counts)[:, None])
-    if not bool((counts > 0).all()):
-        raise InputError("attention_mask leaves a row without tokens. Give each row at least one.")
-    if not torch.equal(run, valid):
-        raise InputError("attention_mask has holes: each row must be one run of tokens, padded at its ends.")
-    return starts.tolist(), counts.tolist()
-
-
 def _note_read(cache: BeaconCache, new: NewTokens) -> None:
     """Enter into an empty cache what the base has just read into it, rows aligned at the right."""
     if len(set(new.counts)) > 1 or new.counts[0] < new.columns:
@@ -602,31 +516,6 @@ def _note_read(cache: BeaconCache, new: NewTokens) -> None:
         cache.layers = [layer.map(cut) for layer in cache.layers]
     cache.token_ids = new.right_aligned()
     cache.rows = tuple(row.after_reading(count) for row, count in zip(cache.rows, new.counts, strict=True))
-
-
-def _targets(labels: torch.Tensor, new: NewTokens) -> torch.Tensor:
-    """Labels (B, N) with everything ignored that is padding, or first in its row with nothing before it."""
-    if labels.shape != new.ids.shape:
-        raise InputError(f"labels must be shaped like the ids {tuple(new.ids.shape)}; got {tuple(labels.shape)}.")
-    columns = torch.arange(new.columns, device=labels.device)[None]
-    first = torch.tensor(new.starts, device=labels.device)[:, None]
-    stop = first + torch.tensor(new.counts, device=labels.device)[:, None]
-    return labels.masked_fill((columns <= first) | (columns >= stop), IGNORED)
-
-
-def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Next-token losses (B, N - 1) in nats of logits (B, N, V), NaN where there is no target."""
-    targets = targets[:, 1:].to(logits.device)
-    losses = nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    )
-    return losses.masked_fill(targets == IGNORED, torch.nan)
-
-
-def _mean_loss(nll: torch.Tensor, num_items: Any) -> torch.Tensor:
-    """Mean over the targets, or over `num_items` where a trainer accumulates over several batches."""
-    total = nll.nansum()
-    return total / (nll.isfinite().sum() if num_items is None else num_items)
 
 
 def _kept(logits: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:

@@ -65,8 +65,9 @@ def as_policy(
             raise RatioError(f'ratio must be an int, a sequence of ints, or "auto"; got {ratio!r}.')
         checked: int | tuple[int, ...] | Literal["auto"] = "auto"
     elif hasattr(ratio, "__iter__"):
-        values = ratio.tolist() if hasattr(ratio, "tolist") else ratio
-        checked = tuple(check_ratio(config, value) for value in values)
+        values = ratio.tolist() if hasattr(ratio, "tolist") else list(ratio)
+        is_scalar = not isinstance(values, list)  # a tensor of no dimension
+        checked = check_ratio(config, values) if is_scalar else tuple(check_ratio(config, value) for value in values)
     else:
         checked = check_ratio(config, ratio)
     return RatioPolicy(checked, _check_budget(config, budget, checked), tuple(_check_span(config, s) for s in spans))
@@ -264,8 +265,8 @@ class TextPlanner:
         """
         stop = row.tokens_seen + num_new
         num_closed = self.num_closed(stop) if num_new else len(row.chunks)
-        if num_closed == len(row.chunks):
-            self._check_tail(row.memory_length + row.tail_length + num_new, stop)
+        if num_closed == len(row.chunks) and not self._outgrows(row.cache_length + num_new):
+            self._check_tail(row, row.cache_length + num_new, stop)
             return RowReading(False, (), row.tokens_seen, stop)
         layouts = self.layouts(stop)
         held = [layout.ratio for layout in layouts[: len(row.chunks)]]
@@ -273,6 +274,11 @@ class TextPlanner:
         done = 0 if restart else len(row.chunks)
         self._check_closings(Row(row.chunk_size) if restart else row, layouts[done:], stop)
         return RowReading(restart, tuple(layouts[done:]), num_closed * self.config.chunk_size, stop)
+
+    def _outgrows(self, num_entries: int) -> bool:
+        """Whether "auto" has to choose again though no chunk is due: earlier chunks got their ratios otherwise."""
+        limits = [limit for limit in (self.policy.budget, self.max_positions) if limit is not None]
+        return self.policy.ratio == "auto" and any(num_entries > limit for limit in limits)
 
     def layouts(self, num_tokens: int) -> list[ChunkLayout]:
         """The layout of every chunk that is closed once `num_tokens` have been read."""
@@ -342,22 +348,28 @@ class TextPlanner:
     def _check_closings(self, row: Row, layouts: Sequence[ChunkLayout], stop: int) -> None:
         if self.max_positions is None:
             return
+        before = row
         for layout in layouts:
             if row.memory_length + layout.num_slots > self.max_positions:
-                raise self._too_long(row.memory_length + layout.num_slots, stop)
+                raise self._too_long(before, row.memory_length + layout.num_slots, stop)
             row = row.after_closing(layout)
-        self._check_tail(row.memory_length + stop - row.tokens_seen, stop)
+        self._check_tail(before, row.memory_length + stop - row.tokens_seen, stop)
 
-    def _check_tail(self, num_positions: int, num_tokens: int) -> None:
+    def _check_tail(self, row: Row, num_positions: int, num_tokens: int) -> None:
         if self.max_positions is not None and num_positions > self.max_positions:
-            raise self._too_long(num_positions, num_tokens)
+            raise self._too_long(row, num_positions, num_tokens)
 
-    def _too_long(self, num_positions: int, num_tokens: int) -> CapacityError:
+    def _too_long(self, row: Row, num_positions: int, num_tokens: int) -> CapacityError:
         text = f"A text of {num_tokens} tokens needs {num_positions} positions at ratio {self._ratio_text()}"
         num_closed = self.num_closed(num_tokens)
         for ratio in self.config.ratios:
             if self._fits([self._layout(index, ratio) for index in range(num_closed)]):
-                return CapacityError(f"{text}; {self._limit_text()}. Use ratio {ratio}.")
+                way = (
+                    f'Compress it anew at ratio {ratio}, or go on with ratio "auto"'
+                    if row.chunks
+                    else f"Use ratio {ratio}"
+                )
+                return CapacityError(f"{text}; {self._limit_text()}. {way}.")
         longest = self._longest_text(self.config.ratios[-1])
         return CapacityError(
             f"{text}; {self._limit_text()}. No ratio fits: read at most {longest} tokens at the largest."

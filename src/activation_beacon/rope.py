@@ -45,16 +45,22 @@ class LayerRope:
 
 
 class KeyMover:
-    """Moves the keys that one pass leaves behind; the rotation of each kind of layer is made once."""
+    """Moves the keys that one pass leaves behind; each kind of layer makes its rotation once for each device."""
 
-    def __init__(self, ropes: Sequence[LayerRope | None], shifts: Sequence[int], device: torch.device) -> None:
+    def __init__(self, ropes: Sequence[LayerRope | None], shifts: Sequence[int]) -> None:
         self.ropes = ropes
-        self._rotations = {rope: rope.rotation(shifts, device) for rope in set(ropes) if rope is not None}
+        self.shifts = shifts
+        self._rotations: dict[tuple[LayerRope, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def move(self, keys: torch.Tensor, layer: int) -> torch.Tensor:
         """Keys (B, K, n, D) of one layer at the positions that they now hold."""
         rope = self.ropes[layer]
-        return keys if rope is None else rope.move(keys, self._rotations[rope])
+        if rope is None:
+            return keys
+        kind = (rope, keys.device)
+        if kind not in self._rotations:
+            self._rotations[kind] = rope.rotation(self.shifts, keys.device)
+        return rope.move(keys, self._rotations[kind])
 
 
 def rotary_layout(rotary: nn.Module, frequencies: str, layer_type: str | None) -> Layout | None:

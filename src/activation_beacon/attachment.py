@@ -1,0 +1,103 @@
+"""What stands on a model while beacons are attached, and how it is put on and taken off again."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from activation_beacon.adapt import DecoderSite, dense_weight
+from activation_beacon.config import BeaconConfig
+from activation_beacon.errors import ConfigError
+from activation_beacon.plan import RatioPolicy
+from activation_beacon.projection import (
+    BeaconProjection,
+    PassState,
+    forget_beacon_slots,
+    replace_beacon_rows,
+    take_beacon_slots,
+)
+
+
+@dataclass
+class Attachment:
+    """What has been put on a model, and what is needed to take it off again."""
+
+    config: BeaconConfig
+    site: DecoderSite
+    state: PassState
+    base_class: type[PreTrainedModel]
+    frozen: list[nn.Parameter]  # parameters that required gradients before
+    handles: list[Any]
+    own_forward: Callable[..., Any] | None  # a forward that another library had put on the instance
+    policy: RatioPolicy
+    fingerprints: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+
+
+def put_branches(attachment: Attachment) -> None:
+    for layer in attachment.site.layers:
+        layer.attention.beacon_state = attachment.state  # type: ignore[assignment]
+        attachment.handles.append(layer.attention.register_forward_pre_hook(take_beacon_slots, with_kwargs=True))
+        attachment.handles.append(layer.attention.register_forward_hook(forget_beacon_slots, always_call=True))
+        for site in layer.projections:
+            weight, bias = dense_weight(site.linear), getattr(site.linear, "bias", None)
+            site.linear.beacon = BeaconProjection(weight, bias, attachment.state)
+            attachment.handles.append(site.linear.register_forward_hook(replace_beacon_rows))
+
+
+def take_off(model: Any, attachment: Attachment) -> None:
+    model.__class__ = attachment.base_class
+    for handle in attachment.handles:
+        handle.remove()
+    for layer in attachment.site.layers:
+        vars(layer.attention).pop("beacon_state", None)
+        for site in layer.projections:
+            site.linear._modules.pop("beacon", None)
+    model._parameters.pop("beacon_embedding", None)
+    if attachment.own_forward is not None:
+        model.forward = attachment.own_forward
+    vars(model).pop("_beacon", None)
+    for parameter in attachment.frozen:
+        parameter.requires_grad_(True)
+
+
+def with_base(config: BeaconConfig, base_model: PreTrainedModel, base_print: str) -> BeaconConfig:
+    """The configuration with what is known of the base model filled in."""
+    name, revision = config.base_model, config.base_revision
+    if name is None and base_model.name_or_path:
+        name, revision = base_model.name_or_path, getattr(base_model.config, "_commit_hash", None)
+    return dataclasses.replace(config, base_model=name, base_revision=revision, base_fingerprint=base_print)
+
+
+def check_chunk_fits(config: BeaconConfig, site: DecoderSite) -> None:
+    """Refuse chunks that not even the largest ratio makes fit.
+
+    Raises:
+        ConfigError: with the positions needed and there.
+    """
+    needed = config.chunk_size + config.num_beacons(config.ratios[-1])
+    if site.max_positions is not None and needed > site.max_positions:
+        raise ConfigError(
+            f"A chunk of {config.chunk_size} tokens with its beacons at ratio {config.ratios[-1]} takes {needed} positions; "
+            f"the base model has {site.max_positions}. Use a smaller chunk_size."
+        )
+
+
+def first_embedding(model: PreTrainedModel) -> torch.Tensor:
+    """The embedding (M,) that beacons start from: that of the eos token, else of bos, else of token 0."""
+    config = model.config.get_text_config(decoder=True)
+    token = next((t for t in (config.eos_token_id, config.bos_token_id) if t is not None), 0)
+    token = token[0] if isinstance(token, (list, tuple)) else token
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        return embedding(torch.tensor([token], device=embedding.weight.device))[0].clone()
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base model's own parameters, with their names."""
+    for name, parameter in model.named_parameters():
+        if ".beacon." not in name and name != "beacon_embedding":
+            yield name, parameter
