@@ -38,6 +38,7 @@ class Attachment:
 
 
 def put_branches(attachment: Attachment) -> None:
+    """Hang a beacon projection and the hooks on every site; what was done is in `attachment`, for `take_off`."""
     for layer in attachment.site.layers:
         layer.attention.beacon_state = attachment.state  # type: ignore[assignment]
         attachment.handles.append(layer.attention.register_forward_pre_hook(take_beacon_slots, with_kwargs=True))
@@ -49,6 +50,7 @@ def put_branches(attachment: Attachment) -> None:
 
 
 def take_off(model: Any, attachment: Attachment) -> None:
+    """Take everything off again, also what an attaching that failed half-way has left."""
     model.__class__ = attachment.base_class
     for handle in attachment.handles:
         handle.remove()
