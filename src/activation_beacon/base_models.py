@@ -95,6 +95,8 @@ def load_pretrained_base(
         tokenizer = _load_tokenizer(source, revision=revision)
     except Exception as error:
         raise BaseModelError(_explain_failed_load(name, source, error)) from error
+    if name == DEFAULT_BASE_NAME:
+        model.name_or_path = name  # an adapter made on it names it, not this machine's cache folder
     return _place(model, device), tokenizer
 
 

@@ -171,10 +171,18 @@ class BeaconCache(Cache):
         kept = torch.arange(self.batch_size)[indices.cpu()].tolist()
         self.rows = tuple(self.rows[index] for index in kept)
         self._select(lambda tensor: tensor[kept])
+        self._trim()
 
     def _select(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.layers = [layer.map(change) for layer in self.layers]
         self.token_ids = change(self.token_ids)
+
+    def _trim(self) -> None:
+        """Drop slots and columns that are padding in every row, as when the longest row has gone."""
+        surplus = self.layers[0].get_seq_length() - self.num_slots
+        if surplus > 0:
+            self.layers = [layer.dense().map(lambda tensor: tensor[:, :, surplus:]) for layer in self.layers]
+        self.token_ids = self.token_ids[:, self.token_ids.shape[1] - max(row.tokens_seen for row in self.rows) :]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last `-tokens_to_remove` tokens back; they must still be in the tail.
