@@ -18,6 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from activation_beacon import BeaconConfig, attach
 
+torch.set_num_threads(1)  # threads that wait for one another make models as small as these forty times slower
+
 VOCABULARY = 97
 SIZES = {
     "vocab_size": VOCABULARY,

@@ -195,10 +195,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weight_files(folder)
     if not files:
         raise StorageError(
-            f"{folder} has no *.safetensors. Convert its weights to safetensors first: nothing else is read."
+            f"{folder} has no model.safetensors. Convert its weights to safetensors first: nothing else is read."
         )
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
@@ -208,6 +208,14 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         except (SafetensorError, OSError) as error:
             raise FileFormatError(f"{path} is damaged: {reason(error)}. Fetch it again.") from error
     return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The model's weights as transformers finds them; other safetensors in the folder are none of ours."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+    return [path for path in (folder / "model.safetensors",) if path.exists()]
 
 
 def _write_base(folder: Path, source: Path, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
