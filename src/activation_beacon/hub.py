@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from activation_beacon.base_models import default_base_revision, load_pretrained_base
+from activation_beacon.base_models import load_pretrained_base
 from activation_beacon.config import BeaconConfig
+from activation_beacon.default_base import DEFAULT_BASE_REVISION
 from activation_beacon.errors import StorageError
 from activation_beacon.model import attach, detach
 from activation_beacon.persistence import CONFIG_FILE, fill_parameters, load_adapter_config, load_adapter_tensors
@@ -62,7 +63,7 @@ def default_adapter_folder() -> Path | None:
 
 
 def _untrained_default() -> BeaconConfig:
-    return BeaconConfig(base_model=DEFAULT, base_revision=default_base_revision())
+    return BeaconConfig(base_model=DEFAULT, base_revision=DEFAULT_BASE_REVISION)
 
 
 def _adapter_folder(name: str | Path, revision: str | None) -> Path | None:
