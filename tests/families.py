@@ -118,9 +118,7 @@ def randomize(parameters: Any, seed: int) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
             parameter.copy_(parameter + 0.2 * noise)
-        elif parameter.dim() < 2 or name.endswith("bias"):
-            parameter.copy_(0.3 * noise)
-        elif "embed" in name or "lm_head" in name:
+        elif parameter.dim() < 2 or name.endswith("bias") or "embed" in name or "lm_head" in name:
             parameter.copy_(0.3 * noise)
         else:
             gain = 1.6 if any(key in name for key in ("q_proj", "k_proj", "qkv", ".q.", ".k.")) else 1.0

@@ -8,6 +8,7 @@ So attention gets every key twice, once for each place, and the mask picks.
 """
 
 import copy
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,33 +64,28 @@ def lay_out(
         num_chunks += 1
     held = 0
     for chunk in range(num_chunks):
-        tokens = range(chunk * chunk_size, (chunk + 1) * chunk_size)
-        position, kept, sinks, pending = held, [], [], []
-        for token in tokens:
-            slot = layout.add(token, chunk, position)
-            position += 1
-            if token < num_sinks:
+        sinks, kept = [], []
+        for offset, unit in enumerate(read_order(chunk * chunk_size, chunk_size, ratios[chunk], placement)):
+            token = unit if isinstance(unit, int) else None
+            slot = layout.add(token, chunk, held + offset)
+            if token is not None and token < num_sinks:
                 sinks.append(slot)
-            elif is_raw[token]:
+            elif is_raw[token] if token is not None else not all(is_raw[member] for member in unit):
                 kept.append(slot)
-            if (token + 1) % ratios[chunk] == 0:
-                unit = range(token + 1 - ratios[chunk], token + 1)
-                if placement == "interleave":
-                    slot = layout.add(None, chunk, position)
-                    position += 1
-                    kept += [] if all(is_raw[member] for member in unit) else [slot]
-                else:
-                    pending.append(unit)
-        for unit in pending:
-            slot = layout.add(None, chunk, position)
-            position += 1
-            kept += [] if all(is_raw[member] for member in unit) else [slot]
         for slot in sinks + kept:
             layout.held_at[slot] = held
             held += 1
     for offset, token in enumerate(range(num_chunks * chunk_size, length)):
         layout.add(token, num_chunks, held + offset)
     return layout
+
+
+def read_order(first: int, chunk_size: int, ratio: int, placement: str) -> list[int | range]:
+    """A chunk's slots: a token by its number, a beacon by the unit of tokens that it closes."""
+    units = [range(start, start + ratio) for start in range(first, first + chunk_size, ratio)]
+    if placement == "append":
+        return [*range(first, first + chunk_size), *units]
+    return [slot for unit in units for slot in (*unit, unit)]
 
 
 @dataclass
@@ -145,9 +141,7 @@ class Reference:
                 weight = beacons.get(f"layers.{index}.{letter}.weight")
                 if weight is not None:
                     name = next(name for name in names if hasattr(attention, name))
-                    branch = TwoBranches(
-                        getattr(attention, name), weight, beacons.get(f"layers.{index}.{letter}.bias")
-                    )
+                    branch = TwoBranches(getattr(attention, name), weight, beacons.get(f"layers.{index}.{letter}.bias"))
                     setattr(attention, name, branch)
                     self.branches.append(branch)
 
@@ -174,6 +168,7 @@ class Reference:
         self.read_at = torch.tensor(layout.read_at)
         self.held_at = torch.tensor([-1 if at is None else at for at in layout.held_at])
         self.collected: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.masks: dict[int | None, torch.Tensor] = {}
         logits = self.model(
             inputs_embeds=torch.stack(slots)[None], position_ids=self.read_at[None], use_cache=False
         ).logits[0]
@@ -202,9 +197,16 @@ class Reference:
         """The family's eager attention over every key at both of its places."""
         plain, held = self._moved(attention, key)
         self.collected[attention.reference_layer] = (key[0], held[0], plain[0], value[0])
-        mask = self._mask(kwargs.get("sliding_window")).to(query.dtype)
+        window = kwargs.get("sliding_window")
+        if window not in self.masks:
+            self.masks[window] = self._mask(window)[None, None]
         return sys.modules[type(attention).__module__].eager_attention_forward(
-            attention, query, torch.cat((key, held), dim=2), torch.cat((value, value), dim=2), mask[None, None], **kwargs
+            attention,
+            query,
+            torch.cat((key, held), dim=2),
+            torch.cat((value, value), dim=2),
+            self.masks[window],
+            **kwargs,
         )
 
     def _moved(self, attention: nn.Module, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,7 +214,8 @@ class Reference:
         index, config = attention.reference_layer, self.model.config
         if config.model_type == "smollm3" and not config.no_rope_layers[index]:
             return key, key
-        layer_type = (config.layer_types[index],) if config.model_type == "gemma3_text" else ()
+        takes_type = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
+        layer_type = (config.layer_types[index],) if takes_type else ()
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         cos, sin = self.decoder.rotary_emb(key, self.read_at[None], *layer_type)
         size = cos.square() + sin.square()  # the square of the attention scaling, 1 where there is none
@@ -243,7 +246,7 @@ PROJECTION_NAMES = {
 
 
 def _attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **kwargs: Any
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, **kwargs: Any
 ) -> Any:
     return module.reference.attend(module, query, key, value, **kwargs)
 

@@ -4,14 +4,17 @@ import functools
 
 import pytest
 import torch
+
+from activation_beacon import BeaconConfig
 from families import EAGER_ONLY, GOLDEN_CASES, TESTED, beacon_tensors, golden, random_ids, tiny, with_beacons
 from reference import Reference, lay_out
 
-from activation_beacon import BeaconConfig
-
 TOLERANCE = 1e-4
 CHUNK = 32
-PROMPT, STEPS = 84, 22  # the third chunk is full at 96 tokens, and closed when the 97th is read (the 102nd with 5 local ones)
+PROMPT, STEPS = (
+    84,
+    22,
+)  # the third chunk is full at 96 tokens, and closed when the 97th is read (the 102nd with 5 local ones)
 
 
 def close(measured, expected, tolerance=TOLERANCE):

@@ -102,11 +102,15 @@ def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, distance: int 
     A token that stands alone attends to itself wherever it stands, so that its keys differ by their rotation only.
 
     Raises:
-        UnsupportedModelError: naming the layer whose keys differ by more than `tolerance`, relative to their size.
+        UnsupportedModelError: naming the layer whose keys differ by more than `tolerance`, relative to their size; or if
+            the attention modules are not handed the keyword argument that tells them where the beacons are.
     """
-    here, there = _lone_token_keys(model, 0), _lone_token_keys(model, distance)
+    here, there = _lone_token_keys(model, site, 0), _lone_token_keys(model, site, distance)
     for index, (rope, key, expected) in enumerate(zip(site.ropes, here, there, strict=True)):
-        moved = key if rope is None else rope.move(key, rope.rotation((distance,), key.device))
+        try:
+            moved = key if rope is None else rope.move(key, rope.rotation((distance,), key.device))
+        except (RuntimeError, TypeError) as failure:
+            raise _unsupported(model, f"the keys of layer {index} cannot be moved by rotation ({failure})") from failure
         error = (moved - expected).norm() / expected.norm()
         if not error <= tolerance:
             raise _unsupported(
@@ -115,24 +119,37 @@ def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, distance: int 
 
 
 @torch.no_grad()
-def _lone_token_keys(model: PreTrainedModel, position: int) -> list[torch.Tensor]:
+def _lone_token_keys(model: PreTrainedModel, site: DecoderSite, position: int) -> list[torch.Tensor]:
     embedding = model.get_input_embeddings().weight
+    reached: set[nn.Module] = set()
+
+    def note(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if kwargs.pop("beacon_slots", None) is not None:
+            reached.add(attention)
+        return args, kwargs
+
     token = torch.linspace(-1, 1, embedding.shape[-1], dtype=model.dtype, device=embedding.device)[None, None]
     cache = DynamicCache()
     was_training = model.training
     model.eval()
+    handles = [layer.attention.register_forward_pre_hook(note, with_kwargs=True) for layer in site.layers]
     try:
         model.get_decoder()(
             inputs_embeds=token,
             position_ids=torch.tensor([[position]], device=embedding.device),
             past_key_values=cache,
             use_cache=True,
+            beacon_slots=torch.zeros(1, dtype=torch.long, device=embedding.device),
         )
         keys = [layer.keys.float() for layer in cache.layers]
     except Exception as error:
         raise _unsupported(model, f"a trial pass with an ordinary cache failed ({error})") from error
     finally:
+        for handle in handles:
+            handle.remove()
         model.train(was_training)
+    if len(reached) != len(site.layers):
+        raise _unsupported(model, "it does not hand keyword arguments (`beacon_slots`) down to its attention modules")
     if len(keys) != model.config.get_text_config(decoder=True).num_hidden_layers:
         raise _unsupported(model, "not every layer keeps keys of its own")
     return keys

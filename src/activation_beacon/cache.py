@@ -157,9 +157,12 @@ class BeaconCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Select the rows that beam search goes on with: `beam_idx` (B,)."""
-        if len(set(self.rows)) > 1:
+        is_mixed = len(set(self.rows)) > 1
+        if is_mixed:
             self.rows = tuple(self.rows[index] for index in beam_idx.tolist())
         self._select(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        if is_mixed:
+            self._trim()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
@@ -245,7 +248,7 @@ class BeaconCache(Cache):
             raise UnsupportedError("A ragged batch cannot be quantised. Quantise each context before stacking.")
         other = self._like(self.rows, self.token_ids)
         length = self.rows[0].memory_length
-        other.layers = [layer.quantized(bits, length) if length else layer.copy() for layer in self.layers]
+        other.layers = [layer.copy() if layer.keys is None else layer.quantized(bits, length) for layer in self.layers]
         return other
 
     @property

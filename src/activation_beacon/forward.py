@@ -315,7 +315,8 @@ class _Reader:
         for b, row in enumerate(members):
             offset = 0 if offsets is None else offsets[b]
             count = width if counts is None else counts[b]
-            begin = max(self.seen[row] - starts[b], 0) + offset
+            column = self._column(row, starts[b])
+            begin = max(self.seen[row] - starts[b], (self._first_column() or 0) - column, 0) + offset
             chosen = [n for n, slot in enumerate(order) if begin <= slot < offset + count]
             if not chosen:
                 continue
@@ -403,11 +404,11 @@ def _joined_layer(
     longest_other: int,
 ) -> BeaconLayer:
     """One layer after a chunk has been closed: memory and kept entries of `members`, all entries of the others."""
-    if layer.stored is not None and not others and layer.stored_length == chunk.length:
-        bits = layer.stored[0].bits
-        stored_keys = layer.stored[0].joined(Quantized.of(keys, bits))
-        stored_values = layer.stored[1].joined(Quantized.of(values, bits))
-        return BeaconLayer.of(keys[:, :, :0], values[:, :, :0], (stored_keys, stored_values))
+    if layer.stored is not None and not others and chunk.length in (0, layer.stored_length):
+        # Nothing is lent where the text is read anew: what was stored goes.
+        held = [part.map(lambda codes: codes[:, :, : chunk.length]) for part in layer.stored]
+        parts = [part.joined(Quantized.of(new, part.bits)) for part, new in zip(held, (keys, values), strict=True)]
+        return BeaconLayer.of(keys[:, :, :0], values[:, :, :0], (parts[0], parts[1]))
     if chunk.memory is not None:
         held_keys, held_values = chunk.memory()
         keys, values = torch.cat((held_keys, keys), dim=2), torch.cat((held_values, values), dim=2)

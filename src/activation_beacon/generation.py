@@ -4,11 +4,12 @@ Two semi-private methods of transformers are overridden, `_prefill` and `prepare
 (sampling, beams, streamers, stopping, processors) is theirs. Ids go in and come out as text: the cache is shorter.
 """
 
-import copy
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import InputError, UnsupportedError
@@ -27,7 +28,12 @@ REFUSED_OPTIONS = {
     "penalty_alpha": "contrastive search needs the hidden states of the whole prompt",
     "dola_layers": "DoLa needs the hidden states of the whole prompt",
     "speculation_type": "speculative decoding takes back tokens that may be in closed chunks",
+    "use_mtp": "multi-token prediction takes back tokens that may be in closed chunks",
 }
+LATER_ARGUMENTS = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:]  # after generation_config
+DEFAULT_ANSWER = 20  # new tokens where nobody says how many
+
+Option = Callable[[str], Any]
 
 
 class BeaconGeneration(Host):
@@ -61,37 +67,49 @@ class BeaconGeneration(Host):
             CapacityError: if the prompt cannot fit the base model's positions.
         """
         if self._beacon.state.is_disabled:
-            if context is not None:
-                raise UnsupportedError(
-                    "A context cannot be used while beacons are disabled. Leave beacon_disabled() first."
-                )
+            _refuse_while_disabled(context, beacon_ratio)
             return super().generate(inputs, generation_config, *args, **kwargs)
-        _refuse_options(generation_config, kwargs)
+        kwargs |= dict(zip(LATER_ARGUMENTS, args, strict=False))
+        option = self._options(generation_config, kwargs)
+        _refuse_options(option, generation_config, kwargs)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         given = kwargs.get("past_key_values")
         if context is not None and given is not None:
             raise InputError("generate takes context or past_key_values, not both. Use context; it stays as it was.")
         if input_ids is None or (given is not None and not isinstance(given, BeaconCache)):
             self._refuse_beacons_by_name(context, beacon_ratio)
-            return super().generate(inputs, generation_config, *args, **kwargs)
-        if _uses_no_cache(generation_config, kwargs):
+        elif option("use_cache") is False:
             if context is not None or given is not None or beacon_ratio is not None:
                 raise UnsupportedError("use_cache=False leaves no cache to hold beacons. Generate with use_cache=True.")
-            return super().generate(inputs, generation_config, *args, **kwargs)
+        elif self._is_compressible(input_ids, context is None and given is None, option, kwargs):
+            cache = self._generation_cache(input_ids, context, given, beacon_ratio)
+            cache.is_continued = given is not None
+            self._check_capacity(cache, input_ids, option, kwargs["attention_mask"])
+            kwargs["past_key_values"] = cache
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def _options(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Option:
+        """Finds an option of a call as transformers does: among its arguments, in its config, in the model's config."""
+        configs = (generation_config, self.generation_config)
+
+        def option(name: str) -> Any:
+            values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in values if value is not None), None)
+
+        return option
+
+    def _is_compressible(self, input_ids: torch.Tensor, is_fresh: bool, option: Option, kwargs: dict[str, Any]) -> bool:
+        """Check the prompt, and see to its mask; False where it is left to transformers as it is."""
+        if input_ids.dim() != 2:
+            raise InputError(f"input_ids must be (B, T); got {tuple(input_ids.shape)}. Give one row for each prompt.")
+        if input_ids.shape[1] == 1:  # longer ones are checked where they are read
+            self._check_vocabulary(input_ids)
         if kwargs.get("attention_mask") is None:
-            mask, has_holes = _inferred_mask(input_ids, self._pad_token(generation_config, kwargs))
-            fresh = context is None and given is None
-            if has_holes and fresh and input_ids.shape[1] <= self.untouched_length:  # transformers leaves the holes out
-                return super().generate(inputs, generation_config, *args, **kwargs)
+            mask, has_holes = _inferred_mask(input_ids, _pad_token(option))
+            if has_holes and is_fresh and input_ids.shape[1] <= self.untouched_length:  # transformers leaves holes out
+                return False
             kwargs["attention_mask"] = mask
-        cache = self._generation_cache(input_ids, context, given, beacon_ratio)
-        cache.is_continued = given is not None
-        self._check_capacity(cache, input_ids.shape[1], generation_config, kwargs)
-        kwargs["past_key_values"] = cache
-        if self.generation_config.cache_implementation is not None:  # some models ask for one by default
-            generation_config = copy.deepcopy(generation_config or self.generation_config)
-            generation_config.cache_implementation = None
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        return True
 
     def _refuse_beacons_by_name(self, context: BeaconCache | None, beacon_ratio: Ratio | None) -> None:
         if context is not None or beacon_ratio is not None:
@@ -114,16 +132,6 @@ class BeaconGeneration(Host):
             )
         return cache
 
-    def _pad_token(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> int | None:
-        """The token that pads prompts; None where it is an end of text as well, and so may be part of one."""
-        pad, eos = (
-            getattr(self.generation_config, name)
-            if (given := _option(name, generation_config, kwargs)) is None
-            else given
-            for name in ("pad_token_id", "eos_token_id")
-        )
-        return None if pad == eos or (isinstance(eos, list) and pad in eos) else pad
-
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
         """Theirs, without the warning that the text is longer than the base's positions: the cache is not."""
         criteria = super()._get_stopping_criteria(*args, **kwargs)
@@ -133,14 +141,26 @@ class BeaconGeneration(Host):
         return criteria
 
     def _check_capacity(
-        self, cache: BeaconCache, num_new: int, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+        self, cache: BeaconCache, input_ids: torch.Tensor, option: Option, attention_mask: torch.Tensor
     ) -> None:
         """Refuse now, rather than after half an answer, what would not fit the base model's positions."""
-        num_answer = _option("max_new_tokens", generation_config, kwargs) or 1
+        num_answer = option("max_new_tokens")
+        if num_answer is None:
+            longest = option("max_length")
+            num_answer = DEFAULT_ANSWER if longest is None else longest - input_ids.shape[1]
+        new_ids, mask = _unread(input_ids, attention_mask, cache) if cache.is_continued else (input_ids, attention_mask)
+        assert mask is not None
         planner = TextPlanner(cache.config, cache.policy, self._beacon.site.max_positions)
-        for row in cache.rows:
-            already = row.tokens_seen if cache.is_continued else 0
-            planner.plan(row, max(1, num_new - already) + num_answer - 1)
+        for row, count in zip(cache.rows, mask[:, -new_ids.shape[1] :].sum(dim=1).tolist(), strict=True):
+            planner.plan(row, int(count) + max(1, num_answer) - 1)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> Any:
+        """Theirs, without the kind of cache that some models ask for by default: the beacon cache takes its place."""
+        if isinstance(model_kwargs.get("past_key_values"), BeaconCache):
+            generation_config.cache_implementation = None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
     def _prefill(
         self,
@@ -165,6 +185,7 @@ class BeaconGeneration(Host):
         outputs = self(
             input_ids=new_ids,
             attention_mask=new_mask,
+            position_ids=model_kwargs.get("position_ids") if is_short else None,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -247,18 +268,24 @@ def _inferred_mask(input_ids: torch.Tensor, pad_token: int | None) -> tuple[torc
     return mask, not torch.equal(mask, is_text)
 
 
-def _option(name: str, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
-    value = kwargs.get(name)
-    return getattr(generation_config, name, None) if value is None else value
+def _pad_token(option: Option) -> int | None:
+    """The token that pads prompts; None where it is an end of text as well, and so may be part of one."""
+    pad, eos = option("pad_token_id"), option("eos_token_id")
+    return None if pad == eos or (isinstance(eos, list) and pad in eos) else pad
 
 
-def _refuse_options(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+def _refuse_while_disabled(context: BeaconCache | None, beacon_ratio: Ratio | None) -> None:
+    if context is not None or beacon_ratio is not None:
+        what = "beacon_ratio" if context is None else "A context"
+        raise UnsupportedError(f"{what} cannot be used while beacons are disabled. Leave beacon_disabled() first.")
+
+
+def _refuse_options(option: Option, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
     for name, reason in REFUSED_OPTIONS.items():
-        if _option(name, generation_config, kwargs) is not None:
+        value = option(name)
+        if name == "cache_implementation":  # a model's own default gives way
+            value = kwargs.get(name) or getattr(generation_config, name, None)
+        if value is not None and value is not False:
             raise UnsupportedError(
                 f"generate({name}=...) does not work with beacons: {reason}. Leave it out, or disable them."
             )
-
-
-def _uses_no_cache(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> bool:
-    return _option("use_cache", generation_config, kwargs) is False

@@ -102,7 +102,7 @@ class BeaconModel(BeaconGeneration):
         return self._fingerprint("base", list(base_parameters(self)), "")
 
     def _fingerprint(self, name: str, tensors: list[tuple[str, nn.Parameter]], settings: str) -> str:
-        version = sum(tensor._version for _, tensor in tensors)
+        version = sum(0 if tensor.is_inference() else tensor._version for _, tensor in tensors)
         known = self._beacon.fingerprints.get(name)
         if known is None or known[0] != version:
             known = self._beacon.fingerprints[name] = (version, fingerprint(tensors, settings))
@@ -195,14 +195,17 @@ class BeaconModel(BeaconGeneration):
         policy = None
         if ratio is not None or budget is not None or spans:
             policy = self.ratio_policy("auto" if ratio is None else ratio, budget=budget, spans=spans)
-        cache = self._opened(cache, input_ids, policy)
+        cache = self._opened(cache, input_ids)
         new = self._new_tokens(input_ids, attention_mask)
-        self._check_names_every_chunk(cache, new)
-        with _progress_bar(progress) as report:
+        self._check_vocabulary(new.ids)
+        with _under_policy(cache, policy), _progress_bar(progress) as report:
+            self._check_names_every_chunk(cache, new)
             read(self, self._beacon.site, cache, new, Wanted(), progress=report)
         return cache
 
-    def _opened(self, cache: BeaconCache | None, input_ids: torch.Tensor, policy: RatioPolicy | None) -> BeaconCache:
+    def _opened(self, cache: BeaconCache | None, input_ids: torch.Tensor) -> BeaconCache:
+        if input_ids.dim() != 2 or input_ids.shape[0] == 0:
+            raise InputError(f"input_ids must be (B, N) with at least one row; got {tuple(input_ids.shape)}.")
         if cache is None:
             cache = self.new_cache(input_ids.shape[0])
         self.check_context(cache)
@@ -210,8 +213,6 @@ class BeaconModel(BeaconGeneration):
             raise InputError(
                 f"The cache has {cache.batch_size} rows, the ids {input_ids.shape[0]}. Give as many of each."
             )
-        if policy is not None:
-            cache.policy = policy
         return cache
 
     def _check_names_every_chunk(self, cache: BeaconCache, new: NewTokens) -> None:
@@ -224,7 +225,9 @@ class BeaconModel(BeaconGeneration):
         batch, width = input_ids.shape
         if width == 0:
             raise InputError("The text is empty: there is no token to read. Give at least one.")
-        if width > 1:
+        if input_ids.is_floating_point():
+            raise InputError(f"input_ids must be integers; got {input_ids.dtype}.")
+        if width > 1:  # a step of decoding does not wait for the device
             self._check_vocabulary(input_ids)
         if attention_mask is None:
             return NewTokens(input_ids, [0] * batch, [width] * batch)
@@ -235,8 +238,6 @@ class BeaconModel(BeaconGeneration):
         return NewTokens(input_ids, *runs(attention_mask[:, -width:]))
 
     def _check_vocabulary(self, input_ids: torch.Tensor) -> None:
-        if input_ids.is_floating_point():
-            raise InputError(f"input_ids must be integers; got {input_ids.dtype}.")
         size = self.get_input_embeddings().weight.shape[0]
         least, most = (int(bound) for bound in input_ids.aminmax())
         if least < 0 or most >= size:
@@ -301,16 +302,16 @@ class BeaconModel(BeaconGeneration):
             return self.base_forward(input_ids, **given, **kwargs)
         policy = None if beacon_ratio is None else self.ratio_policy(beacon_ratio)
         keep_cache = cache is not None or self._keeps_cache(use_cache)
-        cache = self._opened(cache, input_ids, policy)
+        cache = self._opened(cache, input_ids)
         new = self._new_tokens(input_ids, attention_mask)
-        if beacon_ratio is not None:
-            self._check_names_every_chunk(cache, new)
         is_short = cache.num_slots == 0 and max(new.counts) <= self.untouched_length
-        if is_short:
-            output = self._forward_short(input_ids, cache if keep_cache else None, new, given, kwargs)
-        else:
-            output = self._forward_long(cache, new, given, kwargs)
-            output.past_key_values = cache if keep_cache else None
+        with _under_policy(cache, policy):
+            if beacon_ratio is not None:
+                self._check_names_every_chunk(cache, new)
+            if is_short:
+                output = self._forward_short(input_ids, cache if keep_cache else None, new, given, kwargs)
+            else:
+                output = self._forward_long(cache, new, given, kwargs, keep_cache=keep_cache)
         return output if kwargs.get("return_dict", True) is not False else output.to_tuple()
 
     def _keeps_cache(self, use_cache: bool | None) -> bool:
@@ -353,6 +354,7 @@ class BeaconModel(BeaconGeneration):
             raise
         if cache is not None:
             _note_read(cache, new)
+            self._move_to_origin(cache, new, given["position_ids"])
         nll, loss = None, output.loss
         if labels is not None:
             nll = token_losses(output.logits, targets(labels, new))
@@ -361,11 +363,24 @@ class BeaconModel(BeaconGeneration):
         fields = {name: output.get(name) for name in ("hidden_states", "attentions")}
         return BeaconOutput(loss=loss, logits=output.logits, past_key_values=output.past_key_values, nll=nll, **fields)
 
+    def _move_to_origin(self, cache: BeaconCache, new: NewTokens, position_ids: torch.Tensor | None) -> None:
+        """Move what the base has read behind padding to the positions that it holds: each row begins at 0."""
+        first = new.starts
+        if position_ids is not None:
+            rows = position_ids.expand(len(new.starts), -1)
+            first = [int(rows[row, start]) for row, start in enumerate(new.starts)]
+        if not any(first):
+            return
+        for layer, rope in zip(cache.layers, self._beacon.site.ropes, strict=True):
+            if rope is not None and layer.keys is not None:
+                cos, sin = rope.rotation([-position for position in first], layer.keys.device)
+                layer.keys = rope.move(layer.keys, (cos.transpose(0, 1), sin.transpose(0, 1)))
+
     def _forward_long(
-        self, cache: BeaconCache, new: NewTokens, given: dict[str, Any], kwargs: dict[str, Any]
+        self, cache: BeaconCache, new: NewTokens, given: dict[str, Any], kwargs: dict[str, Any], *, keep_cache: bool
     ) -> BeaconOutput:
         keep, labels = given["logits_to_keep"], given["labels"]
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise UnsupportedError(
                 "Gradient checkpointing drops the caches that chunks are read on. Call gradient_checkpointing_disable()."
             )
@@ -381,7 +396,8 @@ class BeaconModel(BeaconGeneration):
         readout = read(self, self._beacon.site, cache, new, wanted)
         loss = None if readout.nll is None else mean_loss(readout.nll, kwargs.get("num_items_in_batch"))
         fields = {name: getattr(readout.last, name, None) for name in ("hidden_states", "attentions")}
-        return BeaconOutput(loss=loss, logits=readout.logits, nll=readout.nll, **fields)
+        past = cache if keep_cache else None
+        return BeaconOutput(loss=loss, logits=readout.logits, past_key_values=past, nll=readout.nll, **fields)
 
     # --- files ---
 
@@ -531,6 +547,18 @@ def _refuse_packed(position_ids: torch.Tensor | None, new: NewTokens) -> None:
             raise UnsupportedError(
                 "position_ids that do not count up (packed sequences) cannot be compressed. Leave them out."
             )
+
+
+@contextlib.contextmanager
+def _under_policy(cache: BeaconCache, policy: RatioPolicy | None) -> Iterator[None]:
+    """A reading of `cache` under the policy asked for, if one is; on an error the cache has its own again."""
+    before = cache.policy
+    cache.policy = policy or before
+    try:
+        yield
+    except BaseException:
+        cache.policy = before
+        raise
 
 
 @contextlib.contextmanager

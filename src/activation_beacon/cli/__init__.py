@@ -1,0 +1,107 @@
+"""The command line: `beacon`. One file a command; what is heavy is imported when a command runs."""
+
+import os
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from activation_beacon import __version__
+from activation_beacon.cli import ask, chat, compress, demo, export_official, import_official, inspect
+from activation_beacon.cli.console import notice, one_line
+from activation_beacon.cli.options import examples
+from activation_beacon.errors import BeaconError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+class BeaconGroup(TyperGroup):
+    """The commands; every error that a user can act on becomes one line and exit status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            notice("Interrupted: nothing was left half-written.")
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            message = _message(error)
+            if message is None:
+                raise
+            notice(f"Error: {one_line(message)}")
+            raise typer.Exit(1) from None
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell the user; None for an error that is our own mistake."""
+    if isinstance(error, BeaconError):
+        return str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "There is not enough memory. Use a larger --ratio, --dtype bfloat16, or a smaller model."
+    return None
+
+
+app = typer.Typer(
+    cls=BeaconGroup,
+    name="beacon",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for command, lines in (
+    (demo.demo, ("beacon demo", "beacon demo --quick", "beacon demo --ratios 4,16 --out demo-files")),
+    (
+        compress.compress,
+        (
+            "beacon compress book.txt -o book.beacon",
+            "beacon compress book.txt --ratio 8 --quantize 8 -o book.beacon",
+            "cat *.md | beacon compress - --budget 4096 -o notes.beacon --json",
+        ),
+    ),
+    (
+        ask.ask,
+        (
+            'beacon ask book.beacon "Who lives in the Emerald City?"',
+            'beacon ask book.beacon "Tell it as a poem." --temperature 0.8 --seed 1',
+        ),
+    ),
+    (chat.chat, ("beacon chat book.beacon", "beacon chat --model my-adapter --temperature 0.7")),
+    (inspect.inspect, ("beacon inspect book.beacon", "beacon inspect my-adapter --json")),
+    (import_official.import_official, ("beacon import-official beacon-qwen-2-7b-instruct my-adapter --with-base",)),
+    (export_official.export_official, ("beacon export-official my-adapter qwen-2-7b-instruct for-their-code",)),
+):
+    app.command(name=command.__name__.replace("_", "-"), epilog=examples(*lines))(command)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"beacon {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog=examples("beacon demo", "beacon compress --help"))
+def beacon(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compress long texts into small contexts, keep them on disk, and ask a model about them.
+
+    Results go to stdout, progress and notices to stderr. The exit status is 0 when all went well, 1 when something
+    could not be done (one line says why), 2 when the command was not understood, and 130 after Ctrl-C.
+    """
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    app()

@@ -1,0 +1,212 @@
+"""Models and contexts as the commands need them: loaded quietly, checked in the cheapest order."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from activation_beacon.cli.console import notice, working
+from activation_beacon.cli.options import Dtype, RatioOption
+from activation_beacon.cli.texts import check_is_no_text
+from activation_beacon.errors import BaseModelError, InputError, MismatchError
+
+if TYPE_CHECKING:
+    from activation_beacon.cache import BeaconCache
+    from activation_beacon.config import BeaconConfig
+    from activation_beacon.prompts import ChatPrompt
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with beacons, its tokenizer, and the prompts of its chat template."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    prompt: "ChatPrompt"
+
+    @property
+    def config(self) -> "BeaconConfig":
+        """Settings of the adapter."""
+        return self.model.beacon_config
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that the base model reads at once; None where its config does not say."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def load_model(name: str, *, base: str | None, device: str | None, dtype: Dtype | None) -> Loaded:
+    """Load an adapter with its base model and tokenizer.
+
+    Raises:
+        BeaconError: as `hub.load` does, or if the base model has no tokenizer.
+    """
+    with working(f"loading {name}"), _quiet_libraries():
+        from activation_beacon.hub import load
+        from activation_beacon.prompts import ChatPrompt
+
+        model, tokenizer = load(
+            name, base=base, dtype=None if dtype is None else str(dtype), device=device or _best_device()
+        )
+        if tokenizer is None:
+            raise BaseModelError(
+                f"The base model of {name} has no tokenizer, and text cannot be read without one. "
+                "Put its tokenizer.json beside the base model's config.json."
+            )
+        return Loaded(name, model, tokenizer, ChatPrompt(tokenizer))
+
+
+def check_ratio(name: str, ratio: RatioOption, *, budget: int | None = None) -> None:
+    """Refuse a ratio that the adapter does not know, before its base model is loaded if the adapter is at hand.
+
+    Raises:
+        RatioError: as `compress` would.
+        StorageError, FileFormatError: if the folder holds no adapter.
+    """
+    from activation_beacon.plan import as_policy
+
+    config = adapter_config(name)
+    if config is not None:
+        as_policy(config, ratio, budget=budget)  # type: ignore[arg-type] # a text other than "auto" has been refused
+
+
+def adapter_config(name: str) -> "BeaconConfig | None":
+    """Settings of an adapter that is at hand; None for one that the hub may have.
+
+    Raises:
+        StorageError, FileFormatError: if the folder holds no adapter.
+    """
+    from activation_beacon.config import BeaconConfig
+
+    folder = adapter_folder(name)
+    if folder is not None:
+        from activation_beacon.persistence import load_adapter_config
+
+        return load_adapter_config(folder)
+    return BeaconConfig(base_model=name) if name == "default" else None
+
+
+def adapter_folder(name: str) -> Path | None:
+    """The folder of an adapter that is at hand."""
+    if name == "default":
+        from activation_beacon.hub import default_adapter_folder
+
+        return default_adapter_folder()
+    path = Path(name).expanduser()
+    return path if path.exists() else None
+
+
+def read_context(path: Path) -> "BeaconCache":
+    """Read a context file without any model.
+
+    Raises:
+        StorageError, FileFormatError: as `BeaconCache.load` does, or if the file is a text.
+    """
+    check_is_no_text(path)
+    from activation_beacon.cache import BeaconCache
+
+    return BeaconCache.load(path)
+
+
+def place_context(loaded: Loaded, context: "BeaconCache") -> "BeaconCache":
+    """The context on the model's device and in its dtype.
+
+    Raises:
+        MismatchError: if another base model or adapter made it.
+        InputError: if it holds a batch.
+    """
+    try:
+        loaded.model.check_context(context)
+    except MismatchError as error:
+        raise MismatchError(f"{error} (--model {loaded.name})") from None
+    if context.batch_size != 1:
+        raise InputError(f"The file holds a batch of {context.batch_size} contexts. Save one of them: context.row(0).")
+    return context.to(loaded.model.device, loaded.model.dtype)
+
+
+def question_ids(loaded: Loaded, context: "BeaconCache", text: str, *, plain: bool = False) -> list[int]:
+    """Ids that ask on from where a context stands: in an open message, after an answer, or at no message at all.
+
+    Raises:
+        InputError: if the context does not open with the chat template and `plain` is not asked for, or if the ids are
+            more than the base model reads at once.
+    """
+    prompt = loaded.prompt
+    if plain:
+        ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    elif not context.token_ids.numel():
+        ids = prompt.message(text)
+    elif not _opens_with_template(loaded, context):
+        raise InputError(
+            "The context does not open with this model's chat template (it was compressed with --plain, or without "
+            "ChatPrompt.opening). Ask with --plain: the question then follows the text as it is."
+        )
+    else:
+        ids = prompt.follow_up(text) if _is_in_answer(prompt, context) else prompt.question(text)
+    check_question_fits(loaded, ids)
+    return ids
+
+
+def check_question_fits(loaded: Loaded, ids: Sequence[int]) -> None:
+    """Refuse a question that is longer than what the base model reads at once.
+
+    Raises:
+        InputError: with both numbers.
+    """
+    if loaded.max_positions is not None and len(ids) > loaded.max_positions:
+        raise InputError(
+            f"The question has {len(ids):,} tokens; the base model reads {loaded.max_positions:,} at once. Put what is long "
+            "into a text, compress it (beacon compress TEXT... -o FILE), and ask about it in fewer words."
+        )
+
+
+def _opens_with_template(loaded: Loaded, context: "BeaconCache") -> bool:
+    """Whether the context's first special tokens are those of the template's opening (which may hold a date)."""
+    special = set(loaded.tokenizer.get_added_vocab().values()) | set(loaded.tokenizer.all_special_ids)
+    expected = [token for token in loaded.prompt.opening("") if token in special]
+    found = (token for token in context.token_ids[0].tolist() if token in special)
+    return all(token == next(found, None) for token in expected)
+
+
+def _is_in_answer(prompt: "ChatPrompt", context: "BeaconCache") -> bool:
+    """Whether a question has been asked already: the ids that open an answer are among the context's."""
+    first, second = prompt.question("a"), prompt.question("1")
+    length = 0
+    while length < min(len(first), len(second)) and first[-1 - length] == second[-1 - length]:
+        length += 1
+    closing, ids = first[len(first) - length :], context.token_ids[0].tolist()
+    return any(ids[start : start + length] == closing for start in range(len(ids) - length + 1))
+
+
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Hide transformers' progress bars and warnings; show this package's own log, such as a download's start."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logger, handler = logging.getLogger("activation_beacon"), _NoticeHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _NoticeHandler(logging.Handler):
+    """Prints log records as notices."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        notice(record.getMessage())

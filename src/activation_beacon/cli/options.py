@@ -1,0 +1,93 @@
+"""Options that several commands share."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from activation_beacon.errors import InputError, RatioError
+
+RatioOption = int | tuple[int, ...] | str
+
+
+class Dtype(StrEnum):
+    """Float types that a model can be loaded in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Bits(StrEnum):
+    """Bits that beacons can be kept in."""
+
+    EIGHT = "8"
+    FOUR = "4"
+
+
+Model = Annotated[
+    str, typer.Option("--model", help='Adapter folder or hub id; "default" is the model that comes with the package.')
+]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="Base model folder or hub id, if it is elsewhere than the adapter says."),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help='Such as "cpu" or "cuda:0"; by default a CUDA device if there is one.')
+]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Float type to load the model in; by default its own.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist already.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="Randomness of answers; 0 always takes the likeliest token.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the randomness, to get the same answer again.")]
+Context = Annotated[Path, typer.Argument(metavar="FILE", help="A context that `beacon compress` wrote.")]
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help. The mark keeps the lines as they are."""
+    return "\n".join(["Examples:" if len(lines) > 1 else "Example:", "", "\b", *(f"  {line}" for line in lines)])
+
+
+def parse_ratio(text: str) -> RatioOption:
+    """What `--ratio` asks for: "auto", one ratio, or one for each chunk.
+
+    Raises:
+        RatioError: if it is none of these.
+    """
+    if text == "auto":
+        return text
+    try:
+        ratios = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise RatioError(
+            f'--ratio must be "auto", an int such as 8, or a list such as 2,4,8 with one for each chunk; got {text!r}.'
+        ) from None
+    return ratios if "," in text else ratios[0]
+
+
+def parse_ratios(text: str) -> tuple[int, ...]:
+    """What `--ratios` asks for: each ratio once, smallest first.
+
+    Raises:
+        RatioError: if it is not a list of ints.
+    """
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise RatioError(f"--ratios must be ints such as 2,8,32; got {text!r}.") from None
+
+
+def check_text_given(what: str, text: str) -> None:
+    """Refuse a question, or the like, of nothing but white space.
+
+    Raises:
+        InputError: naming it.
+    """
+    if not text.strip():
+        raise InputError(f"{what} is empty. Write at least one word.")

@@ -1,0 +1,895 @@
+"""The face: golden numbers, the base untouched, attaching and detaching, ratios, gradients, batches, refusals."""
+
+import copy
+import inspect
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy
+import pytest
+import torch
+from transformers import DynamicCache, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from activation_beacon import BeaconCache, BeaconConfig, attach, detach
+from activation_beacon.errors import (
+    AttachError,
+    CapacityError,
+    ConfigError,
+    InputError,
+    MismatchError,
+    RatioError,
+    UnsupportedError,
+    UnsupportedModelError,
+)
+from families import (
+    GOLDEN_CASES,
+    SIZES,
+    TESTED,
+    VOCABULARY,
+    beacon_tensors,
+    golden,
+    random_ids,
+    randomize,
+    tiny,
+    with_beacons,
+)
+from reference import Reference
+
+CHUNK = 16
+RATIOS = (2, 4, 8, 16)
+CONFIG = BeaconConfig(chunk_size=CHUNK, ratios=RATIOS)
+SINKS = BeaconConfig(chunk_size=CHUNK, ratios=RATIOS, num_sinks=2)
+
+
+def close(measured, expected, tolerance=1e-4):
+    torch.testing.assert_close(measured, expected, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def reference_of(model, base, beacons=None):
+    config = model.beacon_config
+    return Reference(
+        base,
+        beacon_tensors(model) if beacons is None else beacons,
+        chunk_size=config.chunk_size,
+        num_sinks=config.num_sinks,
+        placement=config.placement,
+        local_tokens=config.local_tokens,
+    )
+
+
+def same_cache(cache, other, tolerance=1e-5):
+    assert cache.rows == other.rows
+    assert torch.equal(cache.token_ids, other.token_ids)
+    for layer, expected in zip(cache.layers, other.layers, strict=True):
+        close(layer.keys, expected.keys, tolerance)
+        close(layer.values, expected.values, tolerance)
+
+
+def padded(rows, *, side):
+    """Ids and mask (B, N) of rows of ids."""
+    width = max(len(row) for row in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        start = width - len(row) if side == "left" else 0
+        ids[index, start : start + len(row)], mask[index, start : start + len(row)] = row, 1
+    return ids, mask
+
+
+# --- the authors' numbers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+def test_losses_are_those_of_the_authors(name):
+    case = golden(name)
+    model, tensors = case.attached(), case.tensors
+    output = model(case.ids, labels=case.ids, beacon_ratio=case.ratios or None)
+    first = output.nll.shape[1] - tensors["nll"].shape[0]
+    assert first == (case.config.chunk_size if case.config.placement == "append" else 0)
+    close(output.nll[0, first:], tensors["nll"])
+    close(output.nll[0, first:].mean(), tensors["loss"].squeeze())
+    if first == 0:
+        close(output.loss, tensors["loss"].squeeze())
+    close(output.logits[0, -tensors["last_logits"].shape[0] :], tensors["last_logits"])
+
+
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+@torch.no_grad()
+def test_what_is_held_is_what_the_authors_hold(name):
+    case = golden(name)
+    model, tensors = case.attached(), case.tensors
+    cache = model.compress(case.ids, ratio=case.ratios or None)
+    assert list(cache.ratios) == case.ratios
+    tail = case.ids.shape[1] - len(case.ratios) * case.config.chunk_size
+    assert (cache.tail_length, cache.tokens_seen) == (tail, case.ids.shape[1])
+    num_sinks = case.config.num_sinks if case.ratios else 0
+    num_beacons = tensors["memory_keys"].shape[2] if case.ratios else 0
+    assert (cache.num_sinks, cache.num_beacons) == (num_sinks, num_beacons)
+    if not case.ratios:
+        return
+    rotate = inspect.getmodule(type(case.base))
+    positions = torch.arange(num_sinks + num_beacons)[None]
+    for index, layer in enumerate(cache.layers):
+        parts = [tensors["sink_keys"][index]] if num_sinks else []
+        plain = torch.cat([*parts, tensors["memory_keys"][index]], dim=1)[None]
+        cos, sin = case.base.model.rotary_emb(plain, positions)
+        close(layer.keys[:, :, : num_sinks + num_beacons], rotate.apply_rotary_pos_emb(plain, plain, cos, sin)[1])
+        parts = [tensors["sink_values"][index]] if num_sinks else []
+        values = torch.cat([*parts, tensors["memory_values"][index]], dim=1)[None]
+        close(layer.values[:, :, : num_sinks + num_beacons], values)
+
+
+# --- the base, bit for bit ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", TESTED)
+@torch.no_grad()
+def test_texts_up_to_a_chunk_are_read_as_the_base_reads_them(family, attention):
+    if family == "gpt_oss" and attention == "sdpa":
+        pytest.skip("its attention has no sdpa form")
+    base, model = tiny(family, attention=attention), with_beacons(family, CONFIG, attention=attention)
+    for length in (1, 7, CHUNK):
+        ids = random_ids(length)
+        for use_cache in (True, False):
+            assert torch.equal(model(ids, use_cache=use_cache).logits, base(ids, use_cache=use_cache).logits)
+        theirs = base(ids, labels=ids)
+        ours = model(ids, labels=ids)
+        assert torch.equal(ours.logits, theirs.logits)
+        if length > 1:
+            assert torch.equal(ours.loss, theirs.loss)
+            close(ours.nll.mean(), theirs.loss, 1e-6)
+
+
+@pytest.mark.parametrize("family", TESTED)
+@torch.no_grad()
+def test_every_decode_step_up_to_a_chunk_is_the_bases(family):
+    base, model = tiny(family), with_beacons(family, CONFIG)
+    ids = random_ids(CHUNK)
+    theirs, ours = DynamicCache(), model.new_cache()
+    for piece in ids.split([5, *[1] * (CHUNK - 5)], dim=1):
+        expected = base(piece, past_key_values=theirs).logits
+        assert torch.equal(model(piece, past_key_values=ours).logits, expected)
+    assert ours.cache_length == CHUNK
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", TESTED)
+@torch.no_grad()
+def test_short_padded_batches_are_read_as_the_base_reads_them(family, side):
+    base, model = tiny(family), with_beacons(family, CONFIG)
+    ids, mask = padded([random_ids(n, n)[0] for n in (CHUNK, 3, 11)], side=side)
+    assert torch.equal(model(ids, attention_mask=mask).logits, base(ids, attention_mask=mask).logits)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    ours = model(ids, attention_mask=mask, position_ids=positions)
+    assert torch.equal(ours.logits, base(ids, attention_mask=mask, position_ids=positions).logits)
+    labels = ids.masked_fill(mask == 0, -100)
+    if side == "left":  # the first token of a row has nothing before it but padding
+        labels[torch.arange(3), mask.argmax(1)] = -100
+    ours, theirs = (m(ids, attention_mask=mask, labels=labels) for m in (model, base))
+    assert torch.equal(ours.logits, theirs.logits)
+    close(ours.loss, theirs.loss, 1e-6)
+
+
+@pytest.mark.parametrize("num_items", [None, 5, torch.tensor(5)])
+def test_the_short_loss_is_normalised_as_the_base_does(num_items):
+    base, model, ids = tiny("llama"), with_beacons("llama", CONFIG), random_ids(12)
+    options = {} if num_items is None else {"num_items_in_batch": num_items}
+    assert torch.equal(model(ids, labels=ids, **options).loss, base(ids, labels=ids, **options).loss)
+
+
+@pytest.mark.parametrize("family", TESTED)
+@torch.no_grad()
+def test_disabled_it_is_the_base_at_any_length(family):
+    base, model, ids = tiny(family), with_beacons(family, CONFIG), random_ids(5 * CHUNK)
+    options = {"max_new_tokens": 20, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    with model.beacon_disabled():
+        assert torch.equal(model(ids).logits, base(ids).logits)
+        assert torch.equal(model(ids, labels=ids).loss, base(ids, labels=ids).loss)
+        ours = model.generate(ids, **options)
+    theirs = base.generate(ids, **options)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert all(torch.equal(score, expected) for score, expected in zip(ours.scores, theirs.scores, strict=True))
+    assert not torch.equal(model(ids).logits, base(ids).logits)
+
+
+@torch.no_grad()
+def test_disabling_is_undone_by_an_error_and_may_be_nested():
+    model, ids = with_beacons("llama", CONFIG), random_ids(40)
+    expected = model(ids, beacon_ratio=4).logits
+    with pytest.raises(KeyError), model.beacon_disabled(), model.beacon_disabled():
+        raise KeyError
+    assert torch.equal(model(ids, beacon_ratio=4).logits, expected)
+
+
+def test_a_disabled_model_refuses_what_needs_beacons():
+    model, ids = with_beacons("llama", CONFIG), random_ids(40)
+    cache = model.compress(ids)
+    with model.beacon_disabled():
+        for call in (
+            lambda: model.compress(ids),
+            lambda: model(ids, past_key_values=cache),
+            lambda: model.generate(ids, context=cache, max_new_tokens=2),
+        ):
+            with pytest.raises(UnsupportedError, match="disabled"):
+                call()
+
+
+@torch.no_grad()
+def test_a_cache_of_transformers_is_left_to_the_base():
+    base, model, ids = tiny("llama"), with_beacons("llama", CONFIG), random_ids(3 * CHUNK)
+    ours = model(ids, past_key_values=DynamicCache())
+    assert torch.equal(ours.logits, base(ids).logits)
+    with pytest.raises(UnsupportedError, match="cache"):
+        model(ids, past_key_values=DynamicCache(), beacon_ratio=4)
+
+
+# --- attach and detach -------------------------------------------------------------------------------------------------
+
+
+def traces(model):
+    """All that could be left on a model: classes, attributes, hooks, parameters, flags."""
+    return {
+        name: (
+            type(module),
+            sorted(vars(module)),
+            {key: len(value) for key, value in vars(module).items() if "hooks" in key},
+            list(module._modules),
+            [(key, parameter.requires_grad) for key, parameter in module.named_parameters(recurse=False)],
+            [key for key, _ in module.named_buffers(recurse=False)],
+            module.training,
+        )
+        for name, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("family", [*TESTED, "gpt_neox"])
+def test_detach_takes_everything_off(family):
+    model = tiny(family)
+    next(iter(model.parameters())).requires_grad_(False)
+    before, weights = traces(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attached = attach(model, SINKS)
+    assert attached is model
+    assert traces(model) != before
+    model.compress(random_ids(40))
+    model(random_ids(40), labels=random_ids(40), beacon_ratio=4).loss.backward()
+    assert detach(model) is model
+    assert traces(model) == before
+    assert list(model.state_dict()) == list(weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    ids = random_ids(50)
+    assert torch.equal(model(ids).logits, tiny(family)(ids).logits)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("calls", [0, 1, 5])
+def test_attaching_that_fails_half_way_leaves_nothing(monkeypatch, calls, error):
+    import activation_beacon.attachment as attachment
+
+    made = []
+
+    def failing(*args):
+        if len(made) == calls:
+            raise error
+        made.append(original(*args))
+        return made[-1]
+
+    original = attachment.BeaconProjection
+    monkeypatch.setattr(attachment, "BeaconProjection", failing)
+    model = tiny("llama")
+    before = traces(model)
+    with pytest.raises(error):
+        attach(model, CONFIG)
+    assert traces(model) == before
+    monkeypatch.undo()
+    assert attach(model, CONFIG).compress(random_ids(40)).tokens_seen == 40
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        (BeaconConfig(chunk_size=CHUNK, ratios=RATIOS, projections=("v",)), UnsupportedModelError, "no projection v"),
+        (BeaconConfig(chunk_size=1024), ConfigError, "512"),
+        (BeaconConfig(chunk_size=CHUNK, ratios=RATIOS, base_fingerprint="0" * 16), MismatchError, "0000000000000000"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_model_leaves_nothing(config, error, message):
+    model = tiny("phi3")
+    before = traces(model)
+    with pytest.raises(error, match=message):
+        attach(model, config)
+    assert traces(model) == before
+
+
+def test_attach_twice_and_detach_twice_are_refused():
+    model = tiny("llama")
+    with pytest.raises(AttachError, match=r"carries no beacons\. Call attach"):
+        detach(model)
+    attach(model, CONFIG)
+    with pytest.raises(AttachError, match=r"carries beacons already\. Call detach"):
+        attach(model, CONFIG)
+    assert len(model.model.layers[0].self_attn._forward_pre_hooks) == 1
+    detach(model)
+    with pytest.raises(AttachError):
+        detach(model)
+    assert isinstance(attach(model, CONFIG), LlamaForCausalLM)
+
+
+def test_an_attached_model_is_still_its_own_class():
+    model = with_beacons("llama", CONFIG)
+    assert isinstance(model, LlamaForCausalLM)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.beacon_config.chunk_size == CHUNK
+    parameters = inspect.signature(model.forward).parameters
+    assert {"input_ids", "labels", "beacon_ratio"} <= set(parameters)
+    assert set(inspect.signature(tiny("llama").forward).parameters) <= set(parameters)
+
+
+def test_a_forward_of_another_library_is_called_and_given_back():
+    model, calls = tiny("llama"), []
+    original = model.forward
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    model.forward = forward
+    attach(model, CONFIG)
+    model(random_ids(40))
+    assert len(calls) == 3  # two chunks and the tail
+    assert detach(model).forward is forward
+
+
+def test_untrained_beacons_start_from_the_base():
+    model = attach(tiny("qwen2"), CONFIG)
+    assert torch.equal(model.beacon_embedding, model.get_input_embeddings().weight[SIZES["eos_token_id"]])
+    attention = model.model.layers[1].self_attn
+    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+        assert torch.equal(linear.beacon.weight, linear.weight)
+        assert torch.equal(linear.beacon.bias, linear.bias)
+    assert not hasattr(attention.o_proj, "beacon")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name in dict(model.named_parameters()) if "beacon" in name}
+    assert len(trained) == 1 + 3 * 3 * 2
+
+
+@torch.no_grad()
+def test_a_deep_copy_is_independent():
+    model, ids = with_beacons("llama", SINKS), random_ids(60)
+    before = model(ids, beacon_ratio=4).logits
+    context = model.compress(ids, ratio=4)
+    other = copy.deepcopy(model)
+    assert torch.equal(other(ids, beacon_ratio=4).logits, before)
+    same_cache(other.compress(ids, ratio=4), context, 0)
+    randomize(other.beacon_parameters(), 5)
+    assert torch.equal(model(ids, beacon_ratio=4).logits, before)
+    assert not torch.equal(other(ids, beacon_ratio=4).logits, before)
+    with pytest.raises(MismatchError, match="another adapter"):
+        other.compress(ids, cache=context.fork())
+    with other.beacon_disabled():
+        assert torch.equal(model(ids, beacon_ratio=4).logits, before)
+    detach(other)
+    assert not any(vars(m)["_forward_hooks"] or vars(m)["_forward_pre_hooks"] for m in other.modules())
+    assert torch.equal(model(ids, beacon_ratio=4).logits, before)
+    detach(model)
+    assert torch.equal(model(ids).logits, other(ids).logits)
+
+
+@torch.no_grad()
+def test_a_state_dict_brings_base_and_beacons():
+    model, ids = with_beacons("qwen3", SINKS), random_ids(60)
+    other = attach(tiny("qwen3", seed=3), SINKS)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(ids, beacon_ratio=4).logits, model(ids, beacon_ratio=4).logits)
+    assert other.adapter_fingerprint == model.adapter_fingerprint
+    assert other.base_fingerprint == model.base_fingerprint
+    names = set(model.state_dict())
+    assert set(tiny("qwen3").state_dict()) == {name for name in names if "beacon" not in name}
+
+
+def test_attaching_works_in_inference_mode():
+    with torch.inference_mode():
+        model = with_beacons("llama", SINKS)
+        cache = model.compress(random_ids(40), ratio=4)
+    same_cache(cache, with_beacons("llama", SINKS).compress(random_ids(40), ratio=4), 0)
+
+
+# --- threads -----------------------------------------------------------------------------------------------------------
+
+
+def test_threads_with_contexts_of_their_own_do_not_disturb_each_other():
+    model = with_beacons("llama", SINKS)
+    base = tiny("llama")
+    texts = [random_ids(70, seed) for seed in range(3)]
+    start = threading.Barrier(4)
+
+    def compress_and_ask(text, ratio):
+        results = []
+        for _ in range(4):
+            context = model.compress(text, ratio=ratio)
+            question = text[:, :9]
+            results.append(model.generate(question, context=context, max_new_tokens=12, do_sample=False))
+        return results
+
+    def as_the_base(text):
+        results = []
+        for _ in range(8):
+            with model.beacon_disabled(), torch.no_grad():
+                results.append(model(text).logits)
+        return results
+
+    def at_once(work, *args):
+        start.wait()
+        return work(*args)
+
+    alone = [compress_and_ask(text, ratio)[0] for text, ratio in zip(texts, (2, 4, 8), strict=True)]
+    with ThreadPoolExecutor(4) as pool:
+        asking = [
+            pool.submit(at_once, compress_and_ask, text, ratio) for text, ratio in zip(texts, (2, 4, 8), strict=True)
+        ]
+        disabled = pool.submit(at_once, as_the_base, texts[0])
+    for future, expected in zip(asking, alone, strict=True):
+        assert all(torch.equal(result, expected) for result in future.result())
+    with torch.no_grad():
+        expected = base(texts[0]).logits
+    assert all(torch.equal(logits, expected) for logits in disabled.result())
+
+
+# --- ratios ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ratio", [[8, 2, 4], (8, 2, 4), torch.tensor([8, 2, 4]), numpy.array([8, 2, 4]), range(4, 10, 4)], ids=str
+)
+@torch.no_grad()
+def test_a_sequence_of_ratios_names_each_chunk(ratio):
+    model = with_beacons("llama", SINKS)
+    ids = random_ids(3 * CHUNK + 5) if len(ratio) == 3 else random_ids(2 * CHUNK + 5)
+    expected = [int(each) for each in ratio]
+    cache = model.compress(ids, ratio=ratio)
+    assert list(cache.ratios) == expected
+    output, slow = model(ids, beacon_ratio=ratio), reference_of(model, tiny("llama"))(ids, expected)
+    close(output.logits[0], slow.logits)
+    same_cache(output.past_key_values, cache)
+
+
+@pytest.mark.parametrize("ratio", [8, torch.tensor(8), numpy.int64(8), numpy.array(8)], ids=repr)
+def test_one_ratio_serves_all_chunks(ratio):
+    assert with_beacons("llama", SINKS).compress(random_ids(60), ratio=ratio).ratios == (8, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "message"),
+    [
+        (3, "must divide"),
+        (32, "must not exceed"),
+        (1, "at least 2"),
+        (True, "at least 2"),
+        (4.0, "at least 2"),
+        ("8", "auto"),
+        ([4, 4], "names 2 chunks.*closes 3"),
+        ([], "names 0 chunks|names no chunk"),
+    ],
+)
+def test_ratios_that_cannot_be_are_refused_and_the_cache_keeps_its_own(ratio, message):
+    model, ids = with_beacons("llama", SINKS), random_ids(60)
+    cache = model.compress(ids[:, :20], ratio=4)
+    policy, rows = cache.policy, cache.rows
+    for call in (
+        lambda: model.compress(ids, ratio=ratio),
+        lambda: model(ids, beacon_ratio=ratio),
+        lambda: model.compress(ids[:, 20:], ratio=ratio, cache=cache),
+        lambda: model(ids[:, 20:], beacon_ratio=ratio, past_key_values=cache),
+    ):
+        with pytest.raises(RatioError, match=message):
+            call()
+    assert (cache.policy, cache.rows) == (policy, rows)
+
+
+@torch.no_grad()
+def test_the_models_own_ratio_is_used_where_a_call_names_none():
+    model, ids = with_beacons("llama", SINKS), random_ids(60)
+    assert model.beacon_ratio == "auto"
+    assert model.compress(ids).ratios == (2, 2, 2)
+    model.beacon_ratio = 8
+    assert model.compress(ids).ratios == (8, 8, 8)
+    assert model(ids).past_key_values.ratios == (8, 8, 8)
+    assert model.compress(ids, ratio=4).ratios == (4, 4, 4)
+    with pytest.raises(RatioError):
+        model.beacon_ratio = 7
+    assert model.beacon_ratio == 8
+
+
+@torch.no_grad()
+def test_auto_is_the_smallest_ratio_that_fits_and_is_chosen_anew_as_the_text_grows():
+    positions = 80
+    model = with_beacons("llama", SINKS, max_position_embeddings=positions)
+    reference = reference_of(model, tiny("llama", max_position_embeddings=positions))
+    text = random_ids(600)
+    cache, ratios = model.compress(text[:, :100]), []
+    for start in range(100, 420, 20):
+        model.compress(text[:, start : start + 20], cache=cache)
+        assert cache.cache_length <= positions
+        at_once = model.compress(text[:, : start + 20])
+        same_cache(cache, at_once)
+        ratios.append(cache.ratios[0])
+        assert set(cache.ratios) == {ratios[-1]}
+        smaller = [ratio for ratio in RATIOS if ratio < ratios[-1]]
+        for ratio in smaller[-1:]:
+            entries = 2 + len(cache.ratios) * CHUNK // ratio + CHUNK
+            assert max(entries, entries + CHUNK // ratio - CHUNK // ratio) > positions
+    assert ratios == sorted(ratios)
+    assert set(ratios) == {2, 4, 8}
+    expected = reference(text[:, :420], ratios[-1])
+    for layer, keys in zip(cache.layers, expected.keys, strict=True):
+        close(layer.keys[0], keys)
+
+
+@torch.no_grad()
+def test_auto_chooses_anew_in_the_middle_of_decoding():
+    model = with_beacons("qwen2", SINKS, max_position_embeddings=48)
+    reference = reference_of(model, tiny("qwen2", max_position_embeddings=48))
+    text, chosen = random_ids(140), []
+    cache = model.compress(text[:, :40])
+    for end in range(41, 141):
+        logits = model(text[:, end - 1 : end], past_key_values=cache).logits[0, -1]
+        close(logits, reference(text[:, :end], cache.ratios[0]).logits[-1])
+        chosen.append(cache.ratios[0])
+    assert set(chosen) == {2, 4, 8}
+
+
+def test_a_text_that_no_ratio_fits_is_refused_and_the_cache_stays():
+    model = with_beacons("llama", SINKS, max_position_embeddings=48)
+    cache = model.compress(random_ids(100))
+    before = cache.fork()
+    with pytest.raises(CapacityError, match="Read at most"):
+        model.compress(random_ids(2000), cache=cache)
+    with pytest.raises(CapacityError, match="ratio"):
+        model.compress(random_ids(200), ratio=2)
+    same_cache(cache, before, 0)
+    assert cache.policy == before.policy
+
+
+@torch.no_grad()
+def test_a_budget_holds_at_every_length():
+    model = with_beacons("llama", SINKS)
+    text, budget = random_ids(400), 50
+    cache = model.compress(text[:, :1], budget=budget)
+    for end in range(2, 401):
+        model.compress(text[:, end - 1 : end], cache=cache)
+        assert cache.cache_length <= budget
+        assert all(layer.keys.shape[2] == cache.cache_length for layer in cache.layers)
+    same_cache(cache, model.compress(text, budget=budget))
+    assert cache.ratios[0] > model.compress(text[:, :60], budget=budget).ratios[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("spans", "ratios", "raw", "chunks"),
+    [
+        ([(5, 11, None)], [8, 8, 8, 8], [(5, 11)], [(8, 2, 6), (8, 2, 0), (8, 2, 0), (8, 2, 0)]),
+        ([(0, 8, None)], [8, 8, 8, 8], [(0, 8)], [(8, 1, 6), (8, 2, 0), (8, 2, 0), (8, 2, 0)]),
+        ([(40, 50, 2)], [8, 8, 2, 2], [], [(8, 2, 0), (8, 2, 0), (2, 8, 0), (2, 8, 0)]),
+        ([(30, 36, None), (3, 4, 4)], [4, 8, 8, 8], [(30, 36)], [(4, 4, 0), (8, 2, 2), (8, 2, 4), (8, 2, 0)]),
+        ([(16, 32, None), (20, 21, 4)], [8, 4, 8, 8], [(16, 32)], [(8, 2, 0), (4, 0, 16), (8, 2, 0), (8, 2, 0)]),
+        ([(60, 900, None)], [8, 8, 8, 8], [(60, 900)], [(8, 2, 0), (8, 2, 0), (8, 2, 0), (8, 2, 4)]),
+    ],
+)
+@torch.no_grad()
+def test_spans_are_kept_raw_or_at_a_lower_ratio(family, spans, ratios, raw, chunks):
+    model, ids = with_beacons(family, SINKS), random_ids(70)
+    cache = model.compress(ids, ratio=8, spans=spans)
+    assert [tuple(chunk) for chunk in cache.rows[0].chunks] == chunks
+    assert cache.num_sinks == 2
+    length = 2 + sum(num_beacons + num_raw for _, num_beacons, num_raw in chunks) + 6
+    assert {layer.keys.shape[2] for layer in cache.layers} == {cache.cache_length} == {length}
+    slow = reference_of(model, tiny(family))(ids, ratios, raw=raw)
+    for layer, keys, values in zip(cache.layers, slow.keys, slow.values, strict=True):
+        close(layer.keys[0], keys)
+        close(layer.values[0], values)
+    pieces = model.compress(ids[:, :21], ratio=8, spans=spans)
+    model.compress(ids[:, 21:], cache=pieces)
+    same_cache(pieces, cache)
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", TESTED)
+def test_gradients_are_those_of_the_reference(family):
+    projections = ("q", "k", "v", "o")
+    config = BeaconConfig(chunk_size=CHUNK, ratios=RATIOS, num_sinks=2, projections=projections)
+    model, base, ids = with_beacons(family, config).train(), tiny(family), random_ids(4 * CHUNK + 6)
+    base.requires_grad_(False)
+    beacons = {name: tensor.requires_grad_() for name, tensor in beacon_tensors(model).items()}
+    ratios = [4, 2, 16, 8]
+    loss = model(ids, labels=ids, beacon_ratio=ratios).loss
+    loss.backward()
+    logits = reference_of(model, base, beacons)(ids, ratios).logits
+    expected = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])
+    expected.backward()
+    close(loss, expected)
+    for name, parameter in model.beacon_parameters():
+        slow = beacons[name].grad
+        # What only the outputs of the last layer's beacons depend on has no use: nobody reads them.
+        is_idle = name.startswith(f"layers.{len(base.model.layers) - 1}.") and name.split(".")[2] in "qo"
+        assert is_idle == (slow is None or not slow.any())
+        if is_idle:
+            assert parameter.grad is None or not parameter.grad.any()
+        else:
+            close(parameter.grad, slow)
+    assert all(p.grad is None for name, p in model.named_parameters() if "beacon" not in name)
+
+
+@pytest.mark.parametrize("placement", ["interleave", "append"])
+def test_a_step_of_training_lowers_the_loss(placement):
+    config = BeaconConfig(chunk_size=CHUNK, ratios=RATIOS, placement=placement)
+    model, ids = with_beacons("llama", config).train(), random_ids(70)
+    optimizer = torch.optim.SGD([parameter for _, parameter in model.beacon_parameters()], lr=0.05)
+    print_before, losses = model.adapter_fingerprint, []
+    for _ in range(4):
+        loss = model(ids, labels=ids, beacon_ratio=4).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+    assert model.adapter_fingerprint != print_before
+    assert model(ids).past_key_values is None  # in training nothing is held
+
+
+def test_gradient_checkpointing_is_refused_for_long_texts():
+    model = with_beacons("llama", CONFIG)
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(UnsupportedError, match="Gradient checkpointing"):
+        model(random_ids(40), labels=random_ids(40))
+    model.eval()
+    assert model(random_ids(40)).logits.shape == (1, 40, VOCABULARY)
+
+
+# --- batches and labels ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [(70, 33, 9), (12, 7, 16), (64, 17, 48)], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "smollm3"])
+@torch.no_grad()
+def test_each_row_of_a_padded_batch_has_the_losses_that_it_has_alone(family, side, lengths):
+    model = with_beacons(family, SINKS)
+    rows = [random_ids(length, length)[0] for length in lengths]
+    ids, mask = padded(rows, side=side)
+    output = model(ids, attention_mask=mask, labels=ids, beacon_ratio=4)
+    everything = []
+    for index, row in enumerate(rows):
+        alone = model(row[None], labels=row[None], beacon_ratio=4)
+        start = ids.shape[1] - len(row) if side == "left" else 0
+        expected = torch.full((ids.shape[1] - 1,), torch.nan)
+        expected[start : start + len(row) - 1] = alone.nll[0]
+        close(output.nll[index], expected)
+        close(output.logits[index, start : start + len(row)], alone.logits[0])
+        same_cache(output.past_key_values.row(index), alone.past_key_values, 1e-4)
+        everything.append(alone.nll[0])
+    close(output.loss, torch.cat(everything).mean())
+
+
+@pytest.mark.parametrize("length", [12, 70])
+@torch.no_grad()
+def test_labels_of_minus_100_have_no_loss(length):
+    model, ids = with_beacons("llama", SINKS), random_ids(length, batch=2)
+    labels = ids.clone()
+    labels[0, 3:6] = labels[0, 9] = labels[1, : length // 2] = -100
+    full = model(ids, labels=ids, beacon_ratio=4)
+    output = model(ids, labels=labels, beacon_ratio=4)
+    counted = labels[:, 1:] != -100
+    close(output.nll, full.nll.masked_fill(~counted, torch.nan))
+    close(output.loss, full.nll[counted].mean())
+    total = model(ids, labels=labels, beacon_ratio=4, num_items_in_batch=7).loss
+    close(total, full.nll[counted].sum() / 7)
+    assert torch.equal(output.logits, full.logits)
+
+
+@torch.no_grad()
+def test_labels_other_than_the_ids_are_the_targets():
+    model, ids, labels = with_beacons("llama", SINKS), random_ids(70), random_ids(70, seed=9)
+    logits = model(ids, beacon_ratio=4).logits
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="none")
+    close(model(ids, labels=labels, beacon_ratio=4).nll[0], expected, 1e-5)
+
+
+@pytest.mark.parametrize("keep", [1, 5, 40, 70, 200])
+@torch.no_grad()
+def test_logits_may_be_kept_from_the_end(keep):
+    model, ids = with_beacons("llama", SINKS), random_ids(70)
+    full = model(ids, labels=ids, beacon_ratio=4)
+    with_labels = model(ids, labels=ids, beacon_ratio=4, logits_to_keep=keep)
+    without = model(ids, beacon_ratio=4, logits_to_keep=keep)
+    for output in (with_labels, without):
+        close(output.logits, full.logits[:, -keep:], 1e-5)
+    close(with_labels.nll, full.nll, 1e-5)
+
+
+@pytest.mark.parametrize("length", [12, 70])
+@torch.no_grad()
+def test_without_return_dict_the_same_comes_as_a_tuple(length):
+    model, ids = with_beacons("llama", SINKS), random_ids(length)
+    loss, logits, cache, nll = model(ids, labels=ids, beacon_ratio=4, return_dict=False)
+    output = model(ids, labels=ids, beacon_ratio=4)
+    assert torch.equal(loss, output.loss)
+    assert torch.equal(logits, output.logits)
+    assert torch.equal(nll, output.nll)
+    assert isinstance(cache, BeaconCache)
+    assert model(ids, use_cache=False).past_key_values is None
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_tail():
+    model, ids = with_beacons("llama", SINKS), random_ids(70)
+    states = model(ids, beacon_ratio=4, output_hidden_states=True).hidden_states
+    assert [tuple(state.shape) for state in states] == [(1, 6, 32)] * 4
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"inputs_embeds": torch.zeros(1, 40, 32)}, "input_ids"),
+        ({"input_ids": random_ids(40), "attention_mask": torch.zeros(1, 1, 40, 40)}, "mask"),
+        ({"input_ids": random_ids(40), "position_ids": torch.arange(20).repeat(2)[None]}, "packed sequences"),
+        ({"input_ids": random_ids(40), "logits_to_keep": torch.tensor([3])}, "logits_to_keep"),
+    ],
+)
+def test_long_texts_in_other_forms_are_refused(inputs, message):
+    model = with_beacons("llama", CONFIG)
+    with pytest.raises(UnsupportedError, match=message):
+        model(**inputs)
+    with model.beacon_disabled():
+        assert model(**inputs).logits.shape[0] == 1
+
+
+@torch.no_grad()
+def test_short_texts_in_other_forms_are_the_bases():
+    base, model, ids = tiny("llama"), with_beacons("llama", CONFIG), random_ids(12)
+    embedded = base.get_input_embeddings()(ids)
+    packed = torch.arange(6).repeat(2)[None]
+    causal = torch.zeros(1, 1, 12, 12).masked_fill(torch.ones(12, 12).triu(1).bool(), -1e9)
+    for inputs in (
+        {"inputs_embeds": embedded},
+        {"input_ids": ids, "attention_mask": causal},
+        {"input_ids": ids, "position_ids": packed, "use_cache": False},
+        {"input_ids": ids, "logits_to_keep": torch.tensor([2, 5])},
+    ):
+        assert torch.equal(model(**inputs).logits, base(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor([[3, VOCABULARY, 4]]), f"within 0..{VOCABULARY - 1}; got {VOCABULARY}"),
+        (torch.tensor([[3, -1, 4]]), "got -1"),
+        (torch.tensor([[VOCABULARY]]), f"got {VOCABULARY}"),
+        (torch.rand(1, 5), "integers"),
+        (torch.rand(1, 1), "integers"),
+        (torch.zeros(1, 0, dtype=torch.long), "empty"),
+        (torch.zeros(0, 5, dtype=torch.long), "at least one row"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), r"must be \(B, N\)"),
+        ([], "empty"),
+        ([[3, 4], []], "empty"),
+    ],
+)
+def test_ids_that_are_no_text_are_refused(ids, message):
+    model = with_beacons("llama", SINKS)
+    with pytest.raises(InputError, match=message):
+        model.compress(ids)
+    if isinstance(ids, torch.Tensor) and ids.shape != (1, 1):
+        with pytest.raises(InputError, match=message):
+            model(ids)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.tensor([[1, 1, 0, 1, 1]]), "holes"),
+        (torch.tensor([[0, 0, 0, 0, 0]]), "without tokens"),
+        (torch.tensor([[1, 1, 1]]), "attention_mask must be"),
+        (torch.ones(2, 5, dtype=torch.long), "attention_mask must be"),
+    ],
+)
+def test_masks_that_are_no_padding_are_refused(mask, message):
+    with pytest.raises(InputError, match=message):
+        with_beacons("llama", SINKS).compress(random_ids(5), attention_mask=mask)
+
+
+def test_labels_of_another_shape_are_refused():
+    with pytest.raises(InputError, match="labels must be shaped like the ids"):
+        with_beacons("llama", SINKS)(random_ids(40), labels=random_ids(39))
+
+
+def test_a_context_of_another_model_is_refused():
+    model, ids = with_beacons("llama", SINKS), random_ids(40)
+    for other, what in (
+        (with_beacons("llama", SINKS, seed=1), "base model"),
+        (attach(tiny("llama"), SINKS), "adapter"),
+        (with_beacons("llama", CONFIG), "adapter"),
+    ):
+        with pytest.raises(MismatchError, match=f"another {what}.*Compress the text again"):
+            model.compress(ids, cache=other.compress(ids))
+    with pytest.raises(InputError, match="rows"):
+        model.compress(random_ids(40, batch=2), cache=model.compress(ids))
+
+
+# --- architectures -----------------------------------------------------------------------------------------------------
+
+EXPERTS = {"n_routed_experts": 2, "num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def t5():
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": VOCABULARY}
+    return T5ForConditionalGeneration(T5Config(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: tiny("deepseek_v3", n_group=1, topk_group=1, **EXPERTS), "DeepseekV3.*multi-head latent attention"),
+        (lambda: tiny("mamba"), "MambaForCausalLM.*(linear_attention|recurrent)"),
+        (lambda: tiny("qwen3_next", **EXPERTS), "Qwen3Next.*linear_attention"),
+        (lambda: tiny("llama4_text", num_local_experts=2), "Llama4.*chunked_attention"),
+        (lambda: tiny("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "Llama.*dynamic NTK"),
+        (lambda: tiny("gpt2"), "GPT2.*layers"),
+        (lambda: tiny("opt", ffn_dim=32, word_embed_proj_dim=32), "OPT.*no rotary position embedding"),
+        (t5, "T5.*decoder with a language modelling head"),
+        (lambda: tiny("hunyuan_v1_dense"), "HunYuan.*misses its own keys"),  # norms its keys after rotating them
+        (lambda: tiny("phi"), "Phi.*cannot be moved"),
+        (lambda: tiny("persimmon"), "Persimmon.*cannot be moved"),
+        (lambda: tiny("stablelm"), "StableLm.*keyword arguments"),
+        (lambda: tiny("nemotron"), "Nemotron.*keyword arguments"),
+        (lambda: tiny("cohere2", num_hidden_layers=4), "Cohere2.*misses its own keys"),  # one layer without positions
+    ],
+)
+def test_what_cannot_carry_beacons_is_refused_by_name(make, reason):
+    model = make()
+    before = traces(model)
+    with pytest.raises(UnsupportedModelError, match=f"(?s){reason}.*Tested families: gemma3_text, gpt_oss"):
+        attach(model, CONFIG)
+    assert traces(model) == before
+
+
+STRUCTURE = ["arcee", "cohere", "ernie4_5", "gemma2", "glm", "glm4", "gpt_neox", "mixtral", "olmo3", "starcoder2"]
+
+
+@pytest.mark.parametrize("family", STRUCTURE)
+@torch.no_grad()
+def test_families_accepted_by_structure_meet_the_reference(family):
+    overrides = {"num_local_experts": 2} if family == "mixtral" else {}
+    model, base, ids = with_beacons(family, SINKS, **overrides), tiny(family, **overrides), random_ids(60)
+    output, expected = model(ids, beacon_ratio=[4, 8, 2]), reference_of(model, base)(ids, [4, 8, 2])
+    close(output.logits[0], expected.logits)
+    for layer, keys in zip(output.past_key_values.layers, expected.keys, strict=True):
+        close(layer.keys[0], keys)
+
+
+@torch.no_grad()
+def test_longrope_is_served_within_its_short_regime():
+    longrope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0, 1.3],
+        "long_factor": [2.0, 4.0],
+        "factor": 8.0,
+    }
+    overrides = {"rope_parameters": longrope, "original_max_position_embeddings": 64}
+    model, base, ids = with_beacons("phi3", SINKS, **overrides), tiny("phi3", **overrides), random_ids(150)
+    with model.beacon_disabled():  # the base's long frequencies must not stay behind
+        assert torch.equal(model(ids).logits, base(ids).logits)
+    cache = model.compress(ids)
+    assert cache.ratios[0] > 2
+    assert cache.cache_length <= 64
+    expected = reference_of(model, base)(ids, cache.ratios[0])
+    for layer, keys in zip(cache.layers, expected.keys, strict=True):
+        close(layer.keys[0], keys)
+    with pytest.raises(CapacityError, match="64"):
+        model.compress(ids, ratio=2)
