@@ -28,7 +28,7 @@ def test_the_order_of_tensors_does_not_matter():
 
 def test_it_is_the_same_wherever_it_is_computed():
     tensors = {"a": torch.arange(200.0).reshape(20, 10), "b": torch.tensor([-0.0, 1.0])}
-    assert fingerprint(tensors.items(), "settings") == "c4d4c9f8d9d0b0c5"
+    assert fingerprint(tensors.items(), "settings") == "b55889675958f5d9"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -94,7 +94,6 @@ def test_every_parameter_of_a_base_counts():
             parameter.mul_(1.01)
             seen.add(model.base_fingerprint)
             assert before not in seen, name
-            parameter.copy_(parameter)  # leaves it changed: every further one makes another name
     assert len(seen) == sum("beacon" not in name for name, _ in model.named_parameters())
 
 

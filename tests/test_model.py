@@ -513,10 +513,8 @@ def test_auto_is_the_smallest_ratio_that_fits_and_is_chosen_anew_as_the_text_gro
         same_cache(cache, at_once)
         ratios.append(cache.ratios[0])
         assert set(cache.ratios) == {ratios[-1]}
-        smaller = [ratio for ratio in RATIOS if ratio < ratios[-1]]
-        for ratio in smaller[-1:]:
-            entries = 2 + len(cache.ratios) * CHUNK // ratio + CHUNK
-            assert max(entries, entries + CHUNK // ratio - CHUNK // ratio) > positions
+        for smaller in [ratio for ratio in RATIOS if ratio < ratios[-1]]:
+            assert 2 + len(cache.ratios) * CHUNK // smaller + CHUNK > positions
     assert ratios == sorted(ratios)
     assert set(ratios) == {2, 4, 8}
     expected = reference(text[:, :420], ratios[-1])

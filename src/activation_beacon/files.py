@@ -4,8 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,31 +28,36 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         StorageError: if it cannot be written: folder missing, no permission, disk full.
     """
     path = Path(path)
-    temporary: Path | None = None
+    temporary = _aside(path)
+    with _writing(path):
+        try:
+            handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            mode = os.fstat(handle).st_mode & 0o777  # as the umask has it; whoever fills the file may change it
+            os.close(handle)
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.chmod(mode)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Turns what goes wrong while writing into one error that names the target."""
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        yield
     except BeaconError:
         raise
     except (OSError, SafetensorError) as error:
         raise StorageError(
-            f"{path} cannot be written: {reason(error)}. Nothing was changed; free space or choose another place."
+            f"{target} cannot be written: {reason(error)}. Nothing was changed; free space or choose another place."
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
 def reason(error: Exception) -> str:
@@ -86,25 +91,17 @@ def build_folder(source: str | Path, target: str | Path, write: Callable[[Path],
         raise StorageError(
             f"{target} exists already and is not empty. Choose another folder for what comes of {source}."
         )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise StorageError(f"{target} cannot be made: {reason(error)}. Choose another place.") from error
-    try:
-        write(aside)
-        aside.chmod(0o777 & ~_umask())
-        if target.exists():
-            target.rmdir()
-        aside.replace(target)
-    except BeaconError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"{target} cannot be written: {reason(error)}. Free space or choose another place."
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    aside = _aside(target)
+    with _writing(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside.mkdir()
+            write(aside)
+            if target.exists():
+                target.rmdir()
+            aside.replace(target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_context_file(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> int:

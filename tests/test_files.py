@@ -1,0 +1,502 @@
+"""Files are whole or not there: nothing half-written stays, nothing damaged is read."""
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import random
+import shutil
+import stat
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from activation_beacon import BeaconCache, BeaconConfig, files
+from activation_beacon.errors import BeaconError, FileFormatError, MismatchError, StorageError
+from activation_beacon.files import build_folder, read_context_file, whole_file, write_context_file, write_text
+from families import random_ids, with_beacons
+
+CONFIG = BeaconConfig(chunk_size=16, ratios=(2, 4, 8), num_sinks=1)
+
+
+def model_of(config: BeaconConfig, seed: int = 0):
+    return with_beacons("llama", config, seed)
+
+
+@functools.cache
+def beacon_model():
+    return model_of(CONFIG)
+
+
+def context_of(length: int = 38) -> BeaconCache:
+    return beacon_model().compress(random_ids(length), ratio=4)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("contexts") / "book.beacon"
+    context_of().save(path)
+    return path
+
+
+def assert_same(one: BeaconCache, other: BeaconCache) -> None:
+    assert (one.rows, one.policy, one.config, one.num_slots) == (
+        other.rows,
+        other.policy,
+        other.config,
+        other.num_slots,
+    )
+    assert (one.base_fingerprint, one.adapter_fingerprint) == (other.base_fingerprint, other.adapter_fingerprint)
+    assert torch.equal(one.token_ids, other.token_ids)
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        pairs = list(zip(mine.named_tensors(), theirs.named_tensors(), strict=True))
+        assert all(a[0] == b[0] and a[1].dtype == b[1].dtype and torch.equal(a[1], b[1]) for a, b in pairs)
+
+
+# --- contexts there and back -------------------------------------------------------------------------------------------------
+
+POLICIES = {
+    "one ratio": {"ratio": 4},
+    "a sequence": {"ratio": (2, 8, 4)},
+    "auto": {},
+    "a budget": {"budget": 40},
+    "spans": {"ratio": 8, "spans": [(3, 9, None), (20, 21, 2)]},
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_context_comes_back_as_it_was_and_goes_on_alike(tmp_path, name):
+    context = beacon_model().compress(random_ids(60), **POLICIES[name])
+    num_bytes = context.save(tmp_path / "book.beacon")
+    assert num_bytes == (tmp_path / "book.beacon").stat().st_size
+    loaded = BeaconCache.load(tmp_path / "book.beacon", beacon_model())
+    assert_same(loaded, context)
+    assert str(loaded) == str(context)
+    answers = [beacon_model().generate(random_ids(3), context=c, max_new_tokens=20) for c in (loaded, context)]
+    assert torch.equal(*answers)
+    for cache in (loaded, context):
+        beacon_model().compress(random_ids(20, 5), cache=cache)
+    assert_same(loaded, context)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.quantize(8),
+        lambda c: c.quantize(4),
+        lambda c: c.to(torch.bfloat16),
+        lambda c: c.to(torch.bfloat16).quantize(8),
+        lambda c: BeaconCache.stack([c, context_of(5), context_of(20)]),
+        lambda c: BeaconCache.stack([c, context_of(60)]).row(0),
+        lambda c: context_of(5),
+        lambda c: context_of(5).quantize(8),
+    ],
+)
+def test_contexts_of_every_kind_come_back_as_they_were(tmp_path, change):
+    context = change(context_of())
+    context.save(tmp_path / "book.beacon")
+    loaded = BeaconCache.load(tmp_path / "book.beacon", beacon_model())
+    assert_same(loaded, context)
+    assert loaded.quantized_bits == context.quantized_bits
+    assert loaded.cache_bytes == context.cache_bytes
+
+
+def test_a_context_loads_without_a_model(saved):
+    assert_same(BeaconCache.load(str(saved)), context_of())
+
+
+def test_saving_twice_writes_the_same_bytes(tmp_path, saved):
+    context_of().save(tmp_path / "again.beacon")
+    assert (tmp_path / "again.beacon").read_bytes() == saved.read_bytes()
+
+
+def test_a_file_may_be_loaded_and_saved_over(tmp_path, saved):
+    path = Path(shutil.copy(saved, tmp_path / "book.beacon"))
+    context = BeaconCache.load(path, beacon_model())
+    beacon_model().compress(random_ids(40, 5), cache=context)
+    context.save(path)
+    assert_same(BeaconCache.load(path), context)
+
+
+def test_a_file_that_goes_away_leaves_what_was_loaded(tmp_path, saved):
+    path = Path(shutil.copy(saved, tmp_path / "book.beacon"))
+    context = BeaconCache.load(path)
+    path.unlink()
+    assert_same(context, context_of())
+
+
+def test_reading_executes_nothing_and_the_file_is_plain_safetensors(saved):
+    tensors = load_file(saved)
+    assert set(tensors) == {"token_ids", *(f"layers.{i}.{name}" for i in range(3) for name in ("keys", "values"))}
+    with saved.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    metadata = header["__metadata__"]
+    assert metadata["format"] == "activation-beacon context"
+    assert len(metadata["sha256"]) == 64
+    described = json.loads(metadata["header"])
+    assert described["version"] == 1
+    assert described["rows"][0]["tokens_seen"] == 38
+    assert described["config"]["chunk_size"] == 16
+
+
+# --- damaged and foreign files -----------------------------------------------------------------------------------------------
+
+
+def regions(data: bytes) -> dict[str, range]:
+    size = struct.unpack("<Q", data[:8])[0]
+    return {"length": range(8), "header": range(8, 8 + size), "tensors": range(8 + size, len(data))}
+
+
+def flips(data: bytes) -> list[tuple[int, int]]:
+    """(byte, bit) in every region: all of the length's, and a choice of the others'."""
+    chosen = random.Random(0)
+    places = regions(data)
+    return (
+        [(byte, bit) for byte in places["length"] for bit in range(8)]
+        + [(byte, chosen.randrange(8)) for byte in chosen.sample(places["header"], 110)]
+        + [(byte, chosen.randrange(8)) for byte in chosen.sample(places["tensors"], 60)]
+        + [(len(data) - 1, 7), (places["tensors"].start, 0), (places["header"].stop - 1, 0), (8, 1)]
+    )
+
+
+@pytest.mark.parametrize("region", ["length", "header", "tensors"])
+def test_a_flipped_bit_anywhere_is_found(tmp_path, saved, region):
+    data, path = saved.read_bytes(), tmp_path / "bad.beacon"
+    tried = 0
+    for byte, bit in flips(data):
+        if byte not in regions(data)[region]:
+            continue
+        path.write_bytes(data[:byte] + bytes([data[byte] ^ (1 << bit)]) + data[byte + 1 :])
+        with pytest.raises(FileFormatError, match=r"bad\.beacon ") as caught:
+            BeaconCache.load(path)
+        assert "\n" not in str(caught.value), (byte, bit)
+        tried += 1
+    assert tried >= 60
+
+
+def test_every_byte_of_the_metadata_is_guarded(tmp_path, saved):
+    data, path = saved.read_bytes(), tmp_path / "bad.beacon"
+    for key in (
+        b'"sha256"',
+        b'"header"',
+        b'"format"',
+        b'"__metadata__"',
+        b'"token_ids"',
+        b'"dtype"',
+        b'"F32"',
+        b'"I64"',
+    ):
+        start = data.index(key)
+        for byte in range(start, start + len(key)):
+            for bit in (0, 1, 2, 5):
+                path.write_bytes(data[:byte] + bytes([data[byte] ^ (1 << bit)]) + data[byte + 1 :])
+                with pytest.raises(FileFormatError):
+                    BeaconCache.load(path)
+
+
+def test_a_truncated_file_is_found_wherever_it_ends(tmp_path, saved):
+    data, path = saved.read_bytes(), tmp_path / "bad.beacon"
+    start = regions(data)["tensors"].start
+    ends = [0, 1, 7, 8, 9, 100, start - 1, start, start + 1, (start + len(data)) // 2, len(data) - 8, len(data) - 1]
+    for end in ends:
+        path.write_bytes(data[:end])
+        with pytest.raises(FileFormatError, match=r"is damaged, cut short, or not a compressed context \(") as caught:
+            BeaconCache.load(path)
+        assert str(caught.value).endswith("Compress the text again.")
+    path.write_bytes(data + b"\0")
+    with pytest.raises(FileFormatError):
+        BeaconCache.load(path)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [b"", b"Once upon a time there was a text file.\n" * 20, b"\0" * 100, b"\xff" * 100, b"PK\x03\x04" * 50, b"{}"],
+)
+def test_other_files_are_refused(tmp_path, contents):
+    path = tmp_path / "other.beacon"
+    path.write_bytes(contents)
+    with pytest.raises(FileFormatError, match=r"other\.beacon is damaged, cut short, or not a compressed context"):
+        BeaconCache.load(path)
+
+
+def test_a_foreign_safetensors_file_is_refused(tmp_path):
+    for metadata in (None, {"format": "pt"}):
+        save_file({"keys": torch.zeros(3)}, tmp_path / "model.safetensors", metadata=metadata)
+        with pytest.raises(FileFormatError) as caught:
+            BeaconCache.load(tmp_path / "model.safetensors")
+        assert str(caught.value) == (
+            f"{tmp_path / 'model.safetensors'} is a safetensors file but not a compressed context. Name a *.beacon file."
+        )
+
+
+@pytest.mark.parametrize(("name", "what"), [("", "is a folder"), ("missing.beacon", "does not exist")])
+def test_what_is_no_file_is_named(tmp_path, name, what):
+    with pytest.raises(StorageError) as caught:
+        BeaconCache.load(tmp_path / name)
+    assert str(caught.value) == (f"{tmp_path / name} {what}. Name a file that `beacon compress` or context.save wrote.")
+    assert isinstance(caught.value, BeaconError)
+    assert isinstance(caught.value, OSError)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, saved):
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    path = Path(shutil.copy(saved, tmp_path / "book.beacon"))
+    path.chmod(0)
+    with pytest.raises(StorageError, match=r"book\.beacon cannot be read: "):
+        BeaconCache.load(path)
+
+
+def test_another_format_version_is_refused(tmp_path, saved, monkeypatch):
+    monkeypatch.setattr(files, "CONTEXT_VERSION", 2)
+    context_of().save(tmp_path / "new.beacon")
+    with pytest.raises(FileFormatError, match=r"book\.beacon has format version 1; this release reads 2\. Use the one"):
+        BeaconCache.load(saved)
+    monkeypatch.undo()
+    with pytest.raises(FileFormatError, match=r"new\.beacon has format version 2; this release reads 1\. Use the one"):
+        BeaconCache.load(tmp_path / "new.beacon")
+
+
+HEADER_CHANGES = {
+    "no rows": lambda header, tensors: header.pop("rows"),
+    "rows of nothing": lambda header, tensors: header.update(rows=[]),
+    "rows that are numbers": lambda header, tensors: header.update(rows=[3]),
+    "a longer row": lambda header, tensors: header["rows"][0].update(tokens_seen=39),
+    "another number of sinks": lambda header, tensors: header["rows"][0].update(num_sinks=7),
+    "a strange chunk": lambda header, tensors: header["rows"][0].update(chunks=[[4]]),
+    "a strange ratio": lambda header, tensors: header["policy"].update(ratio={"a": 1}),
+    "an unknown policy": lambda header, tensors: header["policy"].update(speed=1),
+    "a bad config": lambda header, tensors: header["config"].update(chunk_size=7),
+    "an unknown setting": lambda header, tensors: header["config"].update(window=7),
+    "fewer layers": lambda header, tensors: header.update(num_layers=2),
+    "more layers": lambda header, tensors: header.update(num_layers=4),
+    "layers in words": lambda header, tensors: header.update(num_layers="three"),
+    "bits without codes": lambda header, tensors: header.update(quantized_bits=8),
+    "no fingerprint": lambda header, tensors: header.pop("adapter_fingerprint"),
+    "no ids": lambda header, tensors: tensors.pop("token_ids"),
+    "ids of another length": lambda header, tensors: tensors.update(token_ids=torch.zeros(1, 3, dtype=torch.long)),
+    "a layer that is missing": lambda header, tensors: tensors.pop("layers.1.keys"),
+    "values that are missing": lambda header, tensors: tensors.pop("layers.1.values"),
+    "a shorter layer": lambda header, tensors: tensors.update({"layers.1.keys": tensors["layers.1.keys"][:, :, 1:]}),
+    "shorter values": lambda header, tensors: tensors.update({"layers.1.values": tensors["layers.1.values"][:, :, 1:]}),
+    "flat keys": lambda header, tensors: tensors.update({"layers.1.keys": tensors["layers.1.keys"].flatten()}),
+    "ids that are no integers": lambda header, tensors: tensors.update(token_ids=tensors["token_ids"].float()),
+    "two batches": lambda header, tensors: tensors.update(
+        {name: tensor.repeat(2, 1, 1, 1) for name, tensor in tensors.items() if "layers" in name}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADER_CHANGES)
+def test_a_header_that_does_not_fit_its_tensors_is_refused(tmp_path, saved, name):
+    """Files with a right hash, as a faulty program would write them."""
+    header, tensors = read_context_file(saved)
+    header.pop("version")
+    HEADER_CHANGES[name](header, tensors)
+    write_context_file(tmp_path / "bad.beacon", header, tensors)
+    with pytest.raises(FileFormatError, match=r"bad\.beacon has a header that does not fit its contents \(") as caught:
+        BeaconCache.load(tmp_path / "bad.beacon", beacon_model())
+    assert str(caught.value).endswith("). Compress the text again.")
+
+
+def test_contexts_of_another_maker_are_refused(saved):
+    others = {
+        "base model": model_of(CONFIG, seed=1),
+        "adapter": model_of(BeaconConfig(chunk_size=16, ratios=(2, 4, 8), num_sinks=2)),
+    }
+    for what, other in others.items():
+        with pytest.raises(MismatchError) as caught:
+            BeaconCache.load(saved, other)
+        kind = what.split()[0]
+        assert str(caught.value) == (
+            f"The context was made with another {what} (fingerprint {getattr(beacon_model(), f'{kind}_fingerprint')}, "
+            f"this one has {getattr(other, f'{kind}_fingerprint')}). "
+            "Compress the text again with this model, or load the one that made it."
+        )
+    trained = model_of(CONFIG)
+    with torch.no_grad():
+        trained.beacon_embedding.add_(0.1)
+    with pytest.raises(MismatchError, match="made with another adapter"):
+        BeaconCache.load(saved, trained)
+
+
+def test_a_context_survives_a_base_in_another_dtype(saved):
+    half = model_of(CONFIG).to(torch.bfloat16)
+    context = BeaconCache.load(saved, half).to(torch.bfloat16)
+    assert half.generate(random_ids(3), context=context, max_new_tokens=4).shape == (1, 7)
+
+
+# --- writing -------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def unchanged(folder: Path):
+    """Nothing in a folder changes, and nothing is left behind."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    yield
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def half_a_file(tensors, path, metadata=None):
+    Path(path).write_bytes(b"half")
+    full_disk()
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "stub"),
+    [
+        (files, "save_file", full_disk),
+        (files, "save_file", half_a_file),
+        (os, "fsync", full_disk),
+        (Path, "replace", full_disk),
+        (files.tempfile, "mkstemp", full_disk),
+    ],
+)
+@pytest.mark.parametrize("is_old", [True, False])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, saved, monkeypatch, where, what, stub, is_old):
+    path = tmp_path / "book.beacon"
+    if is_old:
+        shutil.copy(saved, path)
+    monkeypatch.setattr(where, what, stub)
+    with unchanged(tmp_path), pytest.raises(StorageError) as caught:
+        context_of(20).save(path)
+    assert str(caught.value) == (
+        f"{path} cannot be written: No space left on device. Nothing was changed; free space or choose another place."
+    )
+    monkeypatch.undo()
+    context_of(20).save(path)
+    assert BeaconCache.load(path).tokens_seen == 20
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_an_interruption_while_writing_leaves_nothing(tmp_path, saved, monkeypatch, stopped):
+    shutil.copy(saved, tmp_path / "book.beacon")
+
+    def interrupt(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half")
+        raise stopped
+
+    monkeypatch.setattr(files, "save_file", interrupt)
+    with unchanged(tmp_path), pytest.raises(stopped):
+        context_of(20).save(tmp_path / "book.beacon")
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)]
+    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("a small disk can be mounted by root on Linux only")
+    if (mounted := subprocess.run(command, capture_output=True, text=True, check=False)).returncode:
+        pytest.skip(f"mounting a small disk is not permitted here: {mounted.stderr.strip()}")
+    try:
+        context_of(5).save(disk / "book.beacon")
+        with unchanged(disk), pytest.raises(StorageError, match=r"book\.beacon cannot be written: .*No space left"):
+            BeaconCache.stack([context_of(60)] * 8).save(disk / "book.beacon")
+        assert BeaconCache.load(disk / "book.beacon").tokens_seen == 5
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(StorageError) as caught:
+        context_of(5).save(tmp_path / "no" / "book.beacon")
+    assert str(caught.value) == (
+        f"{tmp_path / 'no' / 'book.beacon'} cannot be written: No such file or directory. "
+        "Nothing was changed; free space or choose another place."
+    )
+
+
+def test_a_folder_in_the_files_place_is_left(tmp_path):
+    (tmp_path / "book.beacon").mkdir()
+    with pytest.raises(StorageError, match="cannot be written: Is a directory"):
+        context_of(5).save(tmp_path / "book.beacon")
+    assert [path.name for path in tmp_path.iterdir()] == ["book.beacon"]
+
+
+def test_files_get_the_rights_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "text", "x")
+        context_of(5).save(tmp_path / "book.beacon")
+    finally:
+        os.umask(before)
+    for name in ("text", "book.beacon"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640
+
+
+def test_a_link_is_replaced_like_any_file(tmp_path):
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "old")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").read_text() == "new"
+
+
+def test_errors_of_ours_pass_through_whole_file(tmp_path):
+    with unchanged(tmp_path), pytest.raises(FileFormatError, match="ours"), whole_file(tmp_path / "x"):
+        raise FileFormatError("ours")
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------------------
+
+
+def fill(folder: Path) -> None:
+    (folder / "a").write_text("a")
+    (folder / "b").mkdir()
+
+
+def test_a_folder_is_built_whole(tmp_path):
+    for target in (tmp_path / "new", tmp_path / "deep" / "er" / "new", tmp_path / "empty"):
+        if target.name == "empty":
+            target.mkdir()
+        build_folder("source", target, fill)
+        assert sorted(path.name for path in target.iterdir()) == ["a", "b"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "empty", "new"]
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_folder_in_use_is_left_as_it_is(tmp_path, is_file):
+    target = tmp_path / "target"
+    if is_file:
+        target.write_text("mine")
+    else:
+        target.mkdir()
+        (target / "mine").write_text("mine")
+    with pytest.raises(StorageError) as caught:
+        build_folder("source", target, fill)
+    assert str(caught.value) == (
+        f"{target} exists already and is not empty. Choose another folder for what comes of source."
+    )
+    assert (target if is_file else target / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_folder_that_fails_leaves_nothing(tmp_path, error):
+    def fail(folder):
+        fill(folder)
+        raise error
+
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else StorageError
+    with pytest.raises(expected) as caught:
+        build_folder("source", tmp_path / "new", fail)
+    if expected is StorageError:
+        assert str(caught.value) == (
+            f"{tmp_path / 'new'} cannot be written: No space left on device. Free space or choose another place."
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match=r"file/new cannot be made: .*\. Choose another place\.$"):
+        build_folder("source", tmp_path / "file" / "new", fill)

@@ -1,0 +1,427 @@
+"""Reading: a text may come in any pieces, in any batch, and be broken off anywhere; and what it costs in memory."""
+
+import copy
+import random
+
+import pytest
+import torch
+
+from activation_beacon import BeaconConfig
+from activation_beacon.errors import UnsupportedError
+from families import TESTED, VOCABULARY, beacon_tensors, random_ids, tiny, with_beacons
+from reference import Reference
+
+CHUNK = 16
+RATIOS = (2, 4, 8, 16)
+LENGTH = 5 * CHUNK + 6
+
+
+def config(**settings):
+    return BeaconConfig(chunk_size=CHUNK, ratios=RATIOS, **settings)
+
+
+def close(measured, expected, tolerance=1e-5):
+    torch.testing.assert_close(measured, expected, rtol=0, atol=tolerance)
+
+
+def same_cache(cache, expected, tolerance=1e-5):
+    assert cache.rows == expected.rows
+    assert torch.equal(cache.token_ids, expected.token_ids)
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        assert layer.keys.shape[2] == layer.values.shape[2] == cache.num_slots
+        close(layer.keys, other.keys, tolerance)
+        close(layer.values, other.values, tolerance)
+
+
+def cut(length, seed):
+    """Pieces that make up `length`, of any size."""
+    draw = random.Random(seed)
+    edges = sorted(draw.sample(range(1, length), draw.randint(1, 6)))
+    return [stop - start for start, stop in zip([0, *edges], [*edges, length], strict=True)]
+
+
+def read_in_pieces(model, ids, pieces, **options):
+    cache = None
+    for piece in ids.split(pieces, dim=1):
+        cache = model.compress(piece, cache=cache, **(options if cache is None else {}))
+    return cache
+
+
+def continuation(model, cache):
+    return model.generate(random_ids(3, 99), context=cache, max_new_tokens=20, do_sample=False, min_new_tokens=20)
+
+
+# --- cutting -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", TESTED)
+@torch.no_grad()
+def test_cutting_the_context_anywhere_gives_the_same_cache(family):
+    model, ids = with_beacons(family, config(num_sinks=2)), random_ids(LENGTH)
+    at_once = model.compress(ids, ratio=4)
+    expected = continuation(model, at_once)
+    for pieces in (*(cut(LENGTH, seed) for seed in range(4)), [CHUNK] * 5 + [6], [1] * LENGTH):
+        cache = read_in_pieces(model, ids, pieces, ratio=4)
+        same_cache(cache, at_once)
+        assert torch.equal(continuation(model, cache), expected)
+        same_cache(cache, at_once)  # generating has not touched it
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({}, {"ratio": 2}),
+        ({}, {"ratio": 16}),
+        ({"num_sinks": 1}, {"ratio": 8}),
+        ({"num_sinks": CHUNK}, {"ratio": 8}),
+        ({"local_tokens": 5}, {"ratio": 4}),
+        ({"local_tokens": 40, "num_sinks": 3}, {"ratio": 4}),
+        ({"num_sinks": 2}, {"ratio": [2, 16, 4, 8, 2]}),
+        ({"placement": "append"}, {"ratio": 4}),
+        ({"placement": "append", "num_sinks": 2, "local_tokens": 5}, {"ratio": [4, 16, 2, 8, 2]}),
+        ({"projections": ("q", "k", "v", "o")}, {"ratio": 4}),
+        ({"num_sinks": 2}, {"ratio": "auto"}),
+        ({"num_sinks": 2}, {"budget": 45}),
+        ({"num_sinks": 2}, {"ratio": 8, "spans": [(10, 20, None), (40, 50, 2), (60, 61, None)]}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_cutting_anywhere_under_every_setting(settings, options):
+    model, ids = with_beacons("llama", config(**settings)), random_ids(LENGTH)
+    at_once = model.compress(ids, **options)
+    expected = continuation(model, at_once)
+    for pieces in (*(cut(LENGTH, seed) for seed in range(10, 16)), [1] * LENGTH, [LENGTH - 1, 1]):
+        cache = read_in_pieces(model, ids, pieces, **options)
+        same_cache(cache, at_once)
+        assert torch.equal(continuation(model, cache), expected)
+
+
+@pytest.mark.parametrize("settings", [{"num_sinks": 2}, {"local_tokens": 5}])
+@torch.no_grad()
+def test_the_logits_of_each_piece_are_those_of_the_text_so_far(settings):
+    model, ids = with_beacons("llama", config(**settings)), random_ids(LENGTH)
+    reference = Reference(
+        tiny("llama"), beacon_tensors(model), **{"chunk_size": CHUNK, "num_sinks": 0, "local_tokens": 0} | settings
+    )
+    for seed in range(20, 26):
+        cache, stop = model.new_cache(ratio=4), 0
+        for piece in ids.split(cut(LENGTH, seed), dim=1):
+            stop += piece.shape[1]
+            logits = model(piece, past_key_values=cache).logits
+            close(logits[0], reference(ids[:, :stop], 4).logits[-piece.shape[1] :], 1e-4)
+
+
+@torch.no_grad()
+def test_reading_on_leaves_a_fork_alone():
+    model, ids = with_beacons("llama", config(num_sinks=2)), random_ids(LENGTH)
+    cache = model.compress(ids[:, :50], ratio=4)
+    fork, before = cache.fork(), [layer.keys.clone() for layer in cache.layers]
+    same_cache(model.compress(ids[:, 50:], cache=fork), model.compress(ids, ratio=4))
+    assert cache.tokens_seen == 50
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+
+
+# --- batches -----------------------------------------------------------------------------------------------------------
+
+LENGTHS = [(86, 33, 9), (16, 17, 15), (70, 70, 70), (1, 86, 48), (97, 33)]
+
+
+def rows_of(lengths, seed=0):
+    return [random_ids(length, seed + index)[0] for index, length in enumerate(lengths)]
+
+
+def padded(rows, side):
+    width = max(len(row) for row in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        start = width - len(row) if side == "left" else 0
+        ids[index, start : start + len(row)], mask[index, start : start + len(row)] = row, 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("family", TESTED)
+@torch.no_grad()
+def test_each_row_of_a_ragged_batch_is_what_it_is_alone(family, lengths):
+    model, rows = with_beacons(family, config(num_sinks=2)), rows_of(lengths)
+    alone = [model.compress(row, ratio=4) for row in rows]
+    for side in ("left", "right"):
+        ids, mask = padded(rows, side)
+        batch = model.compress(ids, attention_mask=mask, ratio=4)
+        for index, expected in enumerate(alone):
+            same_cache(batch.row(index), expected)
+    batch = model.compress([row.tolist() for row in rows], ratio=4)
+    for index, expected in enumerate(alone):
+        same_cache(batch.row(index), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"num_sinks": 2}, {"ratio": 4}),
+        ({"local_tokens": 5}, {"ratio": [4, 2, 16, 8, 2, 4, 8, 2]}),
+        ({"num_sinks": 2}, {"budget": 45}),
+        ({"placement": "append"}, {"ratio": 2, "spans": [(10, 20, None)]}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "smollm3"])
+@torch.no_grad()
+def test_ragged_pieces_of_a_ragged_batch(family, settings, options):
+    """Each row gets pieces of its own length, some of which close chunks, in its own turn."""
+    model = with_beacons(family, config(**settings))
+    rounds = [(20, 3, 40), (1, 1, 1), (5, 40, 2), (33, 1, 16), (1, 20, 1)]
+    texts = rows_of([sum(lengths) for lengths in zip(*rounds, strict=True)])
+    batch, starts = None, [0, 0, 0]
+    for number, lengths in enumerate(rounds):
+        pieces = [text[start : start + n] for text, start, n in zip(texts, starts, lengths, strict=True)]
+        starts = [start + n for start, n in zip(starts, lengths, strict=True)]
+        ids, mask = padded(pieces, ("left", "right")[number % 2])
+        first = options if batch is None else {}
+        batch = model.compress(ids, attention_mask=mask, cache=batch, **first)
+        for index, (text, stop) in enumerate(zip(texts, starts, strict=True)):
+            same_cache(batch.row(index), model.compress(text[:stop], **options))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_the_logits_of_ragged_pieces_stand_in_their_columns(side):
+    model = with_beacons("llama", config(num_sinks=2))
+    firsts, seconds = rows_of((50, 20, 5)), rows_of((3, 30, 17), seed=5)
+    batch = model.compress(*padded(firsts, side)[:1], attention_mask=padded(firsts, side)[1], ratio=4)
+    ids, mask = padded(seconds, side)
+    output = model(ids, attention_mask=mask, past_key_values=batch, labels=ids)
+    for index, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
+        cache = model.compress(first, ratio=4)
+        alone = model(second[None], past_key_values=cache, labels=second[None])
+        start = ids.shape[1] - len(second) if side == "left" else 0
+        close(output.logits[index, start : start + len(second)], alone.logits[0])
+        close(output.nll[index, start : start + len(second) - 1], alone.nll[0])
+        same_cache(batch.row(index), cache)
+
+
+@torch.no_grad()
+def test_rows_of_one_layout_are_read_in_one_pass(monkeypatch):
+    model, passes = with_beacons("llama", config()), []
+    model.model.register_forward_hook(lambda *args: passes.append(1))
+    model.compress(random_ids(LENGTH), ratio=4)
+    alone = len(passes)
+    assert alone == 6  # five chunks and the tail
+    model.compress(random_ids(LENGTH, batch=3), ratio=4)
+    assert len(passes) == 2 * alone
+
+
+@torch.no_grad()
+def test_the_head_is_used_for_wanted_tokens_only():
+    model, widths = with_beacons("llama", config()), []
+    model.lm_head.register_forward_hook(lambda module, args, output: widths.append(output.shape[1]))
+    cache = model.compress(random_ids(LENGTH), ratio=4)
+    assert widths == []
+    model.generate(random_ids(40), context=cache, max_new_tokens=1)
+    model(random_ids(40), past_key_values=cache, logits_to_keep=1)
+    assert widths == [1, 1]
+
+
+# --- breaking off ------------------------------------------------------------------------------------------------------
+
+
+def state_of(cache):
+    tensors = [(layer.keys, layer.values, layer.stored) for layer in cache.layers]
+    return cache.rows, cache.policy, cache.token_ids, copy.copy(tensors), cache.num_slots
+
+
+def assert_untouched(cache, before):
+    rows, policy, token_ids, tensors, num_slots = before
+    assert (cache.rows, cache.policy, cache.num_slots) == (rows, policy, num_slots)
+    assert cache.token_ids is token_ids or torch.equal(cache.token_ids, token_ids)
+    for layer, (keys, values, stored) in zip(cache.layers, tensors, strict=True):
+        assert layer.stored is stored
+        assert layer.get_seq_length() == num_slots
+        if num_slots:
+            assert torch.equal(layer.keys, keys)
+            assert torch.equal(layer.values, values)
+
+
+class Breaking:
+    """Raises in the `calls`-th call of a layer's MLP."""
+
+    def __init__(self, model, calls, error):
+        self.calls, self.error, self.model = calls, error, model
+
+    def __enter__(self):
+        self.handles = [
+            layer.mlp.register_forward_pre_hook(lambda *args: self.count()) for layer in self.model.model.layers
+        ]
+
+    def count(self):
+        self.calls -= 1
+        if self.calls < 0:
+            raise self.error
+
+    def __exit__(self, *details):
+        for handle in self.handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", ["compress", "forward", "generate", "new ratio"])
+@pytest.mark.parametrize("held", [0, 5, CHUNK, 40])
+@torch.no_grad()
+def test_an_error_in_the_middle_leaves_the_cache_as_it_was(held, call, error):
+    model, ids = with_beacons("llama", config(num_sinks=2)), random_ids(LENGTH)
+    cache = model.compress(ids[:, :held], ratio=4) if held else model.new_cache(ratio=4)
+    before, rest = state_of(cache), ids[:, held:]
+    run = {
+        "compress": lambda: model.compress(rest, cache=cache),
+        "forward": lambda: model(rest, past_key_values=cache),
+        "generate": lambda: model.generate(rest, context=cache, max_new_tokens=20, min_new_tokens=20),
+        "new ratio": lambda: model.compress(rest, cache=cache, ratio=[4, 4, 2, 8, 16]),
+    }[call]
+    for calls in range(0, 13, 2):
+        with Breaking(model, calls, error), pytest.raises(error):
+            run()
+        assert_untouched(cache, before)
+    assert model._beacon.state.beacon_slots is None
+    if call == "compress":
+        run()
+        same_cache(cache, model.compress(ids, ratio=4))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@torch.no_grad()
+def test_an_error_in_a_short_text_leaves_an_empty_cache_empty(error):
+    model, cache = with_beacons("llama", config()), None
+    for use in (
+        lambda cache: model.compress(random_ids(9), cache=cache),
+        lambda c: model(random_ids(9), past_key_values=c),
+    ):
+        cache = model.new_cache()
+        with Breaking(model, 1, error), pytest.raises(error):
+            use(cache)
+        assert (cache.num_slots, cache.token_ids.shape) == (0, (1, 0))
+        assert {layer.get_seq_length() for layer in cache.layers} == {0}
+        same_cache(
+            use(cache) if use(model.new_cache()) is None else model.compress(random_ids(9), cache=cache),
+            model.compress(random_ids(9)),
+        )
+
+
+@torch.no_grad()
+def test_an_error_leaves_ragged_and_quantised_caches_as_they_were():
+    model = with_beacons("llama", config(num_sinks=2))
+    ragged = model.compress([row.tolist() for row in rows_of((50, 20))], ratio=4)
+    quantised = model.compress(random_ids(50), ratio=4).quantize(8)
+    for cache in (ragged, quantised):
+        before = state_of(cache)
+        for calls in (0, 2, 4, 7):
+            with Breaking(model, calls, RuntimeError), pytest.raises(RuntimeError):
+                model.compress(random_ids(40, batch=cache.batch_size), cache=cache)
+            assert_untouched(cache, before)
+            with Breaking(model, calls % 3, RuntimeError), pytest.raises(RuntimeError):
+                model.compress(random_ids(1, batch=cache.batch_size), cache=cache)
+            assert_untouched(cache, before)
+
+
+@torch.no_grad()
+def test_an_error_in_the_head_leaves_the_cache_as_it_was():
+    model, ids = with_beacons("llama", config()), random_ids(LENGTH)
+    cache = model.compress(ids[:, :40], ratio=4)
+    before = state_of(cache)
+
+    def fail(*args):
+        raise RuntimeError("no memory for logits")
+
+    handle = model.lm_head.register_forward_pre_hook(fail)
+    for piece in (ids[:, 40:41], ids[:, 40:]):
+        with pytest.raises(RuntimeError, match="no memory"):
+            model(piece, past_key_values=cache)
+        assert_untouched(cache, before)
+    handle.remove()
+    with pytest.raises(UnsupportedError):
+        model(ids[:, 40:], past_key_values=cache, position_ids=torch.zeros(1, LENGTH - 40, dtype=torch.long))
+    assert_untouched(cache, before)
+
+
+# --- progress ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_progress_counts_the_chunks_that_are_closed(capfd):
+    model, ids = with_beacons("llama", config()), random_ids(LENGTH)
+    calls = []
+    cache = model.compress(ids[:, :40], ratio=4, progress=lambda *counts: calls.append(counts))
+    assert calls == [(1, 2), (2, 2)]
+    model.compress(ids[:, 40:], cache=cache, progress=lambda *counts: calls.append(counts))
+    assert calls[2:] == [(1, 3), (2, 3), (3, 3)]
+    model.compress(ids[:, :CHUNK], progress=lambda *counts: calls.append(counts))
+    assert len(calls) == 5
+    model.compress(ids, progress=True)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "5/5" in captured.err
+
+
+@torch.no_grad()
+def test_an_error_in_the_progress_callback_leaves_the_cache_as_it_was():
+    model, ids = with_beacons("llama", config()), random_ids(LENGTH)
+    cache = model.compress(ids[:, :40], ratio=4)
+    before = state_of(cache)
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.compress(ids[:, 40:], cache=cache, progress=stop)
+    assert_untouched(cache, before)
+
+
+# --- what it costs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", TESTED)
+@torch.no_grad()
+def test_lengths_and_bytes_are_exact_on_every_layer(family):
+    num_chunks, sinks = 64, 2
+    model = with_beacons(family, config(num_sinks=sinks), max_position_embeddings=4096)
+    cache = model.compress(random_ids(num_chunks * CHUNK + 5), ratio=8)
+    length = sinks + num_chunks * CHUNK // 8 + 5
+    for layer in cache.layers:
+        assert layer.keys.shape == layer.values.shape == (1, 2, length, 8)
+    per_entry = len(cache.layers) * 2 * 2 * 8 * 4
+    assert cache.cache_length == length
+    assert cache.cache_bytes == length * per_entry
+    assert cache.uncompressed_bytes == (num_chunks * CHUNK + 5) * per_entry
+    assert cache.cache_bytes <= cache.uncompressed_bytes / 8 + CHUNK * per_entry
+    held = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for layer in cache.layers
+        for tensor in (layer.keys, layer.values)
+    }
+    assert sum(held.values()) == cache.cache_bytes  # no view keeps a larger tensor alive
+
+
+def peak_bytes(work):
+    """Most bytes of tensors that were alive at once during `work`, beyond those before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = sorted(
+        (e for e in profile.profiler.function_events if e.name == "[memory]"), key=lambda e: e.time_range.start
+    )
+    alive = peak = 0
+    for event in events:
+        alive += event.cpu_memory_usage if hasattr(event, "cpu_memory_usage") else event.self_cpu_memory_usage
+        peak = max(peak, alive)
+    return peak
+
+
+@torch.no_grad()
+def test_peak_memory_grows_by_the_beacons_only():
+    chunk_size, ratio = 256, 32
+    model = with_beacons("llama", BeaconConfig(chunk_size=chunk_size), attention="sdpa", max_position_embeddings=8192)
+    assert VOCABULARY < 128
+    peaks = {}
+    for length in (16384, 65536):
+        text = random_ids(length)
+        peaks[length] = peak_bytes(lambda text=text: model.compress(text, ratio=ratio))
+    print(peaks)
