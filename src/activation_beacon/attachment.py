@@ -80,10 +80,16 @@ def check_chunk_fits(config: BeaconConfig, site: DecoderSite) -> None:
     Raises:
         ConfigError: with the positions needed and there.
     """
-    needed = config.chunk_size + config.num_beacons(config.ratios[-1])
+    ratio = config.ratios[-1]
+    needed = config.num_sinks + config.num_beacons(ratio) + config.chunk_size + config.local_tokens
     if site.max_positions is not None and needed > site.max_positions:
+        kept = "".join(
+            f", {count} {what}"
+            for count, what in ((config.num_sinks, "sinks"), (config.local_tokens, "local tokens"))
+            if count
+        )
         raise ConfigError(
-            f"A chunk of {config.chunk_size} tokens with its beacons at ratio {config.ratios[-1]} takes {needed} positions; "
+            f"A chunk of {config.chunk_size} tokens with its beacons at ratio {ratio}{kept} takes {needed} positions; "
             f"the base model has {site.max_positions}. Use a smaller chunk_size."
         )
 

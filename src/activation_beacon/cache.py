@@ -25,7 +25,7 @@ from activation_beacon.errors import (
     UnsupportedError,
 )
 from activation_beacon.files import read_context_file, reason, write_context_file
-from activation_beacon.plan import ClosedChunk, RatioPolicy, Row, Span
+from activation_beacon.plan import ClosedChunk, RatioPolicy, Row, as_policy
 
 # B batch · S slots · N tokens seen · L layers
 
@@ -365,16 +365,12 @@ class BeaconCache(Cache):
     @classmethod
     def _of(cls, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "BeaconCache":
         config = BeaconConfig.from_dict(header["config"])
-        policy = dict(header["policy"])
-        ratio = policy["ratio"]
-        policy["ratio"] = tuple(ratio) if isinstance(ratio, list) else ratio
-        policy["spans"] = tuple(Span(*span) for span in policy["spans"])
         rows = tuple(Row(**{**row, "chunks": tuple(ClosedChunk(*c) for c in row["chunks"])}) for row in header["rows"])
         context = cls(
             config,
             num_layers=header["num_layers"],
             batch_size=len(rows),
-            policy=RatioPolicy(**policy),
+            policy=as_policy(config, **header["policy"]),
             base_fingerprint=header["base_fingerprint"],
             adapter_fingerprint=header["adapter_fingerprint"],
         )
@@ -383,18 +379,26 @@ class BeaconCache(Cache):
             prefix = f"layers.{index}."
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             context.layers[index] = BeaconLayer.of_named(own, header["quantized_bits"])
-        context._check_lengths()
+        context._check_contents(len(tensors))
         return context
 
-    def _check_lengths(self) -> None:
-        lengths = {layer.get_seq_length() for layer in self.layers}
-        if lengths != {self.num_slots}:
-            raise FileFormatError(f"layers hold {sorted(lengths)} entries where {self.num_slots} are due")
+    def _check_contents(self, num_tensors: int) -> None:
+        """Refuse what a right hash does not rule out: numbers and tensors that do not belong together."""
         longest = max(row.tokens_seen for row in self.rows)
-        if self.token_ids.shape != (self.batch_size, longest):
-            raise FileFormatError(
-                f"{tuple(self.token_ids.shape)} ids are held where {(self.batch_size, longest)} are due"
-            )
+        shape, dtype = tuple(self.token_ids.shape), self.token_ids.dtype
+        if shape != (self.batch_size, longest) or dtype != torch.long:
+            raise FileFormatError(f"ids are {shape} of {dtype} where {(self.batch_size, longest)} integers are due")
+        if any(row.tail_length < 0 or row.chunk_size != self.config.chunk_size for row in self.rows):
+            raise FileFormatError("chunks and tokens seen contradict each other")
+        for layer in self.layers:
+            shapes = [tuple(tensor.shape) for _, tensor in layer.named_tensors()]
+            num_tensors -= len(shapes)
+            if not (layer.is_consistent and layer.get_seq_length() == self.num_slots) or any(
+                shape[0] != self.batch_size for shape in shapes
+            ):
+                raise FileFormatError(f"a layer holds {shapes} where {self.num_slots} entries a row are due")
+        if num_tensors != 1:
+            raise FileFormatError(f"{num_tensors - 1} tensors belong to no layer")
 
     # --- the forward's side ---
 

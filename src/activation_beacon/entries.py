@@ -143,6 +143,15 @@ class BeaconLayer(DynamicLayer):
         """Slots held, padding included."""
         return self.stored_length + (0 if self.keys is None or self.keys.dim() < 4 else self.keys.shape[-2])
 
+    @property
+    def is_consistent(self) -> bool:
+        """Whether all tensors have rows, heads and slots in common."""
+        dense = [tensor.shape for tensor in (self.keys, self.values) if tensor is not None]
+        packed = [part.shape for half in self.stored or () for part in (half.codes, half.scale, half.least)]
+        heads = {shape[:2] for shape in dense + packed}
+        slots = [{shape[2:3] for shape in shapes} for shapes in (dense, packed)]
+        return all(len(shape) == 4 for shape in dense + packed) and max(map(len, (heads, *slots))) <= 1
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -81,7 +81,7 @@ def _download_adapter(repo_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=["beacon*", "base/*"]))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StorageError(
             f"The adapter {repo_id} is neither a folder here nor to be had from the hub ({reason}). Check the name, or the network."
         ) from error

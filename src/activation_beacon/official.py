@@ -15,8 +15,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from activation_beacon.config import BeaconConfig
-from activation_beacon.errors import FileFormatError, StorageError, UnsupportedModelError
+from activation_beacon.config import PLACEMENTS, BeaconConfig
+from activation_beacon.errors import FileFormatError, MismatchError, StorageError, UnsupportedModelError
 from activation_beacon.files import build_folder, reason, write_text
 from activation_beacon.fingerprint import fingerprint
 from activation_beacon.persistence import load_adapter_config, load_adapter_tensors, save_adapter
@@ -85,6 +85,7 @@ def export_official(adapter_folder: str | Path, base_folder: str | Path, target:
     Raises:
         StorageError, FileFormatError: as in `import_official`.
         UnsupportedModelError: if the authors' code has no such family or setting.
+        MismatchError: if the base is not the one that the adapter was made for.
     """
     config, adapter = load_adapter_config(adapter_folder), load_adapter_tensors(adapter_folder)
     settings = _read_json(Path(base_folder) / "config.json")
@@ -92,6 +93,11 @@ def export_official(adapter_folder: str | Path, base_folder: str | Path, target:
     if config.local_tokens:
         raise UnsupportedModelError(f"The authors' code has no local_tokens; this adapter has {config.local_tokens}.")
     base = _read_tensors(Path(base_folder))
+    if config.base_fingerprint not in (None, found := _base_fingerprint(settings, base)):
+        raise MismatchError(
+            f"The adapter was made for another base model (fingerprint {config.base_fingerprint}, {base_folder} has "
+            f"{found}). Name the folder of the base that beacon_config.json names: {config.base_model}."
+        )
     settings |= _settings_of(config)
     tensors = base | {_official_name(name): tensor for name, tensor in adapter.items()}
     tensors[EMBEDDING] = adapter["embedding"][None].clone()
@@ -118,22 +124,39 @@ def _config_of(
         raise FileFormatError("config.json has no beacon_window: this is not a checkpoint of the authors' beacon code.")
     if stride not in (None, window):
         raise UnsupportedModelError(f"beacon_stride ({stride}) must equal beacon_window ({window}).")
+    if settings.get("beacon_ratio") is None:
+        raise FileFormatError("config.json has no beacon_ratio: this is not a checkpoint of the authors' beacon code.")
+    if (placement := settings.get("beacon_pos", "interleave")) not in PLACEMENTS:
+        raise UnsupportedModelError(f"beacon_pos must be one of {', '.join(PLACEMENTS)}; got {placement!r}.")
     projections = tuple(settings.get("beacon_param", ("q", "k", "v")))
-    missing = [letter for letter in projections if f"layers.0.{letter}.weight" not in adapter]
-    if missing or "embedding" not in adapter:
-        raise FileFormatError(f"The checkpoint has no beacon weights for {', '.join(missing) or 'the embedding'}.")
-    tied = settings.get("tie_word_embeddings", False)
-    named = {name: tensor for name, tensor in base.items() if not (tied and name == "lm_head.weight")}
+    _check_complete(adapter, projections, settings.get("num_hidden_layers", 1))
     return BeaconConfig(
         chunk_size=window,
         ratios=tuple(ratio for ratio in _as_list(settings.get("beacon_ratio")) if ratio > 1),
         projections=projections,
         num_sinks=settings.get("beacon_sink_size", 0),
-        placement="append" if settings.get("beacon_pos") == "append" else "interleave",
+        placement=placement,
         base_model=BASE_FOLDER,
-        base_fingerprint=fingerprint(named.items()),
+        base_fingerprint=_base_fingerprint(settings, base),
         training={"origin": "imported from a checkpoint in the layout of the paper's authors"},
     )
+
+
+def _check_complete(adapter: Mapping[str, torch.Tensor], projections: Iterable[str], num_layers: int) -> None:
+    if "embedding" not in adapter:
+        raise FileFormatError("The checkpoint has no beacon weights for the embedding.")
+    for letter in projections:
+        lacking = [layer for layer in range(num_layers) if f"layers.{layer}.{letter}.weight" not in adapter]
+        if lacking:
+            where = f" in layer {lacking[0]}" if len(lacking) < num_layers else ""
+            raise FileFormatError(f"The checkpoint has no beacon weights for {letter}{where}.")
+
+
+def _base_fingerprint(settings: Mapping[str, Any], base: Mapping[str, torch.Tensor]) -> str:
+    """The fingerprint that the model made of these tensors will have."""
+    is_tied = settings.get("tie_word_embeddings", False)
+    no_parameters = ("rotary_emb", *(["lm_head.weight"] if is_tied else []))
+    return fingerprint(pair for pair in base.items() if not any(name in pair[0] for name in no_parameters))
 
 
 def _as_list(ratio: Any) -> list[int]:

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import load_state_dict_from_file, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from activation_beacon.config import BeaconConfig
 from activation_beacon.errors import ConfigError, FileFormatError, MismatchError, StorageError
@@ -16,6 +16,7 @@ from activation_beacon.files import reason, whole_file, write_text
 CONFIG_FILE = "beacon_config.json"
 WEIGHTS_FILE = "beacon.safetensors"
 INDEX_FILE = "beacon.safetensors.index.json"
+SHARD_FILES = "beacon-?????-of-?????.safetensors"
 CARD_FILE = "README.md"
 
 
@@ -48,9 +49,17 @@ def save_adapter(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_text(folder / INDEX_FILE, json.dumps(index, indent=2))
+    _remove_older(folder, {*split.filename_to_tensors, *([INDEX_FILE] if split.is_sharded else [])})
     if not (folder / CARD_FILE).exists():
         write_text(folder / CARD_FILE, model_card(config))
     write_text(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def _remove_older(folder: Path, written: set[str]) -> None:
+    """Weights of an earlier adapter in the folder would be read instead of, or beside, those just written."""
+    for path in (folder / INDEX_FILE, folder / WEIGHTS_FILE, *folder.glob(SHARD_FILES)):
+        if path.name not in written:
+            path.unlink(missing_ok=True)
 
 
 def model_card(config: BeaconConfig) -> str:
@@ -101,17 +110,24 @@ def load_adapter_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     try:
         files = {WEIGHTS_FILE}
         if (folder / INDEX_FILE).exists():
-            files = set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values())
+            index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+            files = {_shard_name(name) for name in dict(index["weight_map"]).values()}
         tensors: dict[str, torch.Tensor] = {}
         for name in sorted(files):
-            if not (folder / name).exists():
+            if not (folder / name).is_file():
                 raise StorageError(f"{folder} holds no complete adapter: {name} is missing. Fetch or save it again.")
-            tensors |= load_state_dict_from_file(folder / name)
+            tensors |= load_file(folder / name)
         return tensors
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise FileFormatError(
             f"The weights in {folder} are damaged: {reason(error)}. Fetch or save the adapter again."
         ) from error
+
+
+def _shard_name(name: str) -> str:
+    if not Path(name).match(SHARD_FILES) or Path(name).name != name:
+        raise ValueError(f"{INDEX_FILE} names {name!r}, which is no file of an adapter")
+    return name
 
 
 @torch.no_grad()

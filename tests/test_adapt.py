@@ -1,0 +1,199 @@
+"""Finding a decoder's layers, projections and rotations, and saying why where there are none."""
+
+import pytest
+import torch
+from torch import nn
+
+from activation_beacon import BeaconConfig, attach
+from activation_beacon.adapt import TESTED_FAMILIES, check_keys_move, dense_weight, find_decoder
+from activation_beacon.errors import BeaconError, ConfigError, UnsupportedModelError
+from families import FAMILIES, TESTED, tiny
+
+QKV = ("q", "k", "v")
+
+
+def names_of(site) -> list[str]:
+    (names,) = {tuple(projection.name for projection in layer.projections) for layer in site.layers}
+    return list(names)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_of_every_family_is_found(family):
+    model = tiny(family)
+    site = find_decoder(model, QKV)
+    assert len(site.layers) == model.config.num_hidden_layers
+    assert names_of(site) == (["qkv"] if family == "phi3" else ["q", "k", "v"])
+    assert site.max_positions == 512
+    for layer, module in zip(site.layers, model.model.layers, strict=True):
+        assert layer.attention is module.self_attn
+        for projection in layer.projections:
+            assert projection.linear in set(module.self_attn.children())
+
+
+def test_all_tested_families_are_tested():
+    assert set(TESTED) == TESTED_FAMILIES
+
+
+@pytest.mark.parametrize(
+    ("projections", "expected"),
+    [(("k",), ["k"]), (("q", "v"), ["q", "v"]), (("q", "k", "v", "o"), ["q", "k", "v", "o"]), (("o",), ["o"])],
+)
+def test_only_what_is_asked_for_is_found(projections, expected):
+    assert names_of(find_decoder(tiny("llama"), projections)) == expected
+
+
+def test_fused_projections_come_as_a_whole():
+    assert names_of(find_decoder(tiny("phi3"), ("q", "k", "v", "o"))) == ["qkv", "o"]
+    with pytest.raises(
+        UnsupportedModelError, match=r"layer 0 has no projection q, k of its own that could be replaced"
+    ):
+        find_decoder(tiny("phi3"), ("q", "k"))
+
+
+@pytest.mark.parametrize("family", ["glm4", "cohere", "starcoder2", "gemma2", "olmo3"])
+def test_families_that_are_not_known_by_name_are_put_to_the_test(family):
+    model = tiny(family)
+    site = find_decoder(model, QKV)
+    assert len(site.layers) == 3
+    check_keys_move(model, site, tolerance=1e-4)
+
+
+def test_a_family_that_fails_the_test_is_refused_by_name():
+    model = tiny("llama")
+    model.config.model_type = "llama-with-a-twist"
+    rotary = model.model.rotary_emb
+    find_decoder(model, QKV)
+    site = find_decoder(model, QKV)
+    forward = type(rotary).forward
+    rotary.forward = lambda hidden, position_ids: forward(rotary, hidden, position_ids * position_ids)
+    assert site.ropes[0].rotary is rotary
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"^LlamaForCausalLM cannot carry beacons: moving the keys of layer 0 by rotation misses its own keys by \d",
+    ):
+        check_keys_move(model, site)
+
+
+def test_the_trial_leaves_the_model_as_it_was():
+    model = tiny("glm4").train()
+    find_decoder(model, QKV)
+    assert model.training
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+OBSTACLES = {
+    "latent attention": (
+        {"kv_lora_rank": 4},
+        "multi-head latent attention keeps no keys that could be compressed one by",
+    ),
+    "linear layers": (
+        {"layer_types": ["linear_attention", "full_attention", "chunked_attention"]},
+        "its layers are of type chunked_attention, linear_attention, which keep no keys and values for every token",
+    ),
+    "dynamic scaling": (
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "dynamic NTK scaling changes its frequencies with the length, so that keys cannot be moved",
+    ),
+    "positions in several axes": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+        "its positions have several axes (mrope)",
+    ),
+    "shared keys": ({"num_kv_shared_layers": 1}, "some of its layers share the keys and values of others"),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_what_cannot_be_served_is_refused_with_the_reason(name):
+    changes, reason = OBSTACLES[name]
+    model = tiny("llama")
+    for field, value in changes.items():
+        setattr(model.config, field, value)
+    with pytest.raises(UnsupportedModelError) as caught:
+        attach(model, BeaconConfig(chunk_size=16, ratios=(2,)))
+    text = str(caught.value)
+    assert text.startswith(f"LlamaForCausalLM cannot carry beacons: {reason}")
+    assert text.endswith(f"Tested families: {', '.join(sorted(TESTED_FAMILIES))}.")
+    assert isinstance(caught.value, BeaconError)
+    assert isinstance(caught.value, NotImplementedError)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gpt2", "its decoder has no list of layers called `layers`"),
+        ("opt", "it has no rotary position embedding"),
+        ("mamba", "its layers are of type linear_attention|it is recurrent"),
+    ],
+)
+def test_other_architectures_are_refused(family, reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        find_decoder(tiny(family, head_dim=None) if family == "mamba" else tiny(family), QKV)
+
+
+def test_parts_that_are_missing_are_named():
+    model = tiny("llama")
+    model.model.layers[1].self_attn.k_proj = nn.Identity()
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 has no projection k of its own that could be replaced\."):
+        find_decoder(model, QKV)
+    model = tiny("llama")
+    model.model.layers[2].mixer = model.model.layers[2].self_attn
+    del model.model.layers[2].self_attn
+    with pytest.raises(
+        UnsupportedModelError, match="layer 2 has no attention module called self_attn or attention or attn"
+    ):
+        find_decoder(model, QKV)
+    model = tiny("llama")
+    del model.model.rotary_emb
+    with pytest.raises(UnsupportedModelError, match=r"it has no rotary position embedding \(`rotary_emb`\)"):
+        find_decoder(model, QKV)
+
+
+def test_longrope_ends_where_its_frequencies_change():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, **factors}
+    model = tiny("phi3", rope_parameters=rope, partial_rotary_factor=1.0, original_max_position_embeddings=64)
+    assert find_decoder(model, QKV).max_positions == 64
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({"chunk_size": 480, "ratios": (2, 4, 8)}, 540),
+        ({"chunk_size": 512, "ratios": (2,)}, 768),
+        ({"chunk_size": 256, "ratios": (2, 256), "local_tokens": 300}, 557),
+        ({"chunk_size": 256, "ratios": (256,), "num_sinks": 256, "local_tokens": 1}, 514),
+    ],
+)
+def test_a_chunk_that_does_not_fit_the_positions_is_refused(settings, needed):
+    with pytest.raises(ConfigError) as caught:
+        attach(tiny("llama"), BeaconConfig(**settings))
+    text = str(caught.value)
+    assert f" takes {needed} positions; the base model has 512." in text
+    assert text.endswith("Use a smaller chunk_size.")
+    assert (", 300 local tokens takes" in text) == ("num_sinks" not in settings and "local_tokens" in settings)
+    assert (", 256 sinks, 1 local tokens takes" in text) == ("num_sinks" in settings)
+
+
+def test_a_chunk_that_just_fits_is_read():
+    model = attach(tiny("llama"), BeaconConfig(chunk_size=256, ratios=(2, 256), local_tokens=255))
+    ids = torch.full((1, 512), 7)
+    cache = model.compress(ids)
+    assert len(cache.rows[0].chunks) == 1
+    assert cache.cache_length <= 512
+
+
+def test_dense_weights_are_given_as_they_are_and_packed_ones_refused():
+    linear = nn.Linear(4, 6)
+    assert dense_weight(linear) is linear.weight
+
+    class Packed(nn.Module):
+        in_features, out_features = 4, 6
+        weight = torch.zeros(12, dtype=torch.uint8)
+
+    with pytest.raises(UnsupportedModelError) as caught:
+        dense_weight(Packed())
+    assert str(caught.value) == (
+        "Packed packs its weight as torch.uint8 (12,), which is not known. "
+        "Attach to the model in bf16, fp16, fp32 or bitsandbytes form."
+    )
