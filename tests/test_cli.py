@@ -839,7 +839,7 @@ def test_ctrl_c_stops_an_answer_but_not_the_chat(files):
     with process(*args) as running:
         running.stdin.write("Who?\n")
         running.stdin.flush()
-        opening = f"{UNTRAINED}\nmodel (untrained): "
+        opening = f"{UNTRAINED}\nmodel (untrained): \n"
         assert running.stderr.read(len(opening)) == opening
         time.sleep(0.5)
         running.send_signal(signal.SIGINT)

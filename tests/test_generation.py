@@ -46,10 +46,20 @@ SHORT = 7  # new tokens that close no chunk on TEXT + QUESTION or on PROMPT
 greedy = functools.partial(dict, do_sample=False)
 
 
+def shape_of(family: str) -> dict:
+    """Two layers, one of each kind where there are two, and no end of text by itself."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]} if family in ("gemma3_text", "gpt_oss") else {}
+    return {"num_hidden_layers": 2, "eos_token_id": None, **kinds}
+
+
+def base_of(family: str = "llama", **overrides):
+    return tiny(family, **shape_of(family), **overrides)
+
+
 @functools.cache
-def model_of(family: str = "llama", **settings):
+def model_of(family: str = "llama", seed: int = 0, max_position_embeddings: int = 512, **settings):
     config = BeaconConfig(chunk_size=16, ratios=(2, 4, 8), **settings)
-    return with_beacons(family, config, eos_token_id=None)
+    return with_beacons(family, config, seed, max_position_embeddings=max_position_embeddings, **shape_of(family))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -408,8 +418,8 @@ def test_scores_logits_and_hidden_states_are_those_of_each_step(model, start):
     assert torch.equal(torch.stack(out.scores, dim=1), steps)
     assert len(out.hidden_states) == len(out.attentions) == 20
     for step in range(1, 20):
-        assert [state.shape for state in out.hidden_states[step]] == [(1, 1, 32)] * 4
-        assert [weights.shape[:3] for weights in out.attentions[step]] == [(1, 4, 1)] * 3
+        assert [state.shape for state in out.hidden_states[step]] == [(1, 1, 32)] * 3
+        assert [weights.shape[:3] for weights in out.attentions[step]] == [(1, 4, 1)] * 2
     head = model.lm_head
     last = torch.stack([head(states[-1][:, -1]) for states in out.hidden_states], dim=1)
     torch.testing.assert_close(last, steps, atol=1e-5, rtol=0)
@@ -432,16 +442,16 @@ def test_the_returned_context_holds_what_has_been_read_and_goes_on(model, contex
 
 def test_past_key_values_take_the_full_text_or_only_what_is_new(model):
     text = random_ids(60, 4)
-    for seen in (5, 16, 33, 38):
+    for seen in (5, 16, 38):
         cache = model.compress(text[:, :seen], ratio=4)
-        expected, _ = by_hand(model, cache, text[:, seen:], 10)
-        full = model.generate(text, past_key_values=cache.fork(), **greedy(max_new_tokens=10))
-        new = model.generate(text[:, seen:], past_key_values=cache.fork(), **greedy(max_new_tokens=10))
+        expected, _ = by_hand(model, cache, text[:, seen:], 6)
+        full = model.generate(text, past_key_values=cache.fork(), **greedy(max_new_tokens=6))
+        new = model.generate(text[:, seen:], past_key_values=cache.fork(), **greedy(max_new_tokens=6))
         masked = model.generate(
             text[:, seen:],
             past_key_values=cache.fork(),
             attention_mask=torch.ones_like(text),
-            **greedy(max_new_tokens=10),
+            **greedy(max_new_tokens=6),
         )
         assert torch.equal(full[:, :60], text)
         assert torch.equal(full[:, seen:], expected)
@@ -472,8 +482,10 @@ def test_past_key_values_of_a_ragged_batch_take_the_full_texts(model):
 # --- closing chunks while decoding --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("settings", [{}, {"num_sinks": 2}, {"local_tokens": 5}])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [*((family, {}) for family in FAMILIES), ("llama", {"num_sinks": 2}), ("gemma3_text", {"local_tokens": 5})],
+)
 def test_chunks_closed_while_decoding_are_those_of_the_full_text(family, settings):
     model = model_of(family, **settings)
     context = model.compress(TEXT, ratio=4)
@@ -514,7 +526,7 @@ def test_beams_that_close_chunks_have_the_scores_of_their_texts(model, start):
 
 def test_auto_reads_the_text_anew_while_decoding(model):
     text = random_ids(20, 4)
-    small = with_beacons("llama", CONFIG, eos_token_id=None, max_position_embeddings=40)
+    small = model_of(max_position_embeddings=40)
     out = small.generate(text, return_dict_in_generate=True, **greedy(max_new_tokens=60))
     assert set(out.past_key_values.ratios) == {4}
     assert_same_cache(out.past_key_values, small.compress(out.sequences[:, :-1]), atol=1e-4)
@@ -577,9 +589,9 @@ def test_one_context_serves_a_batch_of_questions(family):
     context = model.compress(TEXT, ratio=4)
     questions = [random_ids(length, length)[0].tolist() for length in (1, 5, 12)]
     ids, mask = left_padded(questions)
-    out = model.generate(ids, attention_mask=mask, context=context, **greedy(max_new_tokens=25))
+    out = model.generate(ids, attention_mask=mask, context=context, **greedy(max_new_tokens=18))
     for row, question in zip(out, questions, strict=True):
-        alone = model.generate(torch.tensor([question]), context=context, **greedy(max_new_tokens=25))
+        alone = model.generate(torch.tensor([question]), context=context, **greedy(max_new_tokens=18))
         assert torch.equal(row[12 - len(question) :], alone[0])
     assert context.batch_size == 1
 
@@ -591,10 +603,10 @@ def test_stacked_ragged_contexts_with_ragged_questions_answer_as_each_alone(fami
     questions = [random_ids(length, length + 50)[0].tolist() for length in (9, 1, 4, 20)]
     ids, mask = left_padded(questions)
     out = model.generate(
-        ids, attention_mask=mask, context=BeaconCache.stack(contexts), beacon_ratio=4, **greedy(max_new_tokens=25)
+        ids, attention_mask=mask, context=BeaconCache.stack(contexts), beacon_ratio=4, **greedy(max_new_tokens=18)
     )
     for row, question, context in zip(out, questions, contexts, strict=True):
-        alone = model.generate(torch.tensor([question]), context=context, beacon_ratio=4, **greedy(max_new_tokens=25))
+        alone = model.generate(torch.tensor([question]), context=context, beacon_ratio=4, **greedy(max_new_tokens=18))
         assert torch.equal(row[20 - len(question) :], alone[0])
 
 
@@ -603,9 +615,9 @@ def test_ragged_long_prompts_answer_as_each_alone(family):
     model = model_of(family)
     prompts = [random_ids(length, length)[0].tolist() for length in (3, 50, 16, 33)]
     ids, mask = left_padded(prompts)
-    out = model.generate(ids, attention_mask=mask, beacon_ratio=4, **greedy(max_new_tokens=25))
+    out = model.generate(ids, attention_mask=mask, beacon_ratio=4, **greedy(max_new_tokens=18))
     for row, prompt in zip(out, prompts, strict=True):
-        alone = model.generate(torch.tensor([prompt]), beacon_ratio=4, **greedy(max_new_tokens=25))
+        alone = model.generate(torch.tensor([prompt]), beacon_ratio=4, **greedy(max_new_tokens=18))
         assert torch.equal(row[50 - len(prompt) :], alone[0])
 
 
@@ -645,7 +657,7 @@ def test_up_to_a_chunk_the_answer_is_the_bases_own_bit_for_bit(family, attention
     options = {"max_new_tokens": 9, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     answers = []
     # The same frozen weights at the same address: torch's choice of kernels looks at both.
-    model = tiny(family, eos_token_id=None, attention=attention).requires_grad_(False)
+    model = base_of(family, attention=attention).requires_grad_(False)
     for turn in ("base", "with beacons"):
         if turn == "with beacons":
             attach(model, CONFIG)
@@ -659,7 +671,7 @@ def test_up_to_a_chunk_the_answer_is_the_bases_own_bit_for_bit(family, attention
 
 
 def test_disabled_and_detached_models_generate_as_the_base(model):
-    base, other = tiny("llama", eos_token_id=None), with_beacons("llama", CONFIG, eos_token_id=None)
+    base, other = base_of(), attach(base_of(), CONFIG)
     theirs = base.generate(PROMPT, **greedy(max_new_tokens=9))
     with model.beacon_disabled():
         assert torch.equal(model.generate(PROMPT, **greedy(max_new_tokens=9)), theirs)
@@ -668,7 +680,7 @@ def test_disabled_and_detached_models_generate_as_the_base(model):
 
 def test_without_a_cache_short_prompts_are_the_bases_own(model):
     ids = random_ids(5, 4)
-    theirs = tiny("llama", eos_token_id=None).generate(ids, use_cache=False, **greedy(max_new_tokens=6))
+    theirs = base_of().generate(ids, use_cache=False, **greedy(max_new_tokens=6))
     assert torch.equal(model.generate(ids, use_cache=False, **greedy(max_new_tokens=6)), theirs)
 
 
@@ -791,7 +803,7 @@ def test_options_in_a_generation_config_are_refused_too(model, start):
 
 def test_an_assistant_in_its_place_is_refused_too(model, context):
     with pytest.raises(UnsupportedError, match=r"^generate\(assistant_model=\.\.\.\) does not work"):
-        model.generate(QUESTION, None, None, None, None, None, tiny("llama"), context=context)
+        model.generate(QUESTION, None, None, None, None, None, base_of(), context=context)
 
 
 def test_disabled_options_work_on_the_base(model):
@@ -856,13 +868,13 @@ def test_a_foreign_cache_cannot_be_compressed(model):
     # Without a ratio it is the base's business.
     mask = torch.ones(1, 8, dtype=torch.long)
     out = model.generate(QUESTION, past_key_values=foreign, attention_mask=mask, **greedy(max_new_tokens=3))
-    base = tiny("llama", eos_token_id=None)
+    base = base_of()
     whole = base.generate(torch.cat((PROMPT[:, :5], QUESTION), dim=1), **greedy(max_new_tokens=3))
     assert torch.equal(out[:, -3:], whole[:, -3:])
 
 
 def test_a_context_of_another_model_is_refused(model, context):
-    other = with_beacons("llama", CONFIG, seed=1, eos_token_id=None)
+    other = model_of(seed=1)
     with pytest.raises(MismatchError, match=r"^The context was made with another base model \(fingerprint "):
         other.generate(QUESTION, context=context)
 
@@ -907,14 +919,9 @@ def test_an_unknown_ratio_is_refused(model, context):
 # --- capacity --------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def small_model():
-    return with_beacons("llama", CONFIG, eos_token_id=None, max_position_embeddings=40)
-
-
 @pytest.mark.parametrize("where", ["call", "config", "model", "max_length"])
 def test_an_answer_that_cannot_fit_is_refused_before_it_begins(where):
-    model, recorder = small_model(), Recorder()
+    model, recorder = model_of(max_position_embeddings=40), Recorder()
     options = {"call": {"max_new_tokens": 40}, "max_length": {"max_length": 81}, "model": {}}.get(where)
     if where == "config":
         options = {"generation_config": GenerationConfig(max_new_tokens=40)}
@@ -933,7 +940,7 @@ def test_an_answer_that_cannot_fit_is_refused_before_it_begins(where):
 
 
 def test_padding_does_not_count_against_capacity():
-    model = small_model()
+    model = model_of(max_position_embeddings=40)
     full = model.compress(random_ids(48, 1), ratio=2)  # 16 beacons, 16 in the tail
     short = model.compress(random_ids(2, 2), ratio=2)
     ids, mask = left_padded([[5], random_ids(30, 3)[0].tolist()])
@@ -944,7 +951,7 @@ def test_padding_does_not_count_against_capacity():
 
 
 def test_an_answer_that_cannot_fit_is_refused_for_new_ids_of_past_key_values_too():
-    model = small_model()
+    model = model_of(max_position_embeddings=40)
     cache = model.compress(PROMPT, ratio=2)
     with pytest.raises(CapacityError, match=r"at ratio 2; the base model has 40\."):
         model.generate(QUESTION, past_key_values=cache, **greedy(max_new_tokens=37))

@@ -102,7 +102,8 @@ class BeaconModel(BeaconGeneration):
         return self._fingerprint("base", list(base_parameters(self)), "")
 
     def _fingerprint(self, name: str, tensors: list[tuple[str, nn.Parameter]], settings: str) -> str:
-        version = sum(0 if tensor.is_inference() else tensor._version for _, tensor in tensors)
+        # Which tensors, not only how often they changed: a copied model and load_state_dict(assign=True) bring others.
+        version = hash(tuple((id(t), 0 if t.is_inference() else t._version) for _, t in tensors))
         known = self._beacon.fingerprints.get(name)
         if known is None or known[0] != version:
             known = self._beacon.fingerprints[name] = (version, fingerprint(tensors, settings))

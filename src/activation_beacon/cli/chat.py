@@ -171,7 +171,7 @@ class Terminal:
 
     def _say(self, line: str) -> None:
         with _first_interrupt_stops() as should_stop:
-            typer.echo(self.label, nl=False, err=True)
+            typer.echo(self.label, nl=not self.is_interactive, err=True)
             try:
                 self.conversation.say(line, lambda piece: typer.echo(piece, nl=False), should_stop)
             finally:

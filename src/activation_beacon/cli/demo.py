@@ -134,7 +134,7 @@ def _report(loaded: Loaded, ratios: Sequence[int], folder: Path, *, compare: boo
 
     title = f"{books.DEMO_BOOK_TITLE}, by {books.DEMO_BOOK_AUTHOR}"
     ids = loaded.prompt.opening(books.read_demo_book())
-    notice(f"{title}: {len(ids):,} tokens; the base model has {loaded.max_positions or 'no limit of'} positions")
+    notice(f"{title}: {len(ids):,} tokens")
     runs, readings = [], []
     for ratio in ratios:
         run, nll = _run(loaded, ids, ratio, _file(folder, ratio), measure=compare)
