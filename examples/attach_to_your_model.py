@@ -7,7 +7,9 @@ from activation_beacon import BeaconConfig, attach, detach
 
 torch.manual_seed(0)
 sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-base = LlamaForCausalLM(LlamaConfig(vocab_size=1000, num_key_value_heads=2, max_position_embeddings=512, **sizes)).eval()
+base = LlamaForCausalLM(
+    LlamaConfig(vocab_size=1000, num_key_value_heads=2, max_position_embeddings=512, **sizes)
+).eval()
 
 model = attach(base, BeaconConfig(chunk_size=64, ratios=(2, 4, 8, 16), num_sinks=4))
 texts = [torch.randint(0, 1000, (length,)).tolist() for length in (700, 450, 90)]

@@ -301,17 +301,19 @@ def test_stacking_nothing_or_an_empty_context_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("what", "value"),
-    [("base_fingerprint", "0000"), ("adapter_fingerprint", "0000"), ("config", BeaconConfig(chunk_size=32))],
+    ("name", "value", "what"),
+    [
+        ("base_fingerprint", "0000", "base model"),
+        ("adapter_fingerprint", "0000", "adapter"),
+        ("config", BeaconConfig(chunk_size=32), "settings"),
+    ],
 )
-def test_contexts_of_different_makers_cannot_be_mixed(what, value):
+def test_contexts_of_different_makers_cannot_be_mixed(name, value, what):
     other = context_of(38)
-    setattr(other, what, value)
+    setattr(other, name, value)
     with pytest.raises(MismatchError) as caught:
         BeaconCache.stack([context_of(38), other])
-    assert str(caught.value) == (
-        f"Contexts of one batch must share their {what.replace('_', ' ')}; these differ. Compress both anew."
-    )
+    assert str(caught.value) == f"Contexts of one batch must share their {what}; these differ. Compress both anew."
 
 
 # --- what transformers asks ------------------------------------------------------------------------------------------------

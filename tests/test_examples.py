@@ -27,7 +27,9 @@ def test_the_readmes_first_lines_run_as_pasted(tmp_path, monkeypatch, capsys):
 
 def short_book() -> str:
     """A book of a few chunks, so that the test takes seconds."""
-    text = (ROOT / "src" / "activation_beacon" / "books" / "little-wizard-stories-of-oz.txt").read_text(encoding="utf-8")
+    text = (ROOT / "src" / "activation_beacon" / "books" / "little-wizard-stories-of-oz.txt").read_text(
+        encoding="utf-8"
+    )
     return text[:12_000]
 
 

@@ -144,7 +144,15 @@ def test_exporting_an_import_gives_back_what_was_there(tmp_path, name):
     assert {key: value for key, value in after.items() if key != "beacon_ratio_mix"} == {
         key: value for key, value in before.items() if key != "beacon_ratio_mix"
     }
-    assert import_official(tmp_path / "back", tmp_path / "again") == load_adapter_config(tmp_path / "adapter")
+    again = import_official(tmp_path / "back", tmp_path / "again", with_base=True)
+    assert again == load_adapter_config(tmp_path / "adapter")
+
+
+def test_without_the_base_none_is_named(tmp_path):
+    config = import_official(GOLDEN / "llama-short", tmp_path / "adapter")
+    assert config.base_model is None
+    assert config.base_fingerprint is not None
+    assert not (tmp_path / "adapter" / "base").exists()
 
 
 def test_an_adapter_of_ours_goes_out_and_in(tmp_path):

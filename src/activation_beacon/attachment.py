@@ -71,7 +71,9 @@ def with_base(config: BeaconConfig, base_model: PreTrainedModel, base_print: str
     name, revision = config.base_model, config.base_revision
     if name is None and base_model.name_or_path:
         name, revision = base_model.name_or_path, getattr(base_model.config, "_commit_hash", None)
-    return dataclasses.replace(config, base_model=name, base_revision=revision, base_fingerprint=base_print)
+    return dataclasses.replace(
+        config, base_model=name, base_revision=revision, base_fingerprint=config.base_fingerprint or base_print
+    )
 
 
 def check_chunk_fits(config: BeaconConfig, site: DecoderSite) -> None:

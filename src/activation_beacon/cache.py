@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from activation_beacon.config import BeaconConfig
+from activation_beacon.config import BeaconConfig, is_same_fingerprint
 from activation_beacon.entries import BeaconLayer, merge
 from activation_beacon.errors import (
     BeaconError,
@@ -302,9 +302,13 @@ class BeaconCache(Cache):
         Raises:
             MismatchError: naming what differs.
         """
-        for name in ("base_fingerprint", "adapter_fingerprint", "config"):
-            if getattr(self, name) != getattr(other, name):
-                what = name.replace("_", " ")
+        same = {
+            "base model": is_same_fingerprint(self.base_fingerprint, other.base_fingerprint),
+            "adapter": is_same_fingerprint(self.adapter_fingerprint, other.adapter_fingerprint),
+            "settings": self.config.fingerprint_settings == other.config.fingerprint_settings,
+        }
+        for what, is_same in same.items():
+            if not is_same:
                 raise MismatchError(f"Contexts of one batch must share their {what}; these differ. Compress both anew.")
 
     # --- files ---

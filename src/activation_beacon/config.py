@@ -9,6 +9,7 @@ from typing import Any, Literal
 from activation_beacon.errors import ConfigError
 
 FORMAT_VERSION = 1
+FINGERPRINT_DIGITS = 16
 PROJECTIONS = ("q", "k", "v", "o")
 PLACEMENTS = ("interleave", "append")
 
@@ -88,6 +89,11 @@ class BeaconConfig:
         """Whether a training run is on record. Untrained beacons are worse than no context at all."""
         return self.training is not None
 
+    @property
+    def fingerprint_settings(self) -> str:
+        """The settings that a compressed context depends on, as they enter the adapter's fingerprint."""
+        return f"{self.chunk_size} {self.projections} {self.num_sinks} {self.local_tokens} {self.placement}"
+
     def num_beacons(self, ratio: int) -> int:
         """Beacons that one chunk leaves behind at `ratio`."""
         return self.chunk_size // ratio
@@ -138,3 +144,13 @@ def _as_projections(projections: Sequence[str]) -> tuple[str, ...]:
     if not chosen or len(chosen) != len(named):
         raise ConfigError(f"projections must be some of {', '.join(PROJECTIONS)}, each once; got {named!r}.")
     return chosen
+
+
+def is_same_fingerprint(one: str, other: str) -> bool:
+    """Whether two fingerprints have a name in common: the weights are the same but for rounding."""
+    return not set(one.split("-")).isdisjoint(other.split("-"))
+
+
+def short_fingerprint(whole: str) -> str:
+    """What is shown of a fingerprint."""
+    return whole[:FINGERPRINT_DIGITS]

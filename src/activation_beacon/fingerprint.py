@@ -1,7 +1,8 @@
-"""Fingerprints of weights: short names for a base model and an adapter, the same in every float dtype.
+"""Fingerprints of weights: short names for a base model and an adapter, the same in whatever float dtype they are loaded.
 
-A fingerprint samples every tensor and rounds to bfloat16, so that it takes milliseconds and does not depend on the dtype
-that a model was loaded in. It tells models apart; it is no protection against someone who wants to deceive.
+A fingerprint samples every tensor, so that it takes milliseconds. It holds one name of the samples rounded to bfloat16
+and, where that differs, one of the samples rounded to float16 first: weights that have been through either dtype are
+recognised by one of the two. It tells models apart; it is no protection against someone who wants to deceive.
 """
 
 import hashlib
@@ -9,26 +10,38 @@ from collections.abc import Iterable
 
 import torch
 
+from activation_beacon.config import FINGERPRINT_DIGITS
+
 SAMPLES = 32
 
 
 @torch.no_grad()
 def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], settings: str = "") -> str:
-    """A name of 16 hexadecimal digits for named tensors and the settings that they are used with."""
+    """Name some named tensors and the settings that they are used with.
+
+    Returns:
+        Sixteen hexadecimal digits, or twice as many with a dash between them; compare with `config.is_same_fingerprint`.
+    """
     digest = hashlib.sha256(settings.encode())
     samples = []
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         if tensor.device.type != "meta" and tensor.numel():
             samples.append(_sample(tensor))
-    if samples:
-        device = samples[0].device
-        joined = torch.cat([sample.to(device) for sample in samples]).cpu()
-        digest.update(joined.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    if not samples:
+        return digest.hexdigest()[:FINGERPRINT_DIGITS]
+    joined = torch.cat([sample.to(samples[0].device) for sample in samples]).cpu()
+    names = (_name(digest.copy(), rounded) for rounded in (joined, joined.to(torch.float16)))
+    return "-".join(dict.fromkeys(names))
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach().reshape(-1)
-    step = max(1, flat.numel() // SAMPLES)
-    return flat[::step][:SAMPLES].float() + 0.0  # no negative zero
+    step = -(-flat.numel() // SAMPLES)
+    return flat[::step].float() + 0.0  # no negative zero
+
+
+def _name(digest: "hashlib._Hash", samples: torch.Tensor) -> str:
+    rounded = samples.to(torch.bfloat16) + 0.0
+    digest.update(rounded.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:FINGERPRINT_DIGITS]

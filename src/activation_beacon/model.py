@@ -27,7 +27,7 @@ from activation_beacon.attachment import (
 )
 from activation_beacon.batch import NewTokens, as_batch, mean_loss, runs, targets, token_losses
 from activation_beacon.cache import BeaconCache
-from activation_beacon.config import BeaconConfig
+from activation_beacon.config import BeaconConfig, is_same_fingerprint, short_fingerprint
 from activation_beacon.entries import take
 from activation_beacon.errors import AttachError, InputError, MismatchError, UnsupportedError
 from activation_beacon.fingerprint import fingerprint
@@ -90,11 +90,7 @@ class BeaconModel(BeaconGeneration):
     @property
     def adapter_fingerprint(self) -> str:
         """Fingerprint of the beacon weights and of the settings that a compressed context depends on."""
-        config = self._beacon.config
-        settings = (
-            f"{config.chunk_size} {config.projections} {config.num_sinks} {config.local_tokens} {config.placement}"
-        )
-        return self._fingerprint("adapter", list(self.beacon_parameters()), settings)
+        return self._fingerprint("adapter", list(self.beacon_parameters()), self._beacon.config.fingerprint_settings)
 
     @property
     def base_fingerprint(self) -> str:
@@ -147,10 +143,11 @@ class BeaconModel(BeaconGeneration):
         """
         for kind in ("base", "adapter"):
             theirs, ours = getattr(context, f"{kind}_fingerprint"), getattr(self, f"{kind}_fingerprint")
-            if theirs != ours:
+            if not is_same_fingerprint(theirs, ours):
                 what = "base model" if kind == "base" else "adapter"
                 raise MismatchError(
-                    f"The context was made with another {what} (fingerprint {theirs}, this one has {ours}). "
+                    f"The context was made with another {what} (fingerprint {short_fingerprint(theirs)}, "
+                    f"this one has {short_fingerprint(ours)}). "
                     "Compress the text again with this model, or load the one that made it."
                 )
 
@@ -461,10 +458,10 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
     site = find_decoder(base_model, config.projections)
     check_chunk_fits(config, site)
     base_print = fingerprint(base_parameters(base_model))
-    if config.base_fingerprint not in (None, base_print):
+    if config.base_fingerprint is not None and not is_same_fingerprint(config.base_fingerprint, base_print):
         raise MismatchError(
-            f"The adapter was made for another base model (fingerprint {config.base_fingerprint}, this one has "
-            f"{base_print}). Load the base that beacon_config.json names: {config.base_model}."
+            f"The adapter was made for another base model (fingerprint {short_fingerprint(config.base_fingerprint)}, "
+            f"this one has {short_fingerprint(base_print)}). Load the base that beacon_config.json names: {config.base_model}."
         )
     attachment = Attachment(
         config=with_base(config, base_model, base_print),

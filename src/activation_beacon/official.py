@@ -4,6 +4,7 @@ Theirs are whole models (Llama, Mistral, Qwen2) in one folder: `config.json` wit
 `beacon_{q,k,v,o}_proj` and `beacon_embed_tokens` among the base's weights. Only tensors are read; no code of theirs.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from activation_beacon.config import PLACEMENTS, BeaconConfig
+from activation_beacon.config import PLACEMENTS, BeaconConfig, is_same_fingerprint, short_fingerprint
 from activation_beacon.errors import FileFormatError, MismatchError, StorageError, UnsupportedModelError
 from activation_beacon.files import build_folder, reason, write_text
 from activation_beacon.fingerprint import fingerprint
@@ -64,6 +65,8 @@ def import_official(source: str | Path, target: str | Path, *, with_base: bool =
     adapter = dict(_adapter_tensors(tensors))
     base = {name: tensor for name, tensor in tensors.items() if "beacon" not in name and "rotary_emb" not in name}
     config = _config_of(settings, adapter, base)
+    if not with_base:
+        config = dataclasses.replace(config, base_model=None)
 
     def write(folder: Path) -> None:
         if with_base:
@@ -93,10 +96,11 @@ def export_official(adapter_folder: str | Path, base_folder: str | Path, target:
     if config.local_tokens:
         raise UnsupportedModelError(f"The authors' code has no local_tokens; this adapter has {config.local_tokens}.")
     base = _read_tensors(Path(base_folder))
-    if config.base_fingerprint not in (None, found := _base_fingerprint(settings, base)):
+    expected, found = config.base_fingerprint, _base_fingerprint(settings, base)
+    if expected is not None and not is_same_fingerprint(expected, found):
         raise MismatchError(
-            f"The adapter was made for another base model (fingerprint {config.base_fingerprint}, {base_folder} has "
-            f"{found}). Name the folder of the base that beacon_config.json names: {config.base_model}."
+            f"The adapter was made for another base model (fingerprint {short_fingerprint(expected)}, {base_folder} has "
+            f"{short_fingerprint(found)}). Name the folder of the base that beacon_config.json names: {config.base_model}."
         )
     settings |= _settings_of(config)
     tensors = base | {_official_name(name): tensor for name, tensor in adapter.items()}

@@ -9,6 +9,7 @@ from activation_beacon.cli import options
 from activation_beacon.cli.compress import cache_text, holding_text, numbers, ratios_text
 from activation_beacon.cli.console import bytes_text, print_json, trained_fields
 from activation_beacon.cli.models import adapter_config, adapter_folder, read_context
+from activation_beacon.config import short_fingerprint
 from activation_beacon.errors import StorageError
 
 if TYPE_CHECKING:
@@ -76,8 +77,11 @@ def _context(path: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         ("file", bytes_text(file_bytes)),
         ("dtype", f"{dtype}{bits}"),
         ("next chunks", _policy_text(context)),
-        ("base", f"{context.config.base_model or 'unnamed'}, fingerprint {context.base_fingerprint}"),
-        ("adapter", f"fingerprint {context.adapter_fingerprint}"),
+        (
+            "base",
+            f"{context.config.base_model or 'unnamed'}, fingerprint {short_fingerprint(context.base_fingerprint)}",
+        ),
+        ("adapter", f"fingerprint {short_fingerprint(context.adapter_fingerprint)}"),
         *_setting_lines(context.config),
     ]
     return values, lines
@@ -115,7 +119,7 @@ def _adapter(name: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     lines = [
         ("kind", "adapter"),
         ("base", f"{config.base_model or 'unnamed'}{revision}"),
-        ("base fingerprint", config.base_fingerprint or "not recorded"),
+        ("base fingerprint", short_fingerprint(config.base_fingerprint or "not recorded")),
         ("ratios", ", ".join(map(str, config.ratios))),
         ("projections", ", ".join(config.projections)),
     ]
@@ -123,7 +127,7 @@ def _adapter(name: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         lines += [
             ("parameters", f"{weights['parameters']:,} ({', '.join(weights['dtypes'])})"),
             ("files", bytes_text(weights["file_bytes"])),
-            ("fingerprint", weights["adapter_fingerprint"]),
+            ("fingerprint", short_fingerprint(weights["adapter_fingerprint"])),
         ]
     else:
         lines += [("parameters", "none on disk: beacons begin as copies of the base model's projections")]
@@ -137,9 +141,8 @@ def _weights(folder: Path, config: "BeaconConfig") -> dict[str, Any]:
     from activation_beacon.persistence import load_adapter_tensors
 
     tensors = load_adapter_tensors(folder)
-    settings = f"{config.chunk_size} {config.projections} {config.num_sinks} {config.local_tokens} {config.placement}"
     return {
-        "adapter_fingerprint": fingerprint(tensors.items(), settings),
+        "adapter_fingerprint": fingerprint(tensors.items(), config.fingerprint_settings),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
         "file_bytes": sum(file.stat().st_size for file in folder.glob("beacon*.safetensors")),
