@@ -1,4 +1,4 @@
-"""What every test starts from: no network through the hub client, and a fixed seed."""
+"""What every test starts from: no network through the hub client, a fixed seed, and one thread for tiny models."""
 
 import os
 
@@ -9,7 +9,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+ALL_THREADS = torch.get_num_threads()
+
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed(request: pytest.FixtureRequest) -> None:
+    is_real = request.node.get_closest_marker("default_model") is not None
+    torch.set_num_threads(ALL_THREADS if is_real else 1)
     torch.manual_seed(0)
