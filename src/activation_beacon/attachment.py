@@ -1,8 +1,9 @@
 """What stands on a model while beacons are attached, and how it is put on and taken off again."""
 
 import dataclasses
+import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Attachment:
     handles: list[Any]
     own_forward: Callable[..., Any] | None  # a forward that another library had put on the instance
     policy: RatioPolicy
+    token: str = field(default_factory=lambda: secrets.token_hex(8))  # names this attaching, for caches to remember
     fingerprints: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
 
 

@@ -42,6 +42,7 @@ class BeaconCache(Cache):
         rows: for each row, what it holds, in numbers.
         token_ids: (B, N) ids of all tokens seen, right-aligned like the entries.
         base_fingerprint, adapter_fingerprint: of the weights that made it.
+        checked_by: the attaching that last compared the fingerprints; None for a cache that has not been used yet.
         is_continued: whether the prompt of the generation in progress may open with the text seen (transformers'
             `past_key_values` convention) rather than follow it.
     """
@@ -65,6 +66,7 @@ class BeaconCache(Cache):
         self.token_ids = torch.zeros((batch_size, 0), dtype=torch.long, device=device)
         self.base_fingerprint = base_fingerprint
         self.adapter_fingerprint = adapter_fingerprint
+        self.checked_by: str | None = None
         self.is_continued = False
 
     # --- numbers ---

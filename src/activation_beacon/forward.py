@@ -254,7 +254,8 @@ class _Reader:
         """Ids (B, width) of each member's text from its start on; padded where the text ends before or starts after."""
         longest = self.ids.shape[1]
         ends = [longest - self.readings[row].stop + start + width for row, start in zip(members, starts, strict=True)]
-        padded = torch.nn.functional.pad(self.ids, (0, max(0, max(ends) - longest)))
+        surplus = max(ends) - longest
+        padded = torch.nn.functional.pad(self.ids, (0, surplus)) if surplus > 0 else self.ids
         return take(padded, members, ends, width, dim=1)
 
     def _call_base(self, wanted: list[int] | None, slots: Sequence[int], **inputs: Any) -> ModelOutput | None:

@@ -206,7 +206,9 @@ class BeaconModel(BeaconGeneration):
             raise InputError(f"input_ids must be (B, N) with at least one row; got {tuple(input_ids.shape)}.")
         if cache is None:
             cache = self.new_cache(input_ids.shape[0])
-        self.check_context(cache)
+        if input_ids.shape[1] > 1 or cache.checked_by != self._beacon.token:  # not again at every decode step
+            self.check_context(cache)
+            cache.checked_by = self._beacon.token
         if cache.batch_size != input_ids.shape[0]:
             raise InputError(
                 f"The cache has {cache.batch_size} rows, the ids {input_ids.shape[0]}. Give as many of each."
