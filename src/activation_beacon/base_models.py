@@ -55,14 +55,14 @@ def _resolve_name(name: str) -> str:
     path = Path(name).expanduser()
     ways = f'Give "{DEFAULT_BASE_NAME}", a folder with config.json and safetensors, or a hub id such as "owner/model".'
     if not name.strip():
-        raise BaseModelError(f"the name of a base model must not be empty. {ways}")
+        raise BaseModelError(f"The name of a base model must not be empty. {ways}")
     if path.is_dir():
         _check_folder(path)
         return str(path)
     if path.is_file():
-        raise BaseModelError(f"a base model is a folder; {name!r} is a file. {ways}")
+        raise BaseModelError(f"A base model is a folder; {name!r} is a file. {ways}")
     if path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2:
-        raise BaseModelError(f"there is no folder {name!r}. {ways}")
+        raise BaseModelError(f"There is no folder {name!r}. {ways}")
     return name
 
 
@@ -74,7 +74,7 @@ def _check_folder(folder: Path) -> None:
             f"{str(folder)!r} holds an adapter, not a base model. Load it with activation_beacon.load()."
         )
     raise BaseModelError(
-        f"a base model's folder must hold config.json; {str(folder)!r} has none. "
+        f"A base model's folder must hold config.json; {str(folder)!r} has none. "
         "Write one with the model's and the tokenizer's save_pretrained()."
     )
 
@@ -98,7 +98,7 @@ def _load_tokenizer(source: str, *, revision: str | None) -> PreTrainedTokenizer
 
 
 def _explain_failed_load(name: str, source: str, error: Exception) -> str:
-    reason = f"base model {name!r} cannot be loaded: {first_line(error)}"
+    reason = f"Base model {name!r} cannot be loaded: {first_line(error)}"
     if name == DEFAULT_BASE_NAME:
         return f"{reason}. Its files seem damaged: delete {source} and try again."
     if Path(source).is_dir():
@@ -113,5 +113,5 @@ def _place(model: PreTrainedModel, device: torch.device | str | None) -> PreTrai
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise BaseModelError(
-            f'device "{device}" cannot be used: {first_line(error)}. Use "cpu", or fix the device.'
+            f'Device "{device}" cannot be used: {first_line(error)}. Use "cpu", or fix the device.'
         ) from error

