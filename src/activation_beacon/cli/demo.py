@@ -32,7 +32,7 @@ from activation_beacon.errors import StorageError
 if TYPE_CHECKING:
     from activation_beacon.cache import BeaconCache
 
-DEFAULT_RATIOS = "2,8,32"
+DEFAULT_RATIOS = "4,8,32"
 QUICK_RATIO = 8
 NUM_TARGETS = 1024  # last tokens of the book, of which losses are taken
 ANSWER_TOKENS = 40
