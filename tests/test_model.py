@@ -913,3 +913,16 @@ def test_longrope_is_served_within_its_short_regime():
         close(layer.keys[0], keys)
     with pytest.raises(CapacityError, match="64"):
         model.compress(ids, ratio=2)
+
+
+def test_a_short_text_with_holes_in_its_mask_is_left_to_the_base():
+    model, ids = with_beacons("llama", CONFIG), torch.randint(3, 90, (2, CHUNK))
+    mask = torch.ones_like(ids)
+    mask[0, 5:8] = 0
+    mask[1] = 0
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask)
+        with model.beacon_disabled():
+            assert torch.equal(output.logits, model(ids, attention_mask=mask).logits)
+    with pytest.raises(InputError, match="attention_mask has holes"):
+        model(ids[:1], attention_mask=mask[:1], beacon_ratio=2)

@@ -66,16 +66,18 @@ def as_batch(texts: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def runs(mask: torch.Tensor) -> tuple[list[int], list[int]]:
     """First column and number of tokens of each row of a mask (B, N)."""
-    valid = mask.bool()
-    counts = valid.sum(dim=1)
-    starts = valid.int().argmax(dim=1)
-    columns = torch.arange(mask.shape[1], device=mask.device)[None]
-    run = (columns >= starts[:, None]) & (columns < (starts + counts)[:, None])
+    counts = mask.bool().sum(dim=1)
     if not bool((counts > 0).all()):
         raise InputError("attention_mask leaves a row without tokens. Give each row at least one.")
-    if not torch.equal(run, valid):
+    if not has_one_run_each(mask):
         raise InputError("attention_mask has holes: each row must be one run of tokens, padded at its ends.")
-    return starts.tolist(), counts.tolist()
+    return mask.bool().int().argmax(dim=1).tolist(), counts.tolist()
+
+
+def has_one_run_each(mask: torch.Tensor) -> bool:
+    """Whether each row of a mask (B, N) is one run of tokens, with nothing but padding around it."""
+    edges = nn.functional.pad(mask.bool().int(), (1, 1)).diff(dim=1)
+    return bool(((edges == 1).sum(dim=1) == 1).all())
 
 
 def targets(labels: torch.Tensor, new: NewTokens) -> torch.Tensor:

@@ -25,7 +25,7 @@ from activation_beacon.attachment import (
     take_off,
     with_base,
 )
-from activation_beacon.batch import NewTokens, as_batch, mean_loss, runs, targets, token_losses
+from activation_beacon.batch import NewTokens, as_batch, has_one_run_each, mean_loss, runs, targets, token_losses
 from activation_beacon.cache import BeaconCache
 from activation_beacon.config import BeaconConfig, is_same_fingerprint, short_fingerprint
 from activation_beacon.entries import take
@@ -300,6 +300,8 @@ class BeaconModel(BeaconGeneration):
         if input_ids is None or (attention_mask is not None and attention_mask.dim() != 2):
             self._refuse_long_or_compressed(inputs_embeds if input_ids is None else input_ids, cache, beacon_ratio)
             return self.base_forward(input_ids, **given, **kwargs)
+        if cache is None and beacon_ratio is None and self._is_short_with_holes(input_ids, attention_mask):
+            return self.base_forward(input_ids, **given, **kwargs)
         policy = None if beacon_ratio is None else self.ratio_policy(beacon_ratio)
         keep_cache = cache is not None or self._keeps_cache(use_cache)
         cache = self._opened(cache, input_ids)
@@ -313,6 +315,12 @@ class BeaconModel(BeaconGeneration):
             else:
                 output = self._forward_long(cache, new, given, kwargs, keep_cache=keep_cache)
         return output if kwargs.get("return_dict", True) is not False else output.to_tuple()
+
+    def _is_short_with_holes(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+        """Whether a text that no chunk is closed of comes with a mask that only the base can make sense of."""
+        if attention_mask is None or input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+            return False
+        return input_ids.shape[1] <= self.untouched_length and not has_one_run_each(attention_mask)
 
     def _keeps_cache(self, use_cache: bool | None) -> bool:
         if use_cache is None:
