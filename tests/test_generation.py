@@ -956,3 +956,90 @@ def test_an_answer_that_cannot_fit_is_refused_for_new_ids_of_past_key_values_too
     with pytest.raises(CapacityError, match=r"at ratio 2; the base model has 40\."):
         model.generate(QUESTION, past_key_values=cache, **greedy(max_new_tokens=37))
     assert cache.tokens_seen == 41
+
+
+# --- going on, and what new users get wrong --------------------------------------------------------------------------
+
+
+def test_what_generate_returned_on_a_context_is_not_read_again(model, context):
+    first = model.generate(QUESTION, context=context, max_new_tokens=SHORT, return_dict_in_generate=True, **greedy())
+    grown = first.past_key_values.fork()
+    prompt = torch.cat([first.sequences, random_ids(4, 9)], dim=1)
+    second = model.generate(prompt, past_key_values=first.past_key_values, max_new_tokens=SHORT, **greedy())
+    new_ids = prompt[:, grown.tokens_seen - context.tokens_seen :]
+    expected = model.generate(new_ids, context=grown, max_new_tokens=SHORT, **greedy())
+    assert torch.equal(second[:, -SHORT:], expected[:, -SHORT:])
+    assert first.past_key_values.tokens_seen == context.tokens_seen + prompt.shape[1] + SHORT - 1
+
+
+def test_each_row_of_a_batch_goes_on_after_its_own_context(model):
+    contexts = BeaconCache.stack([model.compress(random_ids(length, length), ratio=4) for length in (38, 21)])
+    questions = random_ids(3, 5, batch=2)
+    first = model.generate(questions, context=contexts, max_new_tokens=5, return_dict_in_generate=True, **greedy())
+    seen = [row.tokens_seen for row in first.past_key_values.rows]
+    prompt = torch.cat([first.sequences, random_ids(2, 6, batch=2)], dim=1)
+    model.generate(prompt, past_key_values=first.past_key_values, max_new_tokens=1, **greedy())
+    assert [row.tokens_seen for row in first.past_key_values.rows] == [number + 3 for number in seen]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda m, c: m.generate(QUESTION, context="book.beacon"),
+            InputError,
+            "context must be a BeaconCache; got str. Load it: BeaconCache.load(path).",
+        ),
+        (
+            lambda m, c: m.generate(context=c),
+            InputError,
+            "generate(context=...) needs input_ids: the ids of what follows the context, a question.",
+        ),
+        (
+            lambda m, c: m.generate(PROMPT, past_key_values=DynamicCache()),
+            UnsupportedError,
+            "A DynamicCache cannot hold beacons, and the prompt of 41 tokens is longer than a chunk. "
+            "Leave past_key_values out, or use beacon_disabled().",
+        ),
+        (
+            lambda m, c: m.generate(
+                PROMPT.repeat(2, 1), attention_mask=torch.tensor([[1] * 41, [1] * 30 + [0] * 11]), max_new_tokens=2
+            ),
+            InputError,
+            "A row of attention_mask ends in padding. Pad prompts on the left: padding_side='left'.",
+        ),
+        (
+            lambda m, c: m(QUESTION, context=c),
+            InputError,
+            "A model's forward calls it past_key_values, not context. Use model(..., past_key_values=...).",
+        ),
+        (
+            lambda m, c: m(PROMPT, ratio=4),
+            InputError,
+            "A model's forward calls it beacon_ratio, not ratio. Use model(..., beacon_ratio=...).",
+        ),
+        (
+            lambda m, c: m.compress("a text"),
+            InputError,
+            "Texts are read as token ids; got a string. Give tokenizer(text), or its input_ids.",
+        ),
+        (lambda m, c: c.row(1), InputError, "There is no row 1 in a batch of 1."),
+    ],
+)
+def test_what_new_users_get_wrong_is_answered_in_one_line(model, context, call, error, message):
+    with pytest.raises(error) as caught:
+        call(model, context)
+    assert str(caught.value) == message
+
+
+def test_compress_takes_what_a_tokenizer_returns(model):
+    ids, mask = random_ids(20, 4, batch=2), torch.ones(2, 20, dtype=torch.long)
+    mask[1, :7] = 0
+    whole = model.compress({"input_ids": ids, "attention_mask": mask}, ratio=4)
+    assert [row.tokens_seen for row in whole.rows] == [20, 13]
+    assert model.compress({"input_ids": [[5, 6, 7]]}).tokens_seen == 3
+
+
+def test_rows_count_from_the_end_too(model):
+    contexts = model.compress([[5, 6, 7], [8, 9]], ratio=4)
+    assert contexts.row(-1).token_ids.tolist() == [[8, 9]]

@@ -61,6 +61,17 @@ def test_a_base_of_the_callers_goes_first(tmp_path):
         load(folder, base=str(base_in(tmp_path / "other", seed=1)))
 
 
+def test_an_adapter_goes_on_a_model_in_memory(tmp_path):
+    folder, base = adapter_of(tmp_path / "adapter"), tiny("llama")
+    model, tokenizer = load(folder, base=base)
+    assert model is base
+    assert tokenizer is None
+    assert (
+        model.adapter_fingerprint
+        == with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4))).adapter_fingerprint
+    )
+
+
 def test_an_adapter_that_names_no_base_needs_one(tmp_path):
     folder = adapter_of(tmp_path / "adapter")
     with pytest.raises(StorageError) as caught:

@@ -55,6 +55,8 @@ def left_padded(
 
 def as_batch(texts: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Ids and mask of one list of ids, or of several of any length."""
+    if isinstance(texts, str) or (len(texts) and isinstance(texts[0], str)):
+        raise InputError("Texts are read as token ids; got a string. Give tokenizer(text), or its input_ids.")
     if not len(texts):
         raise InputError("The text is empty: there is no token to read. Give at least one.")
     if isinstance(texts[0], int):

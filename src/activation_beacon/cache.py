@@ -43,6 +43,8 @@ class BeaconCache(Cache):
         token_ids: (B, N) ids of all tokens seen, right-aligned like the entries.
         base_fingerprint, adapter_fingerprint: of the weights that made it.
         checked_by: the attaching that last compared the fingerprints; None for a cache that has not been used yet.
+        context_lengths: for each row, tokens seen before the first prompt of the generation that made this cache: what
+            `generate` was given as `context`, and did not return among its ids.
         is_continued: whether the prompt of the generation in progress may open with the text seen (transformers'
             `past_key_values` convention) rather than follow it.
     """
@@ -68,6 +70,7 @@ class BeaconCache(Cache):
         self.adapter_fingerprint = adapter_fingerprint
         self.checked_by: str | None = None
         self.is_continued = False
+        self.context_lengths = (0,) * batch_size
 
     # --- numbers ---
 
@@ -161,22 +164,27 @@ class BeaconCache(Cache):
         """Select the rows that beam search goes on with: `beam_idx` (B,)."""
         is_mixed = len(set(self.rows)) > 1
         if is_mixed:
-            self.rows = tuple(self.rows[index] for index in beam_idx.tolist())
+            self._select_rows(beam_idx.tolist())
         self._select(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
         if is_mixed:
             self._trim()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
-        self.rows = tuple(row for row in self.rows for _ in range(repeats))
+        self._select_rows([row for row in range(self.batch_size) for _ in range(repeats)])
         self._select(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices`."""
         kept = torch.arange(self.batch_size)[indices.cpu()].tolist()
-        self.rows = tuple(self.rows[index] for index in kept)
+        self._select_rows(kept)
         self._select(lambda tensor: tensor[kept])
         self._trim()
+
+    def _select_rows(self, indices: Sequence[int]) -> None:
+        self.rows, self.context_lengths = (
+            tuple(values[index] for index in indices) for values in (self.rows, self.context_lengths)
+        )
 
     def _select(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.layers = [layer.map(change) for layer in self.layers]
@@ -221,6 +229,7 @@ class BeaconCache(Cache):
         """A cache of its own that begins with the same contents; tensors are shared, nothing is copied."""
         other = self._like(self.rows, self.token_ids)
         other.layers = [layer.copy() for layer in self.layers]
+        other.context_lengths = self.context_lengths
         return other
 
     def to(
@@ -287,6 +296,9 @@ class BeaconCache(Cache):
 
     def row(self, index: int) -> "BeaconCache":
         """One row of a batch as a context of its own."""
+        if not -self.batch_size <= index < self.batch_size:
+            raise InputError(f"There is no row {index} in a batch of {self.batch_size}.")
+        index %= self.batch_size
         row = self.rows[index]
         slots, length = self.num_slots, row.cache_length
         ids = self.token_ids[index : index + 1, self.token_ids.shape[1] - row.tokens_seen :]

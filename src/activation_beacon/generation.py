@@ -76,8 +76,15 @@ class BeaconGeneration(Host):
         given = kwargs.get("past_key_values")
         if context is not None and given is not None:
             raise InputError("generate takes context or past_key_values, not both. Use context; it stays as it was.")
+        if context is not None and not isinstance(context, BeaconCache):
+            raise InputError(
+                f"context must be a BeaconCache; got {type(context).__name__}. Load it: BeaconCache.load(path)."
+            )
+        if context is not None and input_ids is None:
+            raise InputError("generate(context=...) needs input_ids: the ids of what follows the context, a question.")
         if input_ids is None or (given is not None and not isinstance(given, BeaconCache)):
             self._refuse_beacons_by_name(context, beacon_ratio)
+            self._refuse_long_prompt_on(given, input_ids)
         elif option("use_cache") is False:
             if context is not None or given is not None or beacon_ratio is not None:
                 raise UnsupportedError("use_cache=False leaves no cache to hold beacons. Generate with use_cache=True.")
@@ -109,7 +116,18 @@ class BeaconGeneration(Host):
             if has_holes and is_fresh and input_ids.shape[1] <= self.untouched_length:  # transformers leaves holes out
                 return False
             kwargs["attention_mask"] = mask
+        mask = kwargs["attention_mask"]
+        is_untouched = is_fresh and input_ids.shape[1] <= self.untouched_length
+        if not is_untouched and not bool((mask[:, -1:] > 0).all()):
+            raise InputError("A row of attention_mask ends in padding. Pad prompts on the left: padding_side='left'.")
         return True
+
+    def _refuse_long_prompt_on(self, given: Any, input_ids: torch.Tensor | None) -> None:
+        if given is not None and input_ids is not None and input_ids.shape[1] > self.untouched_length:
+            raise UnsupportedError(
+                f"A {type(given).__name__} cannot hold beacons, and the prompt of {input_ids.shape[1]} tokens is longer than "
+                f"a chunk. Leave past_key_values out, or use beacon_disabled()."
+            )
 
     def _refuse_beacons_by_name(self, context: BeaconCache | None, beacon_ratio: Ratio | None) -> None:
         if context is not None or beacon_ratio is not None:
@@ -119,6 +137,8 @@ class BeaconGeneration(Host):
         self, input_ids: torch.Tensor, context: BeaconCache | None, given: BeaconCache | None, ratio: Ratio | None
     ) -> BeaconCache:
         cache = context.fork() if context is not None else given
+        if context is not None and cache is not None:
+            cache.context_lengths = tuple(row.tokens_seen for row in cache.rows)
         if cache is None:
             return self.new_cache(input_ids.shape[0], ratio=ratio)
         self.check_context(cache)
@@ -238,7 +258,11 @@ PASSED_ON = ("output_attentions", "output_hidden_states")
 def _unread(
     prompt: torch.Tensor, mask: torch.Tensor | None, cache: BeaconCache
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What of a prompt (B, T) the cache has not seen: all of it, unless each row opens with the whole text seen."""
+    """What of a prompt (B, T) the cache has not seen.
+
+    All of it, unless each row opens with the text seen: the whole of it, or what came after the context that an earlier
+    `generate` was given, which is what that call returned.
+    """
     if cache.token_ids.shape[1] == 0:
         return prompt, mask
     width = prompt.shape[1]
@@ -246,11 +270,13 @@ def _unread(
     unread = valid.clone()
     for b, row in enumerate(cache.rows):
         columns = valid[b].nonzero()[:, 0]
-        seen = cache.token_ids[b, cache.token_ids.shape[1] - row.tokens_seen :].to(prompt.device)
-        opening = columns[: row.tokens_seen]
-        if len(columns) <= row.tokens_seen or not torch.equal(prompt[b, opening], seen):
+        for num_seen in (row.tokens_seen, row.tokens_seen - cache.context_lengths[b]):
+            seen = cache.token_ids[b, cache.token_ids.shape[1] - num_seen :].to(prompt.device)
+            if len(columns) > num_seen and torch.equal(prompt[b, columns[:num_seen]], seen):
+                unread[b, columns[:num_seen]] = 0
+                break
+        else:
             return prompt, mask
-        unread[b, opening] = 0
     first = int(unread.any(dim=0).nonzero()[0])
     return prompt[:, first:], unread[:, first:]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from activation_beacon.base_models import load_pretrained_base
 from activation_beacon.config import BeaconConfig
@@ -19,7 +20,7 @@ DEFAULT = "default"
 def load(
     name: str | Path = DEFAULT,
     *,
-    base: str | None = None,
+    base: str | PreTrainedModel | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     revision: str | None = None,
@@ -28,7 +29,8 @@ def load(
 
     Args:
         name: a folder that `save_pretrained` wrote, a hub id, or "default" for the model that comes with the package.
-        base: another place for the base model than the adapter names: "default", a folder or a hub id.
+        base: another place for the base model than the adapter names: "default", a folder or a hub id; or the model
+            itself, on which the adapter is then put (no tokenizer is returned with it).
         dtype, device: of model and adapter, as in transformers; by default float32 for the default model.
         revision: of the adapter on the hub.
 
@@ -43,9 +45,11 @@ def load(
     """
     folder = _adapter_folder(name, revision)
     config = _untrained_default() if folder is None else load_adapter_config(folder)
-    model, tokenizer = load_pretrained_base(
-        base or _base_name(config, folder), dtype=dtype, device=device, revision=None if base else _hub_revision(config)
-    )
+    if isinstance(base, PreTrainedModel):
+        model, tokenizer = base, None
+    else:
+        source, base_revision = (base, None) if base else (_base_name(config, folder), _hub_revision(config))
+        model, tokenizer = load_pretrained_base(source, dtype=dtype, device=device, revision=base_revision)
     model = attach(model, config)
     if folder is not None:
         try:

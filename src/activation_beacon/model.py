@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ class BeaconModel(BeaconGeneration):
     @torch.no_grad()
     def compress(
         self,
-        input_ids: torch.Tensor | Sequence[int] | Sequence[Sequence[int]],
+        input_ids: torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any],
         *,
         ratio: Ratio | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -166,7 +166,8 @@ class BeaconModel(BeaconGeneration):
         """Read texts and keep their chunks as beacons (section 3.1).
 
         Args:
-            input_ids: (B, N) or (N,) ids, padded with `attention_mask`; or lists of ids, ragged as they are.
+            input_ids: (B, N) or (N,) ids, padded with `attention_mask`; or lists of ids, ragged as they are; or what a
+                tokenizer returns.
             ratio: raw tokens per beacon: an int for all chunks; a sequence with one for each chunk of the whole text;
                 "auto", the smallest of the adapter's ratios with which the text fits the base model's positions. When the
                 text grows beyond what fits, "auto" chooses again and reads the text anew from the ids that are kept.
@@ -186,6 +187,9 @@ class BeaconModel(BeaconGeneration):
             MismatchError: if `cache` comes from another model.
         """
         self._refuse_disabled()
+        if isinstance(input_ids, Mapping):  # what a tokenizer returns
+            attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
+            input_ids = input_ids["input_ids"]
         if not isinstance(input_ids, torch.Tensor):
             input_ids, attention_mask = as_batch(input_ids)
         if input_ids.dim() == 1:
@@ -286,6 +290,7 @@ class BeaconModel(BeaconGeneration):
         Raises:
             UnsupportedError: for `inputs_embeds`, 4D masks or packed sequences longer than a chunk, by name.
         """
+        _refuse_other_names(kwargs)
         given: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
         given["inputs_embeds"] = inputs_embeds
         given |= {"labels": labels, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
@@ -567,6 +572,12 @@ def _under_policy(cache: BeaconCache, policy: RatioPolicy | None) -> Iterator[No
     except BaseException:
         cache.policy = before
         raise
+
+
+def _refuse_other_names(kwargs: dict[str, Any]) -> None:
+    for name, right in (("context", "past_key_values"), ("ratio", "beacon_ratio")):
+        if name in kwargs:
+            raise InputError(f"A model's forward calls it {right}, not {name}. Use model(..., {right}=...).")
 
 
 @contextlib.contextmanager
