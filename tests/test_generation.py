@@ -998,8 +998,10 @@ def test_each_row_of_a_batch_goes_on_after_its_own_context(model):
         (
             lambda m, c: m.generate(PROMPT, past_key_values=DynamicCache()),
             UnsupportedError,
-            "A DynamicCache cannot hold beacons, and the prompt of 41 tokens is longer than a chunk. "
-            "Leave past_key_values out, or use beacon_disabled().",
+            (
+                "A DynamicCache cannot hold beacons, and the prompt of 41 tokens is longer than a chunk. "
+                "Leave past_key_values out, or use beacon_disabled()."
+            ),
         ),
         (
             lambda m, c: m.generate(
@@ -1037,6 +1039,10 @@ def test_compress_takes_what_a_tokenizer_returns(model):
     mask[1, :7] = 0
     whole = model.compress({"input_ids": ids, "attention_mask": mask}, ratio=4)
     assert [row.tokens_seen for row in whole.rows] == [20, 13]
+    lists = model.compress({"input_ids": ids.tolist(), "attention_mask": mask.tolist()}, ratio=4)
+    assert lists.rows == whole.rows
+    assert torch.equal(lists.token_ids, whole.token_ids)
+    assert model.compress({"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1]}).tokens_seen == 3
     assert model.compress({"input_ids": [[5, 6, 7]]}).tokens_seen == 3
 
 

@@ -1,6 +1,6 @@
 """Batches of token ids as callers hand them over: ragged, padded, with labels; and the losses of their tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +53,13 @@ def left_padded(
     return ids, mask
 
 
-def as_batch(texts: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Ids and mask of one list of ids, or of several of any length."""
+def as_batch(texts: Sequence[Any] | Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids and mask of one list of ids, of several of any length, or of what a tokenizer returns."""
+    if isinstance(texts, Mapping):
+        ids, mask = texts["input_ids"], texts.get("attention_mask")
+        if mask is None and not isinstance(ids, torch.Tensor):
+            return as_batch(ids)
+        return torch.as_tensor(ids), None if mask is None else torch.atleast_2d(torch.as_tensor(mask))
     if isinstance(texts, str) or (len(texts) and isinstance(texts[0], str)):
         raise InputError("Texts are read as token ids; got a string. Give tokenizer(text), or its input_ids.")
     if not len(texts):

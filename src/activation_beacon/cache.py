@@ -182,9 +182,8 @@ class BeaconCache(Cache):
         self._trim()
 
     def _select_rows(self, indices: Sequence[int]) -> None:
-        self.rows, self.context_lengths = (
-            tuple(values[index] for index in indices) for values in (self.rows, self.context_lengths)
-        )
+        self.rows = tuple(self.rows[index] for index in indices)
+        self.context_lengths = tuple(self.context_lengths[index] for index in indices)
 
     def _select(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.layers = [layer.map(change) for layer in self.layers]

@@ -187,11 +187,9 @@ class BeaconModel(BeaconGeneration):
             MismatchError: if `cache` comes from another model.
         """
         self._refuse_disabled()
-        if isinstance(input_ids, Mapping):  # what a tokenizer returns
-            attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
-            input_ids = input_ids["input_ids"]
         if not isinstance(input_ids, torch.Tensor):
-            input_ids, attention_mask = as_batch(input_ids)
+            input_ids, own_mask = as_batch(input_ids)
+            attention_mask = own_mask if attention_mask is None else attention_mask
         if input_ids.dim() == 1:
             input_ids = input_ids[None]
         policy = None
