@@ -691,12 +691,12 @@ BAD_INPUT = {
     "base of nowhere": (
         None,
         (*COMPRESS, "--base", "./nowhere"),
-        r"there is no folder './nowhere'\. Give \"default\", a folder .*",
+        r"There is no folder './nowhere'\. Give \"default\", a folder .*",
     ),
     "device that is not there": (
         None,
         (*COMPRESS, "--device", "abacus"),
-        r'device "abacus" cannot be used: .*',
+        r'Device "abacus" cannot be used: .*',
     ),
     "nothing to inspect": (
         None,
