@@ -1,5 +1,6 @@
 """The command line: through typer's runner, and through real processes where a signal or a start-up time matters."""
 
+import itertools
 import json
 import os
 import re
@@ -824,13 +825,14 @@ def test_ctrl_c_leaves_nothing_half_written(files, tmp_path):
         str(tmp_path / "base"),
     )
     with process(*args, cwd=tmp_path / "work") as running:
-        lines = [running.stderr.readline(), running.stderr.readline()]
-        assert lines == [f"{UNTRAINED}\n", "compressing at ratio auto: 270,002 tokens\n"]
+        lines = list(itertools.takewhile(lambda line: not line.startswith("compressing"), running.stderr))
+        assert lines[-1] == f"{UNTRAINED}\n"  # on a slow machine, progress of loading stands before it
         time.sleep(0.5)
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=60)
-    assert running.returncode == 130
-    assert (out, err) == ("", "Interrupted: nothing was left half-written.\n")
+    assert running.returncode == 130, err
+    assert (out, err.splitlines()[-1]) == ("", "Interrupted: nothing was left half-written.")
+    assert "Traceback" not in err
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["long.txt"]
 
 
