@@ -804,6 +804,8 @@ def test_our_own_mistakes_keep_their_traceback(run, monkeypatch):
 def process(*args: str, **options: object) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.PIPE}
+    # A shell that runs the tests in the background may have them ignore Ctrl-C, and children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen([*BEACON, *args], text=True, env=environment, **pipes, **options)
 
 
