@@ -567,3 +567,16 @@ def test_every_chunk_of_a_batch_is_closed_once_and_in_order():
         for row in rows:
             closed[row].append(layout)
     assert [tuple(layouts) for layouts in closed] == [reading.closings for reading in readings]
+
+
+def test_auto_reads_anew_when_spans_kept_raw_before_no_longer_fit():
+    config = BeaconConfig(chunk_size=16, ratios=(2, 4))
+    spans = ((0, 16, None),)
+    before = TextPlanner(config, as_policy(config, "auto", spans=spans), None)
+    row = Row(16)
+    for layout in before.plan(row, 33).closings:
+        row = row.after_closing(layout)
+    assert [chunk.num_raw for chunk in row.chunks] == [16, 0]
+    reading = TextPlanner(config, as_policy(config, "auto"), 33).plan(row.after_reading(1), 9)
+    assert reading.restart
+    assert (len(reading.closings), reading.raw_start, reading.stop) == (2, 32, 42)

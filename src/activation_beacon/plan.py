@@ -123,6 +123,14 @@ def _check_span(config: BeaconConfig, span: Sequence[int | None]) -> Span:
 # --- one chunk -------------------------------------------------------------------------------------------------------
 
 
+class ClosedChunk(NamedTuple):
+    """What a closed chunk left behind."""
+
+    ratio: int
+    num_beacons: int
+    num_raw: int
+
+
 @dataclass(frozen=True)
 class ChunkLayout:
     """Where a chunk's raw tokens and beacons stand in the pass that reads it, and what is kept of it.
@@ -139,6 +147,11 @@ class ChunkLayout:
     num_sinks: int
     num_beacons: int  # beacons among the kept
     num_raw: int  # tokens of raw runs among the kept
+
+    @property
+    def closed(self) -> ClosedChunk:
+        """What the chunk leaves behind, in numbers."""
+        return ClosedChunk(self.ratio, self.num_beacons, self.num_raw)
 
     @property
     def shifts(self) -> tuple[int, ...]:
@@ -180,14 +193,6 @@ def chunk_layout(
 # --- one text --------------------------------------------------------------------------------------------------------
 
 
-class ClosedChunk(NamedTuple):
-    """What a closed chunk left behind."""
-
-    ratio: int
-    num_beacons: int
-    num_raw: int
-
-
 @dataclass(frozen=True)
 class Row:
     """One text as far as it has been read: what its cache holds, in numbers. Part of a batch's row, hence the name."""
@@ -219,8 +224,7 @@ class Row:
 
     def after_closing(self, layout: ChunkLayout) -> "Row":
         """The row once its next chunk has been closed and what stood after it is unread."""
-        chunk = ClosedChunk(layout.ratio, layout.num_beacons, layout.num_raw)
-        chunks = (*self.chunks, chunk)
+        chunks = (*self.chunks, layout.closed)
         return Row(self.chunk_size, len(chunks) * self.chunk_size, self.num_sinks + layout.num_sinks, chunks)
 
     def after_reading(self, num_tokens: int) -> "Row":
@@ -269,8 +273,8 @@ class TextPlanner:
             self._check_tail(row, row.cache_length + num_new, stop)
             return RowReading(False, (), row.tokens_seen, stop)
         layouts = self.layouts(stop)
-        held = [layout.ratio for layout in layouts[: len(row.chunks)]]
-        restart = self.policy.ratio == "auto" and held != [chunk.ratio for chunk in row.chunks]
+        held = tuple(layout.closed for layout in layouts[: len(row.chunks)])
+        restart = self.policy.ratio == "auto" and held != row.chunks
         done = 0 if restart else len(row.chunks)
         self._check_closings(Row(row.chunk_size) if restart else row, layouts[done:], stop)
         return RowReading(restart, tuple(layouts[done:]), num_closed * self.config.chunk_size, stop)
