@@ -16,6 +16,7 @@ FLOORS = [
     {"batch", "cache"},
     {"adapt"},
     {"attachment", "forward"},
+    {"at_once"},
     {"generation", "persistence", "default_base", "prompts", "books"},
     {"base_models"},
     {"model"},

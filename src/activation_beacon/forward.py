@@ -162,7 +162,7 @@ class _Reader:
         output = self._call_base(
             self._first_wanted(members, starts),
             layout.raw_slots,
-            inputs_embeds=self._interleave(ids, layout),
+            inputs_embeds=interleave(self.model, ids, layout),
             position_ids=_positions(lengths, slots),
             attention_mask=_padding_mask(lengths, [layout.num_slots] * len(lengths), layout.num_slots, ids.device),
             past_key_values=memory,
@@ -172,16 +172,6 @@ class _Reader:
         if output is not None:
             self._collect(output, members, starts, cache.config.chunk_size)
         self._keep(members, memory, layout)
-
-    def _interleave(self, ids: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
-        """Input embeddings (B, T, M) of a chunk: its tokens (B, w) with the beacon's embedding between them."""
-        tokens = self.model.get_input_embeddings()(ids)
-        beacon = self.model.beacon_embedding.to(tokens.dtype)[None, None]
-        source = torch.cat((tokens, beacon.expand(tokens.shape[0], 1, -1)), dim=1)
-        order = [ids.shape[1]] * layout.num_slots
-        for token, slot in enumerate(layout.raw_slots):
-            order[slot] = token
-        return source.index_select(1, torch.tensor(order, device=ids.device))
 
     def _keep(self, members: tuple[int, ...], memory: Cache, layout: ChunkLayout) -> None:
         """Append what the chunk leaves behind to the memory of its rows, and drop the rest."""
@@ -357,6 +347,17 @@ class _Reader:
 
     def _is_padded(self) -> bool:
         return any(count != self.new.columns for count in self.new.counts) and self.wanted.first_column == 0
+
+
+def interleave(model: BaseModel, ids: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
+    """Input embeddings (B, T, M) of a chunk: its tokens (B, w) with the beacon's embedding between them."""
+    tokens = model.get_input_embeddings()(ids)
+    beacon = model.beacon_embedding.to(tokens.dtype)[None, None]
+    source = torch.cat((tokens, beacon.expand(tokens.shape[0], 1, -1)), dim=1)
+    order = [ids.shape[1]] * layout.num_slots
+    for token, slot in enumerate(layout.raw_slots):
+        order[slot] = token
+    return source.index_select(1, torch.tensor(order, device=ids.device))
 
 
 def _appended_ids(cache: BeaconCache, new: NewTokens) -> torch.Tensor:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from activation_beacon.adapt import find_decoder
+from activation_beacon.at_once import read_at_once
 from activation_beacon.attachment import (
     Attachment,
     base_parameters,
@@ -318,6 +319,26 @@ class BeaconModel(BeaconGeneration):
             else:
                 output = self._forward_long(cache, new, given, kwargs, keep_cache=keep_cache)
         return output if kwargs.get("return_dict", True) is not False else output.to_tuple()
+
+    def hidden_states(self, input_ids: torch.Tensor, ratios: Sequence[int]) -> torch.Tensor:
+        """Hidden states (B, T, M) of raw tokens before the head, all chunks in one pass, as reading chunk by chunk gives.
+
+        For training: no cache is made, gradients flow through all chunks, and gradient checkpointing works. Call it in a
+        block of `at_once.chunks_at_once`, backward pass included.
+
+        Args:
+            input_ids: (B, T) texts of one length; shorter ones are padded on the right, within the tail.
+            ratios: one for each chunk that is closed, for all rows.
+
+        Raises:
+            RatioError: if there are fewer ratios than chunks.
+            InputError: for an empty text, or ids outside the vocabulary.
+        """
+        self._refuse_disabled()
+        new = self._new_tokens(input_ids, None)
+        planner = TextPlanner(self._beacon.config, self.ratio_policy(tuple(ratios)), None)
+        planner.check_names_every_chunk(new.columns)
+        return read_at_once(self, self._beacon.site, new.ids, planner.layouts(new.columns))
 
     def _is_short_with_holes(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         """Whether a text that no chunk is closed of comes with a mask that only the base can make sense of."""

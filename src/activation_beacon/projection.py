@@ -18,11 +18,13 @@ from torch import nn
 class PassState(threading.local):
     """What the layers of one model must know about the pass in progress, for each thread its own.
 
-    `beacon_slots` (n,) are the slots of the pass that hold beacons, or None; `is_disabled` turns the beacons off.
+    `beacon_slots` (n,) are the slots of the pass that hold beacons, or None; `chunks` says how a pass over several chunks
+    at once is cut into them (`at_once.Chunks`), None in ordinary passes; `is_disabled` turns the beacons off.
     """
 
     def __init__(self) -> None:
         self.beacon_slots: torch.Tensor | None = None
+        self.chunks: Any = None
         self.is_disabled = False
 
     def __reduce__(self) -> tuple[type["PassState"], tuple[()]]:
@@ -60,12 +62,13 @@ def replace_beacon_rows(linear: nn.Module, args: tuple[torch.Tensor, ...], outpu
 
 
 def take_beacon_slots(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Forward pre-hook of an attention module: takes `beacon_slots` off its arguments, for its projections to find."""
+    """Forward pre-hook of an attention module: takes what is ours off its arguments, for those below it to find."""
     state: PassState = attention.beacon_state  # type: ignore[assignment]
     state.beacon_slots = kwargs.pop("beacon_slots", None)
+    state.chunks = kwargs.pop("beacon_chunks", None)
     return args, kwargs
 
 
 def forget_beacon_slots(attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of an attention module, called also after an error: leaves nothing behind."""
-    attention.beacon_state.beacon_slots = None  # type: ignore[union-attr]
+    attention.beacon_state.beacon_slots = attention.beacon_state.chunks = None  # type: ignore[union-attr]

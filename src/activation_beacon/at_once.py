@@ -1,0 +1,226 @@
+"""All chunks of a text in one pass: the base's forward over the slots of every chunk and of the tail, laid end to end.
+
+Layer l of a chunk needs only layer l-1 of the chunks before it, so that a pass over all of them is exact. What is particular
+happens in attention: each chunk's queries see the kept entries of earlier chunks, their keys moved to where they are held,
+and causally their own chunk. So no cache is needed, gradients flow through all chunks, and gradient checkpointing works.
+
+Attention is the base's own: a function of ours is registered in transformers beside it, hands each chunk to it, and hands
+everything to it in passes that are not of this kind.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from activation_beacon.adapt import DecoderSite
+from activation_beacon.errors import UnsupportedError
+from activation_beacon.forward import BaseModel, interleave
+from activation_beacon.plan import ChunkLayout
+from activation_beacon.rope import KeyMover
+
+# B batch · T tokens of a text · N slots of all chunks and the tail · H query heads · K kv heads · D head dim · M model dim
+
+PREFIX = "beacon_chunks_with_"
+WITH_MASKS = ("eager", "sdpa")  # attention that takes the mask that it is given
+WITHOUT_MASKS = ("flash_attention_2", "flash_attention_3")  # causal from the lower right by itself
+
+
+class Chunks:
+    """How a pass over several chunks is cut: where each begins, what it leaves behind, and how far its keys are moved.
+
+    Args:
+        site: the base's layers.
+        layouts: of the chunks that are closed, in order.
+        tail_length: raw tokens after them.
+        device: of the masks and indices.
+    """
+
+    def __init__(
+        self, site: DecoderSite, layouts: Sequence[ChunkLayout], tail_length: int, device: torch.device
+    ) -> None:
+        self.layer_of = {layer.attention: index for index, layer in enumerate(site.layers)}
+        self.spans: list[tuple[int, int, int]] = []  # first slot, slots, entries held before it
+        kept: list[int] = []
+        positions: list[int] = []
+        raw: list[int] = []
+        beacons: list[int] = []
+        first = 0
+        for layout in layouts:
+            self.spans.append((first, layout.num_slots, len(kept)))
+            positions += range(len(kept), len(kept) + layout.num_slots)
+            raw += [first + slot for slot in layout.raw_slots]
+            beacons += [first + slot for slot in layout.beacon_slots]
+            kept += [first + slot for slot in layout.kept_slots]
+            first += layout.num_slots
+        self.spans.append((first, tail_length, len(kept)))
+        positions += range(len(kept), len(kept) + tail_length)
+        raw += range(first, first + tail_length)
+        shifts = [shift for layout in layouts for shift in layout.shifts]
+        self.mover = KeyMover(site.ropes, shifts)
+        self.kept_slots = torch.tensor(kept, dtype=torch.long, device=device)  # (entries held at the end,)
+        self.position_ids = torch.tensor(positions, device=device)[None]  # (1, N)
+        self.raw_slots = torch.tensor(raw, device=device)  # (T,)
+        self.beacon_slots = torch.tensor(beacons, dtype=torch.long, device=device)
+        self._masks: dict[tuple[int, int, int | None, torch.dtype | None], torch.Tensor | None] = {}
+
+    def attend(
+        self,
+        attention: Callable[..., Any],
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        mask_dtype: torch.dtype | None,
+        takes_mask: bool,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attention output (B, N, H, D) of queries (B, H, N, D) over keys and values (B, K, N, D), chunk by chunk.
+
+        Args:
+            attention: the base's own attention function.
+            module: the attention module that calls.
+            query: rotated where they are read, as the keys are.
+            key: as above.
+            value: as above.
+            mask_dtype: of additive masks; None for boolean ones.
+            takes_mask: whether `attention` is told by a mask who sees whom.
+            kwargs: the base's further arguments.
+        """
+        held_keys = self.mover.move(key.index_select(2, self.kept_slots), self.layer_of[module])
+        held_values = value.index_select(2, self.kept_slots)
+        outputs = []
+        for first, size, held in self.spans:
+            keys, values = key.narrow(2, first, size), value.narrow(2, first, size)
+            if held:
+                keys = torch.cat((held_keys[:, :, :held], keys), dim=2)
+                values = torch.cat((held_values[:, :, :held], values), dim=2)
+            mask = None
+            if takes_mask:
+                mask = self._mask(size, held, kwargs.get("sliding_window"), mask_dtype)
+            outputs.append(attention(module, query.narrow(2, first, size), keys, values, mask, **kwargs)[0])
+        return torch.cat(outputs, dim=1)
+
+    def _mask(self, size: int, held: int, window: int | None, dtype: torch.dtype | None) -> torch.Tensor | None:
+        """Mask (1, 1, size, held + size): causal from the lower right, within a sliding window where there is one."""
+        if window is not None and held + size <= window:
+            window = None
+        kind = (size, held, window, dtype)
+        if kind not in self._masks:
+            self._masks[kind] = self._make_mask(size, held, window, dtype)
+        return self._masks[kind]
+
+    def _make_mask(self, size: int, held: int, window: int | None, dtype: torch.dtype | None) -> torch.Tensor | None:
+        if dtype is None and not held and window is None:
+            return None  # sdpa's own causal kernel
+        device = self.raw_slots.device
+        queries = torch.arange(held, held + size, device=device)[:, None]
+        keys = torch.arange(held + size, device=device)[None]
+        seen = keys <= queries
+        if window is not None:
+            seen &= queries - keys < window
+        if dtype is None:
+            return seen[None, None]
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+
+
+@contextlib.contextmanager
+def chunks_at_once(model: Any) -> Iterator[None]:
+    """Within the block, `read_at_once` can be called on an attached model. Backward passes belong into the block as well.
+
+    Every other call of the model gives what it gives without the block.
+
+    Raises:
+        UnsupportedError: if the attention that the model is set to cannot be handed one chunk at a time.
+    """
+    config = model.config.get_text_config(decoder=True)
+    before = config._attn_implementation
+    if before not in (*WITH_MASKS, *WITHOUT_MASKS):
+        known = ", ".join((*WITH_MASKS, *WITHOUT_MASKS))
+        raise UnsupportedError(
+            f"attn_implementation ({before}) cannot read all chunks in one pass. Use one of {known}, or read chunk by chunk."
+        )
+    _register(before)
+    config._attn_implementation = PREFIX + before
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def read_at_once(
+    model: BaseModel, site: DecoderSite, ids: torch.Tensor, layouts: Sequence[ChunkLayout]
+) -> torch.Tensor:
+    """Hidden states (B, T, M) of the raw tokens, before the base's head, equal to those of reading chunk by chunk.
+
+    Call it in a block of `chunks_at_once`.
+
+    Args:
+        model: the attached model.
+        site: its layers.
+        ids: (B, T) texts of one length that share their layouts; shorter ones are padded on the right, in the tail.
+        layouts: of the chunks that are closed; what is left of T is the tail, and not empty.
+    """
+    chunk_size = len(layouts[0].raw_slots) if layouts else 0
+    tail_length = ids.shape[1] - len(layouts) * chunk_size
+    assert tail_length > 0, "closing is lazy: a tail is left"
+    chunks = Chunks(site, layouts, tail_length, ids.device)
+    pieces = [
+        interleave(model, ids[:, number * chunk_size : (number + 1) * chunk_size], layout)
+        for number, layout in enumerate(layouts)
+    ]
+    pieces.append(model.get_input_embeddings()(ids[:, len(layouts) * chunk_size :]))
+    output = model.get_decoder()(
+        inputs_embeds=torch.cat(pieces, dim=1),
+        position_ids=chunks.position_ids,
+        attention_mask=ids.new_ones((1, 1, 1, 1), dtype=torch.bool),  # "prepared by the caller": none is made of it
+        use_cache=False,
+        beacon_slots=chunks.beacon_slots,
+        beacon_chunks=chunks,
+    )
+    return output.last_hidden_state.index_select(1, chunks.raw_slots)
+
+
+def _register(implementation: str) -> None:
+    """Register our attention over the base's own, with the base's own masks for all other passes."""
+    name = PREFIX + implementation
+
+    def attend(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        own = _own_attention(module, implementation)
+        chunks = getattr(getattr(module, "beacon_state", None), "chunks", None)
+        if chunks is None:
+            return own(module, query, key, value, attention_mask, **kwargs)
+        output = chunks.attend(
+            own,
+            module,
+            query,
+            key,
+            value,
+            mask_dtype=query.dtype if implementation == "eager" else None,
+            takes_mask=implementation in WITH_MASKS,
+            **kwargs,
+        )
+        return output, None
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[implementation])
+
+
+def _own_attention(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    if implementation == "eager":
+        own: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+        return own
+    return AttentionInterface()[implementation]

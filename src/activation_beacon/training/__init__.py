@@ -1,0 +1,1 @@
+"""Training: from documents and questions to the beacon parameters of any decoder."""
