@@ -1,0 +1,1 @@
+"""How good is a compressed context? Tasks, methods, metrics, resumable runs, and reports."""

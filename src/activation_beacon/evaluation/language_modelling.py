@@ -1,0 +1,239 @@
+"""Language modelling on long documents: nats per token after the first chunk, by what the model could see before each.
+
+Every method is measured on the same tokens. When a chunk stands alone its first token has no prediction, so that token is
+left out everywhere; so is the whole first chunk, before which nothing stands to be compressed.
+"""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from activation_beacon.errors import InputError
+from activation_beacon.evaluation.metrics import Estimate, gap_closed, mean
+from activation_beacon.plan import Ratio
+
+# T tokens of a text · w chunk size · V vocabulary
+
+PIECE = 512  # tokens read at a time where all logits are needed: (PIECE, V) of them are alive, never (T, V)
+HOLE = torch.tensor([torch.nan])  # a token without a prediction
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What one way of reading made of one text.
+
+    Attributes:
+        nll: (T - 1,) nats of the second token on, NaN where there is no prediction.
+        cache_length: entries that the text's last token attended to.
+        cache_bytes: bytes of these.
+        seconds: for reading it.
+    """
+
+    nll: torch.Tensor
+    cache_length: int
+    cache_bytes: int
+    seconds: float
+
+
+# --- ways of reading -------------------------------------------------------------------------------------------------
+
+
+def full_losses(model: Any, ids: Sequence[int]) -> Losses:
+    """The base model with the whole text before each token, beyond its window too (where it breaks down)."""
+    return _base_losses(model, ids)
+
+
+def alone_losses(model: Any, ids: Sequence[int], *, prefix: Sequence[int] = ()) -> Losses:
+    """The base model on each chunk of the text with nothing before it.
+
+    Args:
+        model: with beacons attached, which are not used.
+        ids: the text.
+        prefix: ids that every text opens with (a beginning-of-text token): they stand before each chunk too.
+    """
+    size = model.beacon_config.chunk_size
+    parts = [_base_losses(model, ids[:size])]
+    nll = [parts[0].nll]
+    for start in range(size, len(ids), size):
+        parts.append(_base_losses(model, [*prefix, *ids[start : start + size]]))
+        nll += [HOLE, parts[-1].nll[len(prefix) :]]
+    return _joined(nll, parts)
+
+
+def recent_losses(model: Any, ids: Sequence[int], *, window: int) -> Losses:
+    """The base model on each chunk with as many tokens before it as make up `window`; read anew for each chunk.
+
+    Raises:
+        InputError: if a window is smaller than a chunk.
+    """
+    size = model.beacon_config.chunk_size
+    if window < size:
+        raise InputError(f"A window ({window}) must hold a chunk ({size}) at least.")
+    parts, nll = [], []
+    for start in range(0, len(ids), size):
+        stop = min(start + size, len(ids))
+        begin = max(0, stop - window)
+        parts.append(_base_losses(model, ids[begin:stop]))
+        nll += [HOLE] if 0 < start == begin else []
+        nll.append(parts[-1].nll[max(start - 1 - begin, 0) :])
+    return _joined(nll, parts)
+
+
+@torch.no_grad()
+def beacon_losses(model: Any, ids: Sequence[int], ratio: Ratio) -> Losses:
+    """The text read chunk by chunk on the beacons of the chunks before.
+
+    Raises:
+        CapacityError: if the beacons do not fit the base model's positions.
+    """
+    start = time.perf_counter()
+    row = torch.tensor([list(ids)], device=model.device)
+    output = model(row, labels=row, beacon_ratio=ratio, logits_to_keep=1, use_cache=True)
+    nll, cache = output.nll[0].float().cpu(), output.past_key_values
+    return Losses(nll, cache.cache_length, cache.cache_bytes, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def _base_losses(model: Any, ids: Sequence[int]) -> Losses:
+    """The base model on one text, read in pieces on its own cache."""
+    start_time = time.perf_counter()
+    row = torch.tensor([list(ids)], device=model.device)
+    parts, cache = [], None
+    with model.beacon_disabled():
+        for start in range(0, len(ids), PIECE):
+            output = model(row[:, start : start + PIECE], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            targets = row[0, start + 1 : start + PIECE + 1]
+            losses = nn.functional.cross_entropy(output.logits[0, : len(targets)].float(), targets, reduction="none")
+            parts.append(losses.cpu())
+    return Losses(torch.cat(parts), len(ids), _cache_bytes(cache), time.perf_counter() - start_time)
+
+
+def _joined(nll: Sequence[torch.Tensor], parts: Sequence[Losses]) -> Losses:
+    """Chunk by chunk: the last chunk's cache, everyone's time."""
+    return Losses(torch.cat(list(nll)), parts[-1].cache_length, parts[-1].cache_bytes, sum(p.seconds for p in parts))
+
+
+def _cache_bytes(cache: Any) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+# --- what counts -----------------------------------------------------------------------------------------------------
+
+
+def counted(num_tokens: int, chunk_size: int) -> torch.Tensor:
+    """Mask (T - 1,) of the losses that count: of tokens after the first chunk, but for the first of each chunk."""
+    tokens = torch.arange(1, num_tokens)
+    return (tokens >= chunk_size) & (tokens % chunk_size != 0)
+
+
+def position_edges(chunk_size: int) -> list[int]:
+    """Bounds of the ranges of positions within a chunk: 1, 2, 4, 8, ... up to its size."""
+    edges = [1]
+    while edges[-1] < chunk_size:
+        edges.append(min(2 * edges[-1], chunk_size))
+    return edges
+
+
+def loss_record(losses: Losses, chunk_size: int) -> dict[str, Any]:
+    """One text's losses as plain values: the mean over the tokens that count, and over each range of positions."""
+    num_tokens = len(losses.nll) + 1
+    mask = counted(num_tokens, chunk_size)
+    if not bool(mask.any()):
+        raise InputError(
+            f"A text of {num_tokens} tokens has none after its first chunk ({chunk_size}) to measure. Use a longer length."
+        )
+    positions = torch.arange(1, num_tokens) % chunk_size
+    edges = position_edges(chunk_size)
+    by_position = []
+    for low, high in itertools.pairwise(edges):
+        chosen = losses.nll[mask & (positions >= low) & (positions < high)]
+        by_position.append([low, high, float(chosen.double().mean()) if len(chosen) else None, len(chosen)])
+    return {
+        "nats": float(losses.nll[mask].double().mean()),
+        "tokens": int(mask.sum()),
+        "by_position": by_position,
+        "cache_length": losses.cache_length,
+        "cache_bytes": losses.cache_bytes,
+        "seconds": round(losses.seconds, 3),
+    }
+
+
+# --- a table in one call ---------------------------------------------------------------------------------------------
+
+
+def measure(
+    model: Any, ids: Sequence[int], method: str, *, ratio: Ratio | None = None, prefix: Sequence[int] = ()
+) -> dict[str, Any]:
+    """One text read in one way; see `loss_record` for what comes back.
+
+    Args:
+        model: with beacons attached.
+        ids: the text.
+        method: "full", "alone", "recent" (as many tokens as the base has positions) or "beacons".
+        ratio: of the beacons.
+        prefix: see `alone_losses`.
+
+    Raises:
+        InputError: for another method.
+    """
+    size = model.beacon_config.chunk_size
+    if method == "full":
+        losses = full_losses(model, ids)
+    elif method == "alone":
+        losses = alone_losses(model, ids, prefix=prefix)
+    elif method == "recent":
+        losses = recent_losses(model, ids, window=max_positions(model) or len(ids))
+    elif method == "beacons" and ratio is not None:
+        losses = beacon_losses(model, ids, ratio)
+    else:
+        raise InputError(f'method must be "full", "alone", "recent", or "beacons" with a ratio; got {method!r}.')
+    return loss_record(losses, size)
+
+
+def max_positions(model: Any) -> int | None:
+    """Tokens that the base model reads at once; None where its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def evaluate(
+    model: Any, texts: Iterable[Sequence[int]], ratios: Sequence[Ratio], *, prefix: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Measure texts in one call, without files: nats of each method, and the share of the gap that beacons close.
+
+    Args:
+        model: with beacons attached; put into evaluation mode for the call.
+        texts: ids of each text.
+        ratios: of the beacons.
+        prefix: see `alone_losses`.
+
+    Returns:
+        `{"full": Estimate, "alone": Estimate, "beacons": {ratio: Estimate}, "gap_closed": {ratio: Estimate}}`.
+    """
+    nats: dict[Any, list[float]] = {"full": [], "alone": [], **{ratio: [] for ratio in ratios}}
+    with evaluating(model):
+        for ids in texts:
+            for name in ("full", "alone"):
+                nats[name].append(measure(model, ids, name, prefix=prefix)["nats"])
+            for ratio in ratios:
+                nats[ratio].append(measure(model, ids, "beacons", ratio=ratio)["nats"])
+    closed: dict[Any, Estimate] = {ratio: gap_closed(nats["alone"], nats[ratio], nats["full"]) for ratio in ratios}
+    beacons = {ratio: mean(nats[ratio]) for ratio in ratios}
+    return {"full": mean(nats["full"]), "alone": mean(nats["alone"]), "beacons": beacons, "gap_closed": closed}
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Within the block the model is in evaluation mode; afterwards in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
