@@ -1,0 +1,346 @@
+"""Where training texts come from: files, folders and hub data sets, read as a stream, record by record.
+
+Knows nothing of tokens. A bad record is skipped or stops the reading, as the caller chose, and is named by file and line
+either way; a source that does not exist or has an unknown format always stops it.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from activation_beacon.errors import ConfigError, InputError, StorageError
+from activation_beacon.files import reason
+from activation_beacon.training.data_files import (
+    BadRecord,
+    Source,
+    blocks,
+    data_files,
+    file_kind,
+    hub_name,
+    lines,
+    list_sources,
+    needed_package,
+)
+
+OnError = Literal["skip", "stop"]
+
+ROWS = 256
+PLACES_SHOWN = 3
+BYTE_ORDER_MARK = "\ufeff"
+LINE_END = b"\n"
+
+
+@dataclass
+class ReadReport:
+    """What was read and what was left out, with the first places of each reason.
+
+    Attributes:
+        records: records handed on.
+        bytes_read: of the files, as they stand on disk.
+        skipped: number of records left out, by reason.
+        places: the first few places of each reason.
+    """
+
+    records: int = 0
+    bytes_read: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def skip(self, why: str, place: str) -> None:
+        """Count one record that is left out."""
+        self.skipped[why] = self.skipped.get(why, 0) + 1
+        places = self.places.setdefault(why, [])
+        if len(places) < PLACES_SHOWN:
+            places.append(place)
+
+    def summary(self) -> str:
+        """One line that says it all."""
+        counts = f"{self.records:,} records read, {sum(self.skipped.values()):,} skipped"
+        return counts + (": " + "; ".join(map(self._reason_text, self.skipped)) if self.skipped else "") + "."
+
+    def _reason_text(self, why: str) -> str:
+        count, places = self.skipped[why], self.places[why]
+        return f"{count:,} {why} ({', '.join(places)}{', ...' if count > len(places) else ''})"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a source.
+
+    Attributes:
+        file: path of the file, or name of the hub data set.
+        line: number of its line or row, from 1.
+        fields: what stands in it.
+        unit: what `line` counts.
+    """
+
+    file: str
+    line: int
+    fields: dict[str, Any]
+    unit: Literal["line", "row"] = "line"
+
+    @property
+    def place(self) -> str:
+        """File and line, as messages name them."""
+        return f"{self.file}, {self.unit} {self.line}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question on a context ("" where it has none), its answer, and all accepted answers."""
+
+    id: str
+    context: str
+    question: str
+    answer: str
+    answers: tuple[str, ...]
+
+
+class _Intake:
+    """What happens to bad records: counted, or the end."""
+
+    def __init__(self, on_error: OnError, report: ReadReport | None) -> None:
+        if on_error not in ("skip", "stop"):
+            raise ConfigError(f'on_error must be "skip" or "stop"; got {on_error!r}.')
+        self.on_error = on_error
+        self.report = ReadReport() if report is None else report
+
+    def count_bytes(self, number: int) -> None:
+        self.report.bytes_read += number
+
+    def refuse(self, place: str, bad: BadRecord) -> None:
+        if self.on_error == "stop":
+            raise InputError(
+                f'{place}: {bad.detail}. Mend or remove it, or have bad records skipped (on_error "skip").'
+            )
+        self.report.skip(bad.why, place)
+
+
+def read_records(
+    source: Source, *, on_error: OnError = "skip", report: ReadReport | None = None, text_field: str = "text"
+) -> Iterator[Record]:
+    """Read one source, record by record.
+
+    Args:
+        source: a file (`FORMATS`), a folder of such files, a glob, or a hub data set "owner/name" or "owner/name:split"
+            (its train split unless named). A .txt file is one record.
+        on_error: what to do with a bad record.
+        report: counts are added to it.
+        text_field: name under which the text of a .txt file is handed on.
+
+    Raises:
+        StorageError: if there is no such file, or it cannot be read.
+        FileFormatError: if the file's format is not known.
+        InputError: at a bad record, with `on_error` "stop".
+        UnsupportedError: if a package that this source needs is not installed.
+        ConfigError: if `on_error` is neither "skip" nor "stop".
+    """
+    intake = _Intake(on_error, report)
+    for record in _records(source, intake, text_field):
+        intake.report.records += 1
+        yield record
+
+
+def documents(
+    sources: Source | Sequence[Source],
+    *,
+    text_field: str = "text",
+    exclude: Collection[str] = (),
+    on_error: OnError = "skip",
+    report: ReadReport | None = None,
+) -> Iterator[tuple[str, str]]:
+    """Read id and text of every document; those without an "id" are named by file and line.
+
+    Args:
+        text_field: the field that holds the text.
+        exclude: ids to leave out; "a" leaves out the parts "a#..." too.
+
+    Raises:
+        As `read_records`; a document that is empty or has no text is a bad record.
+    """
+    intake = _Intake(on_error, report)
+    for record, name in _wanted(sources, exclude, intake, text_field):
+        try:
+            text = _text_of(record.fields, text_field, empty="empty document")
+        except BadRecord as bad:
+            intake.refuse(record.place, bad)
+            continue
+        intake.report.records += 1
+        yield name, text
+
+
+def questions(
+    sources: Source | Sequence[Source],
+    *,
+    exclude: Collection[str] = (),
+    on_error: OnError = "skip",
+    report: ReadReport | None = None,
+) -> Iterator[Question]:
+    """Read questions: fields "question", "answer" or "answers", and "context" where there is one.
+
+    Raises:
+        As `read_records`; a question without text or answer is a bad record.
+    """
+    intake = _Intake(on_error, report)
+    for record, name in _wanted(sources, exclude, intake, "text"):
+        try:
+            question = _question_of(name, record.fields)
+        except BadRecord as bad:
+            intake.refuse(record.place, bad)
+            continue
+        intake.report.records += 1
+        yield question
+
+
+# --- records -----------------------------------------------------------------------------------------------------------
+
+
+def _wanted(
+    sources: Source | Sequence[Source], exclude: Collection[str], intake: _Intake, text_field: str
+) -> Iterator[tuple[Record, str]]:
+    left_out = {exclude} if isinstance(exclude, str) else set(exclude)
+    for source in list_sources(sources):
+        data_files(source)  # what is named wrongly is told before anything is read
+    for source in list_sources(sources):
+        for record in _records(source, intake, text_field):
+            given = record.fields.get("id")
+            name = str(given) if isinstance(given, (str, int)) else f"{Path(record.file).name}:{record.line}"
+            if name in left_out or name.partition("#")[0] in left_out:
+                intake.report.skip("excluded", name)
+            else:
+                yield record, name
+
+
+def _records(source: Source, intake: _Intake, text_field: str) -> Iterator[Record]:
+    readers = {".txt": _read_text, ".jsonl": _read_lines, ".parquet": _read_parquet}
+    files = data_files(source)
+    if not files:
+        yield from _read_hub(str(source))
+    for path in files:
+        try:
+            yield from readers[file_kind(path)](path, intake, text_field)
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise StorageError(f"{path} cannot be read: {reason(error)}.") from error
+
+
+def _read_text(path: Path, intake: _Intake, text_field: str) -> Iterator[Record]:
+    octets = b""
+    try:
+        octets = b"".join(blocks(path, intake.count_bytes))
+        text = _decoded(octets)
+    except BadRecord as bad:
+        intake.refuse(f"{path}, line {octets.count(LINE_END, 0, bad.offset) + 1}", bad)
+        return
+    yield Record(str(path), 1, {text_field: text})
+
+
+def _read_lines(path: Path, intake: _Intake, _text_field: str) -> Iterator[Record]:
+    number = 0
+    try:
+        for number, octets in enumerate(lines(blocks(path, intake.count_bytes)), start=1):
+            if not octets.strip():
+                continue
+            try:
+                record = Record(str(path), number, _fields_of(octets))
+            except BadRecord as bad:
+                intake.refuse(f"{path}, line {number}", bad)
+                continue
+            yield record
+    except BadRecord as bad:
+        intake.refuse(f"{path}, line {number + 1}", bad)
+
+
+def _read_parquet(path: Path, intake: _Intake, _text_field: str) -> Iterator[Record]:
+    parquet, arrow = needed_package("pyarrow.parquet", str(path)), needed_package("pyarrow", str(path))
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            share = path.stat().st_size / max(file.metadata.num_rows, 1)
+            for batch in file.iter_batches(batch_size=ROWS):
+                intake.count_bytes(int(share * batch.num_rows))
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Record(str(path), number, fields, "row")
+    except arrow.ArrowException as error:
+        detail = f"the file is damaged or cut short ({reason(error)})"
+        intake.refuse(f"{path}, row {number + 1}", BadRecord("damaged file", detail))
+
+
+def _read_hub(source: str) -> Iterator[Record]:
+    match = hub_name(source)
+    assert match is not None  # data_files saw to it
+    datasets = needed_package("datasets", source)
+    try:
+        rows = datasets.load_dataset(match["name"], split=match["split"] or "train", streaming=True)
+        for number, fields in enumerate(rows, start=1):
+            yield Record(source, number, dict(fields), "row")
+    except Exception as error:  # the hub fails in many ways
+        raise StorageError(
+            f"There is no file {source!r}, and as a data set of the hub it cannot be read: {reason(error)}. "
+            "Check the name, the split and the network."
+        ) from error
+
+
+# --- fields ------------------------------------------------------------------------------------------------------------
+
+
+def _decoded(octets: bytes) -> str:
+    try:
+        text = octets.decode("utf-8")
+    except UnicodeDecodeError as error:
+        detail = f"bytes that are not UTF-8 (0x{octets[error.start]:02x} at byte {error.start + 1})"
+        raise BadRecord("not UTF-8", detail, error.start) from error
+    if (zero := octets.find(0)) >= 0:
+        raise BadRecord("binary", f"no text but a binary file, or UTF-16 (a NUL at byte {zero + 1})", zero)
+    return text.removeprefix(BYTE_ORDER_MARK)
+
+
+def _fields_of(octets: bytes) -> dict[str, Any]:
+    text = _decoded(octets)
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRecord("broken JSON", f"the line is not JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("broken JSON", f"the line is not JSON that can be read ({reason(error)})") from error
+    if not isinstance(fields, dict):
+        raise BadRecord("no object", f"the line is JSON but no object with fields (a {type(fields).__name__})")
+    return fields
+
+
+def _text_of(fields: dict[str, Any], name: str, *, empty: str) -> str:
+    if name not in fields:
+        known = ", ".join(map(str, fields)) or "none"
+        raise BadRecord("missing field", f'there is no field "{name}" (fields: {known})')
+    text = fields[name]
+    if not isinstance(text, str):
+        raise BadRecord("wrong type", f'the field "{name}" is no text but a {type(text).__name__}')
+    if not text.strip():
+        raise BadRecord(empty, f'the field "{name}" is empty')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRecord("not UTF-8", f'the field "{name}" holds half a character (a lone surrogate)') from error
+    return text
+
+
+def _question_of(name: str, fields: dict[str, Any]) -> Question:
+    question = _text_of(fields, "question", empty="empty question")
+    answers = _answers_of(fields)
+    if "answer" in fields or not answers:
+        answers = [_text_of(fields, "answer", empty="empty answer"), *answers]
+    context = _text_of(fields, "context", empty="empty context") if fields.get("context") else ""
+    return Question(name, context, question, answers[0], tuple(dict.fromkeys(answers)))
+
+
+def _answers_of(fields: dict[str, Any]) -> list[str]:
+    """All accepted answers, as a list or as SQuAD has them."""
+    found = fields.get("answers")
+    if isinstance(found, dict):
+        found = found.get("text")
+    texts = found if isinstance(found, (list, tuple)) else []
+    return [_text_of({"answers": text}, "answers", empty="empty answer") for text in texts]
