@@ -1,0 +1,119 @@
+"""A context and the questions asked on it, and what came of asking them: the form that all tasks with answers share."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from activation_beacon.evaluation.contexts import Context
+from activation_beacon.evaluation.methods import read_context
+from activation_beacon.evaluation.metrics import SCORES
+from activation_beacon.plan import Ratio
+from activation_beacon.prompts import ChatPrompt
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+        text: as a user asks it.
+        references: right answers, each as good as the others (all wanted, with the score "contains_share").
+        score: a key of `metrics.SCORES`.
+        max_new_tokens: tokens of an answer at most.
+    """
+
+    text: str
+    references: tuple[str, ...]
+    score: str = "contains"
+    max_new_tokens: int = 48
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One context with its questions.
+
+    Attributes:
+        id: among the samples of one task and length.
+        context: the document.
+        questions: asked after the document has been read.
+        is_conversation: whether each question follows the answer before it; otherwise each is asked on the context alone.
+        facts: what the report groups by, such as depth or kind.
+    """
+
+    id: str
+    context: str
+    questions: tuple[Question, ...]
+    is_conversation: bool = False
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def answer_sample(
+    model: Any,
+    prompt: ChatPrompt,
+    sample: Sample,
+    method: str,
+    *,
+    ratio: Ratio | None = None,
+    context: str | None = None,
+) -> dict[str, Any]:
+    """Read the context in one way, once, and ask every question on it.
+
+    Args:
+        model: with beacons attached.
+        prompt: of its tokenizer.
+        sample: what to read and to ask.
+        method: a key of `methods.METHODS`.
+        ratio: where the method has one.
+        context: a document to be read in place of the sample's own (another's, to see scores drop to chance).
+
+    Returns:
+        Plain values: `score` (the mean over questions), `scores`, `answers`, sizes and seconds, and the sample's facts.
+    """
+    ids = prompt.opening(sample.context if context is None else context)
+    held = read_context(model, ids, method, ratio=ratio, opening=len(prompt.opening("")))
+    answers, seconds = _ask_all(held, prompt, sample)
+    pairs = zip(answers, sample.questions, strict=True)
+    scores = [SCORES[question.score](answer, question.references) for answer, question in pairs]
+    return {
+        "score": sum(scores) / len(scores),
+        "scores": scores,
+        "answers": answers,
+        "context_tokens": len(ids),
+        "cache_length": held.cache_length,
+        "cache_bytes": held.cache_bytes,
+        "read_seconds": round(held.seconds, 3),
+        "answer_seconds": [round(each, 3) for each in seconds],
+        **sample.facts,
+    }
+
+
+def _ask_all(held: Context, prompt: ChatPrompt, sample: Sample) -> tuple[list[str], list[float]]:
+    answers, seconds, now = [], [], held
+    for number, question in enumerate(sample.questions):
+        start = time.perf_counter()
+        is_first = number == 0 or not sample.is_conversation
+        ids = prompt.question(question.text) if is_first else prompt.follow_up(question.text)
+        answer, grown = (held if is_first else now).ask(ids, max_new_tokens=question.max_new_tokens)
+        now = grown
+        answers.append(prompt.tokenizer.decode(answer, skip_special_tokens=True).strip())
+        seconds.append(time.perf_counter() - start)
+    return answers, seconds
+
+
+def fitted(prompt: ChatPrompt, ids: Sequence[int], length: int, questions: Sequence[Question], extra: str = "") -> str:
+    """As much of a background (ids) as leaves room within `length` tokens for template, questions and answers.
+
+    Args:
+        prompt: of the tokenizer.
+        ids: the background, as plain tokens.
+        length: tokens that context, question and answer may have together.
+        questions: that will be asked.
+        extra: text that will be put into the background.
+    """
+    asked = sum(len(prompt.question(question.text)) + question.max_new_tokens for question in questions)
+    overhead = len(prompt.opening(extra)) + asked + SLACK
+    return str(prompt.tokenizer.decode(list(ids[: max(0, length - overhead)]), skip_special_tokens=True))
+
+
+SLACK = 8  # tokens by which a text may grow where something is put into it

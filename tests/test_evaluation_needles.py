@@ -1,0 +1,180 @@
+"""Needles: hidden where they should be, asked without the compressor's knowledge, scored so that the harness can fail."""
+
+import random
+
+import pytest
+
+from activation_beacon.errors import InputError
+from activation_beacon.evaluation import samples as samples_module
+from activation_beacon.evaluation.multi_turn import multi_turn_samples
+from activation_beacon.evaluation.needles import DEPTHS, KINDS, hide, make_needle, needle_samples, window
+from activation_beacon.evaluation.samples import answer_sample
+from evaluation_models import STORY, beacon_model, byte_prompt, ids_of
+
+PROMPT = byte_prompt()
+BACKGROUND = ids_of(STORY)
+LENGTH = 700
+
+
+@pytest.fixture(scope="module")
+def model():
+    return beacon_model()
+
+
+@pytest.fixture(scope="module")
+def needles():
+    return list(needle_samples(PROMPT, BACKGROUND, LENGTH))
+
+
+@pytest.mark.parametrize(
+    ("text", "depth", "expected"),
+    [
+        ("One. Two. Three.", 0.0, "N. One. Two. Three."),
+        ("One. Two. Three.", 0.3, "One. N. Two. Three."),
+        ("One. Two. Three.", 0.6, "One. Two. N. Three."),
+        ("One. Two. Three.", 1.0, "One. Two. Three. N."),
+        ('He said "No!" Then he left', 0.5, 'He said "No!" N. Then he left'),
+        ("no boundary here", 0.4, "N. no boundary here"),
+        ("3.14 is not one. Yes", 0.1, "N. 3.14 is not one. Yes"),
+        ("", 0.5, "N."),
+    ],
+)
+def test_a_statement_is_hidden_at_the_nearest_sentence_boundary(text, depth, expected):
+    assert hide(text, "N.", depth) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_needle_says_what_is_asked_and_the_question_does_not(kind):
+    for seed in range(20):
+        needle = make_needle(kind, random.Random(seed))
+        [answer] = needle.question.references
+        assert answer in needle.statement
+        assert answer not in needle.question.text
+
+
+def test_there_is_one_needle_of_each_kind_at_each_depth(needles):
+    assert [(s.facts["kind"], s.facts["depth"]) for s in needles] == [
+        (kind, round(step / (DEPTHS - 1), 3)) for step in range(DEPTHS) for kind in KINDS
+    ]
+    assert len({s.id for s in needles}) == len(needles)
+
+
+def test_needles_stand_once_and_near_their_depth(needles):
+    for sample in needles:
+        [answer] = sample.questions[0].references
+        assert sample.context.count(answer) == 1
+        assert sample.context.index(answer) / len(sample.context) == pytest.approx(sample.facts["depth"], abs=0.25)
+
+
+def test_text_question_and_answer_fill_the_length_and_no_more(needles):
+    for sample in needles:
+        [question] = sample.questions
+        used = len(PROMPT.opening(sample.context)) + len(PROMPT.question(question.text)) + question.max_new_tokens
+        assert LENGTH - 20 <= used <= LENGTH
+
+
+def numbers(samples):
+    return {s.questions[0].references for s in samples if s.facts["kind"] == "number"}
+
+
+def test_the_same_seed_gives_the_same_needles_and_another_seed_others(needles):
+    assert list(needle_samples(PROMPT, BACKGROUND, LENGTH)) == needles
+    assert not numbers(needles) & numbers(needle_samples(PROMPT, BACKGROUND, LENGTH, seed=1))
+
+
+def test_a_short_background_is_taken_up_again():
+    assert window([1, 2, 3], 7, random.Random(0)) in (
+        [1, 2, 3, 1, 2, 3, 1],
+        [2, 3, 1, 2, 3, 1, 2],
+        [3, 1, 2, 3, 1, 2, 3],
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: make_needle("haystack", random.Random(0)),
+            "There is no needle of kind 'haystack'. Use some of sentence, number, uuid.",
+        ),
+        (
+            lambda: list(needle_samples(PROMPT, [], LENGTH)),
+            "There is no background text to hide needles in. Give a file with some.",
+        ),
+    ],
+)
+def test_what_cannot_be_hidden_is_refused(call, message):
+    with pytest.raises(InputError) as error:
+        call()
+    assert str(error.value) == message
+
+
+# --- asking ----------------------------------------------------------------------------------------------------------
+
+
+class Parrot:
+    """A reader that forgets nothing: its answer is all that it has read."""
+
+    cache_length = cache_bytes = seconds = 0
+
+    def __init__(self, ids):
+        self.ids = list(ids)
+        self.asked = []
+
+    def ask(self, ids, *, max_new_tokens):
+        self.asked.append(PROMPT.tokenizer.decode(ids))
+        return self.ids, self
+
+
+@pytest.fixture
+def parrots(monkeypatch):
+    made = []
+
+    def read(model, ids, method, *, ratio, opening):
+        made.append(Parrot(ids))
+        return made[-1]
+
+    monkeypatch.setattr(samples_module, "read_context", read)
+    return made
+
+
+def test_a_perfect_reader_finds_every_needle_and_with_shuffled_contexts_none(needles, parrots):
+    own = [answer_sample(None, PROMPT, sample, "full")["score"] for sample in needles]
+    others = [
+        answer_sample(None, PROMPT, sample, "shuffled", context=needles[index - 1].context)["score"]
+        for index, sample in enumerate(needles)
+    ]
+    assert set(own) == {1.0}
+    assert set(others) == {0.0}
+
+
+def test_the_question_is_not_read_with_the_context(needles, parrots):
+    answer_sample(None, PROMPT, needles[0], "full")
+    [parrot] = parrots
+    assert needles[0].questions[0].text not in PROMPT.tokenizer.decode(parrot.ids)
+    assert needles[0].questions[0].text in parrot.asked[0]
+
+
+def test_three_turns_ask_for_three_needles_on_one_reading(parrots):
+    samples = list(multi_turn_samples(PROMPT, BACKGROUND, 1200, count=4))
+    for sample in samples:
+        record = answer_sample(None, PROMPT, sample, "full")
+        assert record["scores"] == [1.0, 1.0, 1.0]
+        assert len(record["answer_seconds"]) == 3
+    assert len(parrots) == 4
+    assert all("<|assistant|>" in question for question in parrots[0].asked)
+    assert [question.startswith("<|end|>") for question in parrots[0].asked] == [False, True, True]
+    kinds = {tuple(len(question.references[0]) for question in sample.questions) for sample in samples}
+    assert len(kinds) > 1
+
+
+@pytest.mark.parametrize("method", ["full", "beacons"])
+def test_a_record_holds_what_was_measured(model, needles, method):
+    record = answer_sample(model, PROMPT, needles[0], method, ratio=4)
+    ids = PROMPT.opening(needles[0].context)
+    expected = len(ids) if method == "full" else model.compress(ids, ratio=4).cache_length
+    assert record["cache_length"] == expected
+    assert record["context_tokens"] == len(ids)
+    assert record["score"] == 0.0
+    assert (record["kind"], record["depth"]) == ("sentence", 0.0)
+    assert len(record["answers"]) == 1
