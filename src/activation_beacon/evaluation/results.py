@@ -1,0 +1,157 @@
+"""Results on disk: one JSON line for each finished sample, and beside them what they were measured on.
+
+A run that was killed is continued by opening its folder again: what is finished is kept, a line cut short is dropped.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from activation_beacon.errors import FileFormatError, MismatchError, StorageError
+from activation_beacon.files import write_text
+
+RESULTS, RUN = "results.jsonl", "run.json"
+FORMAT_VERSION = 1
+
+
+class Key(NamedTuple):
+    """What one line is the result of."""
+
+    task: str
+    method: str
+    ratio: int | str | None
+    length: int
+    sample: str
+
+
+class Results:
+    """The results of one folder.
+
+    Args:
+        folder: made if it is missing.
+        model: what is measured, in plain values; None to read only.
+
+    Raises:
+        StorageError: if the folder cannot be read or made.
+        MismatchError: if it holds results of another model.
+        FileFormatError: if a file in it is damaged.
+    """
+
+    def __init__(self, folder: str | Path, model: Mapping[str, Any] | None = None) -> None:
+        self.folder = Path(folder)
+        if model is None and not (self.folder / RUN).is_file():
+            raise StorageError(f"{self.folder} holds no results ({RUN} is missing). Name a folder of `beacon eval`.")
+        self.records: dict[Key, dict[str, Any]] = {}
+        self.run = self._read_run()
+        if model is not None:
+            self._make_folder()
+            self._check_model(dict(model))
+        for record in self._read_lines():
+            self.records[key_of(record)] = record
+
+    @property
+    def path(self) -> Path:
+        """The file of lines."""
+        return self.folder / RESULTS
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What was measured."""
+        return self.run["model"]
+
+    def open_task(self, name: str, settings: Mapping[str, Any], quality: str) -> None:
+        """Begin or continue a task.
+
+        Raises:
+            MismatchError: if the folder holds results of the task with other settings.
+        """
+        wanted = json.loads(json.dumps({"settings": dict(settings), "quality": quality}))
+        known = self.run["tasks"].get(name)
+        if known is not None and known != wanted:
+            theirs, ours = known["settings"], wanted["settings"]
+            differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+            name_first = differing[0] if differing else "quality"
+            raise MismatchError(
+                f"{self.folder} holds results of {name} with {name_first} {theirs.get(name_first)!r}; this run has "
+                f"{ours.get(name_first)!r}. Choose another folder, or the same settings."
+            )
+        if known is None:
+            self.run["tasks"][name] = wanted
+            self._write_run()
+
+    def add(self, key: Key, fields: Mapping[str, Any]) -> None:
+        """Append a finished sample; it is on disk when this returns.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        record = {**key._asdict(), **fields}
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        try:
+            with self.path.open("ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(
+                f"{self.path} cannot be written: {error.strerror}. What is finished is kept; free space and run it again."
+            ) from error
+        self.records[key] = json.loads(line)
+
+    def of_task(self, name: str) -> list[dict[str, Any]]:
+        """All records of a task."""
+        return [record for key, record in self.records.items() if key.task == name]
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self.folder} cannot be made: {error.strerror}. Choose another folder.") from error
+
+    def _check_model(self, model: dict[str, Any]) -> None:
+        if not self.run["model"]:
+            self.run["model"] = model
+            self._write_run()
+        for name, ours in model.items():
+            if self.run["model"].get(name) != ours:
+                raise MismatchError(
+                    f"{self.folder} holds results of another model ({name} {self.run['model'].get(name)}, this one has "
+                    f"{ours}). Choose another folder."
+                )
+
+    def _read_run(self) -> dict[str, Any]:
+        path = self.folder / RUN
+        if not path.is_file():
+            return {"format_version": FORMAT_VERSION, "model": {}, "tasks": {}}
+        try:
+            run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FileFormatError(f"{path} is damaged ({error}). Remove the folder and run it again.") from error
+        if run.get("format_version") != FORMAT_VERSION:
+            raise FileFormatError(
+                f"{path} has format version {run.get('format_version')!r}; this release reads {FORMAT_VERSION}."
+            )
+        return run
+
+    def _write_run(self) -> None:
+        write_text(self.folder / RUN, json.dumps(self.run, indent=2, ensure_ascii=False) + "\n")
+
+    def _read_lines(self) -> Iterator[dict[str, Any]]:
+        if not self.path.is_file():
+            return
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise FileFormatError(f"{self.path}, line {number} is not JSON. Remove that line.") from error
+
+
+def key_of(record: Mapping[str, Any]) -> Key:
+    """What a record is the result of."""
+    return Key(*(record[name] for name in Key._fields))

@@ -1,0 +1,101 @@
+"""A run: tasks x methods x ratios x lengths, sample by sample, so that what is finished can be compared at any time."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from activation_beacon.errors import CapacityError, InputError
+from activation_beacon.evaluation.language_modelling import evaluating
+from activation_beacon.evaluation.results import Key, Results
+from activation_beacon.evaluation.tasks import Task
+from activation_beacon.plan import Ratio
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of a task to run.
+
+    Attributes:
+        methods: names of methods.
+        ratios: for the methods that have one.
+        lengths: tokens of a sample.
+        limit: samples of each length at most; None for all that the task has.
+    """
+
+    methods: tuple[str, ...]
+    ratios: tuple[Ratio, ...]
+    lengths: tuple[int, ...]
+    limit: int | None = None
+
+
+def run_task(model: Any, task: Task, plan: Plan, results: Results, *, progress: Progress | None = None) -> None:
+    """Run what is not finished yet, and append it to the results.
+
+    Args:
+        model: with beacons attached.
+        task: what to run.
+        plan: how much of it.
+        results: where it goes.
+        progress: called with the units done, those there are, and what is being done.
+
+    Raises:
+        InputError: for a method that the task does not know, or a length of which it has no sample.
+        MismatchError: if the results are of the same task with other settings.
+    """
+    ways = list(_ways(task, plan))
+    results.open_task(task.name, task.settings, task.quality)
+    samples = {length: _samples(task, length, plan.limit) for length in plan.lengths}
+    total, done = len(ways) * sum(map(len, samples.values())), 0
+    with evaluating(model):
+        for length, index, (method, ratio) in _units(samples, ways):
+            if progress is not None:
+                progress(done, total, _unit_text(task, method, ratio, length))
+            key = Key(task.name, method, ratio, length, samples[length][index].id)
+            if key not in results.records:
+                results.add(key, _run(model, task, samples[length], index, method, ratio))
+            done += 1
+    if progress is not None:
+        progress(done, total, task.name)
+
+
+def _run(
+    model: Any, task: Task, samples: Sequence[Any], index: int, method: str, ratio: Ratio | None
+) -> dict[str, Any]:
+    try:
+        return task.run(model, samples, index, method, ratio)
+    except CapacityError as error:
+        return {"refused": str(error)}
+
+
+def _ways(task: Task, plan: Plan) -> Iterator[tuple[str, Any]]:
+    """Methods with their ratios."""
+    for method in plan.methods:
+        if method not in task.methods:
+            known = ", ".join(task.methods)
+            raise InputError(f"The task {task.name} has no method {method!r}. Use some of {known}.")
+        for ratio in plan.ratios if task.methods[method] else (None,):
+            yield method, ratio
+
+
+def _units(
+    samples: dict[int, list[Any]], ways: Sequence[tuple[str, Any]]
+) -> Iterator[tuple[int, int, tuple[str, Any]]]:
+    for length, those in samples.items():
+        for index, way in itertools.product(range(len(those)), ways):
+            yield length, index, way
+
+
+def _samples(task: Task, length: int, limit: int | None) -> list[Any]:
+    found = list(itertools.islice(task.samples(length), limit))
+    if not found:
+        raise InputError(
+            f"The task {task.name} has no sample of {length} tokens. Use a shorter length, or longer texts."
+        )
+    return found
+
+
+def _unit_text(task: Task, method: str, ratio: Ratio | None, length: int) -> str:
+    return f"{task.name} {length} {method}" + ("" if ratio is None else f" x{ratio}")

@@ -1,0 +1,161 @@
+"""What can be run: language modelling, and every task whose samples are contexts with questions."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from activation_beacon.errors import InputError
+from activation_beacon.evaluation import language_modelling
+from activation_beacon.evaluation.documents import Text, prefix_ids, read_documents, texts
+from activation_beacon.evaluation.methods import METHODS
+from activation_beacon.evaluation.multi_turn import multi_turn_samples
+from activation_beacon.evaluation.needles import KINDS, needle_samples
+from activation_beacon.evaluation.samples import Sample, answer_sample
+from activation_beacon.plan import Ratio
+from activation_beacon.prompts import ChatPrompt
+
+SHUFFLED = "shuffled"
+
+
+class Item(Protocol):
+    """One sample of a task."""
+
+    @property
+    def id(self) -> str:
+        """Among the samples of one task and length."""
+
+
+class Task(Protocol):
+    """Samples, and what a method makes of one.
+
+    Attributes:
+        name: in results and reports.
+        quality: the field of a record that says how good it is: "nats" (less is better) or "score" (more is).
+        methods: those that it can be run with, and whether a ratio decides their size.
+        settings: all that its samples depend on, besides their length: runs into one folder must agree in it.
+    """
+
+    name: str
+    quality: str
+    methods: Mapping[str, bool]
+    settings: Mapping[str, Any]
+
+    def samples(self, length: int) -> Iterator[Any]:
+        """The samples of a length, in an order that does not depend on how many are taken."""
+
+    def run(self, model: Any, samples: Sequence[Any], index: int, method: str, ratio: Ratio | None) -> dict[str, Any]:
+        """One sample's record; the others are there to be mixed up with it."""
+
+
+class LanguageModelling:
+    """Nats per token after the first chunk; see `language_modelling`.
+
+    Args:
+        tokenizer: of the base model.
+        paths: files of documents.
+        field: where a line's text stands.
+    """
+
+    name = "lm"
+    quality = "nats"
+    methods = {"full": False, "alone": False, "recent": False, "beacons": True}  # noqa: RUF012 - a constant
+
+    def __init__(self, tokenizer: Any, paths: Sequence[str | Path], *, field: str = "text") -> None:
+        self.tokenizer = tokenizer
+        self.paths = [Path(path) for path in paths]
+        self.field = field
+        self.settings = {"documents": [path.name for path in self.paths], "field": field}
+
+    def samples(self, length: int) -> Iterator[Text]:
+        """Texts of exactly so many tokens, one of each document that is long enough."""
+        found = texts(
+            read_documents(self.paths, field=self.field), self.tokenizer, length=length, prefix=self._prefix()
+        )
+        seen: dict[str, int] = {}
+        for text in found:
+            seen[text.id] = seen.get(text.id, 0) + 1
+            yield text if seen[text.id] == 1 else Text(f"{text.id}#{seen[text.id]}", text.ids)
+
+    def run(self, model: Any, samples: Sequence[Text], index: int, method: str, ratio: Ratio | None) -> dict[str, Any]:
+        """One text read in one way."""
+        return language_modelling.measure(model, samples[index].ids, method, ratio=ratio, prefix=self._prefix())
+
+    def _prefix(self) -> list[int]:
+        return prefix_ids(self.tokenizer)
+
+
+class Answering:
+    """Questions on contexts.
+
+    Args:
+        name: of the task.
+        prompt: of the tokenizer.
+        make: makes the samples of a length.
+        settings: see `Task`.
+    """
+
+    quality = "score"
+    methods = {name: method.has_ratio for name, method in METHODS.items()}  # noqa: RUF012 - a constant
+
+    def __init__(
+        self, name: str, prompt: ChatPrompt, make: Callable[[int], Iterator[Sample]], settings: Mapping[str, Any]
+    ) -> None:
+        self.name = name
+        self.prompt = prompt
+        self.make = make
+        self.settings = settings
+
+    def samples(self, length: int) -> Iterator[Sample]:
+        """The samples of a length."""
+        return self.make(length)
+
+    def run(
+        self, model: Any, samples: Sequence[Sample], index: int, method: str, ratio: Ratio | None
+    ) -> dict[str, Any]:
+        """One context read in one way, and all its questions asked."""
+        context = other_context(samples, index) if method == SHUFFLED else None
+        return answer_sample(model, self.prompt, samples[index], method, ratio=ratio, context=context)
+
+
+def other_context(samples: Sequence[Sample], index: int) -> str:
+    """A context of another sample: the nearest before this one, or the next one after, that differs.
+
+    Raises:
+        InputError: if there is none.
+    """
+    own = samples[index].context
+    for sample in itertools.chain(reversed(samples[:index]), samples[index + 1 :]):
+        if sample.context != own:
+            return sample.context
+    raise InputError(f'The method "{SHUFFLED}" needs samples of two contexts at least. Take more of them (--limit).')
+
+
+def needles(
+    prompt: ChatPrompt,
+    background: Sequence[int],
+    *,
+    kinds: Sequence[str] = KINDS,
+    depths: int = 10,
+    repeats: int = 1,
+    seed: int = 0,
+    source: str = "",
+) -> Answering:
+    """The task "needles"; see `needles.needle_samples`. `source` names the background in the results."""
+
+    def make(length: int) -> Iterator[Sample]:
+        return needle_samples(prompt, background, length, kinds=kinds, depths=depths, repeats=repeats, seed=seed)
+
+    settings = {"background": source, "kinds": list(kinds), "depths": depths, "seed": seed}
+    return Answering("needles", prompt, make, settings)
+
+
+def multi_turn(
+    prompt: ChatPrompt, background: Sequence[int], *, count: int = 10, seed: int = 0, source: str = ""
+) -> Answering:
+    """The task "multi-turn"; see `multi_turn.multi_turn_samples`."""
+
+    def make(length: int) -> Iterator[Sample]:
+        return multi_turn_samples(prompt, background, length, count=count, seed=seed)
+
+    return Answering("multi-turn", prompt, make, {"background": source, "seed": seed})

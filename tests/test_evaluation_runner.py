@@ -1,0 +1,226 @@
+"""Runs: complete, resumable, and never mixed up."""
+
+import itertools
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from activation_beacon.errors import FileFormatError, InputError, MismatchError, StorageError
+from activation_beacon.evaluation import contexts, language_modelling, samples
+from activation_beacon.evaluation.results import Key, Results
+from activation_beacon.evaluation.runner import Plan, run_task
+from activation_beacon.evaluation.samples import Question, Sample
+from activation_beacon.evaluation.tasks import Answering, LanguageModelling, multi_turn, needles, other_context
+from evaluation_models import CHUNK, STORY, beacon_model, byte_prompt, byte_tokenizer, ids_of
+
+MODEL = {"base": "a", "adapter": "b"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return beacon_model()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _still_clock():
+    """Seconds are all that two runs may differ in."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (contexts, language_modelling, samples):
+            patch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+        yield
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "docs.jsonl"
+    rows = [{"id": f"doc{number}", "text": STORY[number : number + 50 * (number + 2)]} for number in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def lm_task(documents):
+    return LanguageModelling(byte_tokenizer(), [documents])
+
+
+def needle_task(**settings):
+    return needles(byte_prompt(), ids_of(STORY), depths=2, **settings)
+
+
+LM = Plan(("full", "alone", "beacons"), (2, 4), (3 * CHUNK, 5 * CHUNK), limit=3)
+NEEDLES = Plan(("full", "shuffled", "beacons", "recent"), (4,), (400,), limit=3)
+
+
+def run_both(model, documents, folder, **options):
+    results = Results(folder, MODEL)
+    run_task(model, lm_task(documents), LM, results, **options)
+    run_task(model, needle_task(), NEEDLES, results, **options)
+    return Results(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(model, documents, tmp_path_factory):
+    """The folder of an unbroken run."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_both(model, documents, folder)
+    return folder
+
+
+def test_a_run_has_a_line_for_every_task_method_ratio_length_and_sample(whole):
+    results = Results(whole)
+    ways = [("full", None), ("alone", None), ("beacons", 2), ("beacons", 4)]
+    expected = {
+        Key("lm", method, ratio, length, f"doc{number}")
+        for (method, ratio), (length, first) in itertools.product(ways, [(3 * CHUNK, 0), (5 * CHUNK, 2)])
+        for number in range(first, first + 3)
+    }
+    ways = [("full", None), ("shuffled", None), ("beacons", 4), ("recent", 4)]
+    ids = ("sentence-0-0", "number-0-0", "uuid-0-0")
+    expected |= {Key("needles", *way, 400, name) for way, name in itertools.product(ways, ids)}
+    assert set(results.records) == expected
+    assert len((whole / "results.jsonl").read_text().splitlines()) == len(expected)
+
+
+@pytest.mark.parametrize("kept_bytes", [1, 0.5, -1])
+def test_a_run_killed_anywhere_continues_to_the_same_results(model, documents, whole, tmp_path, kept_bytes):
+    shutil.copytree(whole, tmp_path / "cut")
+    lines = tmp_path / "cut" / "results.jsonl"
+    content = lines.read_bytes()
+    kept = int(len(content) * kept_bytes) if isinstance(kept_bytes, float) else kept_bytes
+    lines.write_bytes(content[:kept])
+    continued = run_both(model, documents, tmp_path / "cut")
+    assert continued.records == Results(whole).records
+    assert sorted(lines.read_bytes().splitlines()) == sorted(content.splitlines())
+
+
+def test_what_is_finished_is_not_run_again(model, documents, whole, monkeypatch):
+    before = Results(whole).records
+    monkeypatch.setattr(LanguageModelling, "run", None)
+    monkeypatch.setattr(Answering, "run", None)
+    assert run_both(model, documents, whole).records == before
+
+
+def test_a_larger_limit_adds_to_what_is_there(model, documents, tmp_path):
+    task = lm_task(documents)
+    for limit in (1, 2):
+        run_task(model, task, Plan(("full",), (), (3 * CHUNK,), limit), Results(tmp_path / "out", MODEL))
+    assert [key.sample for key in Results(tmp_path / "out").records] == ["doc0", "doc1"]
+
+
+def test_progress_counts_every_unit(model, documents, tmp_path):
+    calls = []
+    results = Results(tmp_path / "out", MODEL)
+    run_task(model, lm_task(documents), LM, results, progress=lambda *call: calls.append(call))
+    assert [done for done, _, _ in calls] == list(range(25))
+    assert {total for _, total, _ in calls} == {24}
+    assert calls[3][2] == f"lm {3 * CHUNK} beacons x4"
+
+
+def test_texts_that_do_not_fit_are_on_record(documents, tmp_path):
+    model = beacon_model(max_position_embeddings=2 * CHUNK)
+    results = Results(tmp_path / "out", MODEL)
+    run_task(model, lm_task(documents), Plan(("full", "beacons"), (2, 8), (5 * CHUNK,), 1), results)
+    full, at_2, at_8 = results.records.values()
+    assert at_2["refused"].startswith("A text of 160 tokens needs")
+    assert full["nats"] > 0
+    assert at_8["nats"] > 0
+
+
+def test_documents_of_one_id_are_told_apart(tmp_path):
+    path = tmp_path / "docs.jsonl"
+    path.write_text((json.dumps({"id": "same", "text": STORY}) + "\n") * 3, encoding="utf-8")
+    assert [text.id for text in lm_task(path).samples(40)] == ["same", "same#2", "same#3"]
+
+
+def test_three_turns_run(model, tmp_path):
+    results = Results(tmp_path / "out", MODEL)
+    run_task(model, multi_turn(byte_prompt(), ids_of(STORY), count=2), Plan(("beacons",), (4,), (900,)), results)
+    assert [len(record["answer_seconds"]) for record in results.records.values()] == [3, 3]
+
+
+# --- shuffling -------------------------------------------------------------------------------------------------------
+
+
+def context_samples(*contexts):
+    return [Sample(str(n), context, (Question("?", ("x",)),)) for n, context in enumerate(contexts)]
+
+
+def test_a_shuffled_context_is_always_another_one():
+    several = context_samples("a", "a", "b", "b", "c")
+    assert [other_context(several, index) for index in range(5)] == ["b", "b", "a", "a", "b"]
+
+
+def test_one_context_cannot_be_shuffled():
+    with pytest.raises(InputError, match=r'The method "shuffled" needs samples of two contexts at least.'):
+        other_context(context_samples("a", "a"), 0)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (
+            Plan(("best",), (2,), (96,)),
+            "The task lm has no method 'best'. Use some of full, alone, recent, beacons.",
+        ),
+        (
+            Plan(("full",), (2,), (96, 10**5)),
+            "The task lm has no sample of 100000 tokens. Use a shorter length, or longer texts.",
+        ),
+    ],
+)
+def test_plans_that_cannot_be_run_are_refused_before_anything_is_measured(model, documents, tmp_path, plan, message):
+    results = Results(tmp_path / "out", MODEL)
+    with pytest.raises(InputError) as error:
+        run_task(model, lm_task(documents), plan, results)
+    assert str(error.value) == message
+    assert not results.records
+
+
+def test_results_of_another_model_are_not_mixed_in(tmp_path):
+    Results(tmp_path, MODEL)
+    with pytest.raises(MismatchError) as error:
+        Results(tmp_path, {**MODEL, "adapter": "c"})
+    assert (
+        str(error.value)
+        == f"{tmp_path} holds results of another model (adapter b, this one has c). Choose another folder."
+    )
+
+
+def test_results_of_another_setting_are_not_mixed_in(model, tmp_path):
+    run_task(model, needle_task(), NEEDLES, Results(tmp_path, MODEL))
+    with pytest.raises(MismatchError) as error:
+        run_task(model, needle_task(seed=1), NEEDLES, Results(tmp_path, MODEL))
+    assert str(error.value) == (
+        f"{tmp_path} holds results of needles with seed 0; this run has 1. Choose another folder, or the same settings."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("run.json", "{", FileFormatError, "{folder}/run.json is damaged ("),
+        ("run.json", '{"format_version": 9}', FileFormatError, "{folder}/run.json has format version 9; this release reads 1."),
+        ("run.json", None, StorageError, "{folder} holds no results (run.json is missing). Name a folder of `beacon eval`."),
+        ("results.jsonl", "oh\n", FileFormatError, "{folder}/results.jsonl, line 1 is not JSON. Remove that line."),
+    ],
+)  # fmt: skip
+def test_damaged_folders_are_named(tmp_path, name, content, error, message):
+    Results(tmp_path, MODEL)
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(error) as caught:
+        Results(tmp_path)
+    assert str(caught.value).startswith(message.format(folder=tmp_path))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError) as error:
+        Results(tmp_path / "file" / "out", MODEL)
+    assert str(error.value) == f"{tmp_path}/file/out cannot be made: Not a directory. Choose another folder."
