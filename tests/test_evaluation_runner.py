@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from activation_beacon.errors import FileFormatError, InputError, MismatchError, StorageError
-from activation_beacon.evaluation import contexts, language_modelling, samples
+from activation_beacon.evaluation import contexts, language_modelling, methods, samples
 from activation_beacon.evaluation.results import Key, Results
 from activation_beacon.evaluation.runner import Plan, run_task
 from activation_beacon.evaluation.samples import Question, Sample
@@ -27,7 +27,7 @@ def model():
 def _still_clock():
     """Seconds are all that two runs may differ in."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (contexts, language_modelling, samples):
+        for module in (contexts, language_modelling, methods, samples):
             patch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: 0.0))
         yield
 
