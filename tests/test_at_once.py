@@ -1,11 +1,10 @@
 import pytest
 import torch
-from families import EAGER_ONLY, FAMILIES, random_ids, tiny, with_beacons
 
-from activation_beacon import BeaconConfig, attach
+from activation_beacon import BeaconConfig
 from activation_beacon.at_once import chunks_at_once, read_at_once
-from activation_beacon.errors import UnsupportedError
 from activation_beacon.plan import TextPlanner
+from families import EAGER_ONLY, FAMILIES, random_ids, with_beacons
 
 CHUNK = 16
 
@@ -41,7 +40,9 @@ def hidden_chunk_by_chunk(model, ids, ratios):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_chunks_at_once_equal_the_loop_over_chunks(family, attention):
-    model = with_beacons(family, BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3), attention=attention).train()
+    model = with_beacons(
+        family, BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3), attention=attention
+    ).train()
     if family in EAGER_ONLY and attention == "sdpa":
         pytest.skip("the family has no sdpa")
     ids = random_ids(4 * CHUNK + 5, batch=2)

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from families import random_ids, with_beacons
 
 from activation_beacon import BeaconConfig
 from activation_beacon.at_once import chunks_at_once
 from activation_beacon.errors import ConfigError, UnsupportedError
 from activation_beacon.training import objective as module
 from activation_beacon.training.objective import Objective, check_head, losses
+from families import random_ids, with_beacons
 
 CHUNK = 16
 RATIOS = (4, 2)
@@ -16,7 +16,11 @@ FAMILIES = ("llama", "qwen2", "granite", "gemma2", "cohere")
 
 @pytest.fixture(params=FAMILIES)
 def model(request):
-    extra = {"granite": {"logits_scaling": 3.0}, "gemma2": {"final_logit_softcapping": 2.0}, "cohere": {"logit_scale": 0.5}}
+    extra = {
+        "granite": {"logits_scaling": 3.0},
+        "gemma2": {"final_logit_softcapping": 2.0},
+        "cohere": {"logit_scale": 0.5},
+    }
     config = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4))
     return with_beacons(request.param, config, **extra.get(request.param, {})).train()
 

@@ -51,3 +51,7 @@ class StorageError(BeaconError, OSError):
 
 class BaseModelError(BeaconError, OSError):
     """A base model that cannot be found, fetched or built."""
+
+
+class TrainingError(BeaconError, RuntimeError):
+    """A training run that must not go on: a loss that is no number, or one that runs away."""

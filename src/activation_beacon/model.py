@@ -1,6 +1,7 @@
 """The face: attach beacons to a decoder, compress, ask, detach."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import tempfile
@@ -320,7 +321,9 @@ class BeaconModel(BeaconGeneration):
                 output = self._forward_long(cache, new, given, kwargs, keep_cache=keep_cache)
         return output if kwargs.get("return_dict", True) is not False else output.to_tuple()
 
-    def hidden_states(self, input_ids: torch.Tensor, ratios: Sequence[int]) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: torch.Tensor, ratios: Sequence[int], *, chunk_size: int | None = None
+    ) -> torch.Tensor:
         """Hidden states (B, T, M) of raw tokens before the head, all chunks in one pass, as reading chunk by chunk gives.
 
         For training: no cache is made, gradients flow through all chunks, and gradient checkpointing works. Call it in a
@@ -329,14 +332,19 @@ class BeaconModel(BeaconGeneration):
         Args:
             input_ids: (B, T) texts of one length; shorter ones are padded on the right, within the tail.
             ratios: one for each chunk that is closed, for all rows.
+            chunk_size: another than the adapter's: what is learnt on short chunks serves long ones.
 
         Raises:
+            ConfigError: if `chunk_size` is not divisible by every ratio.
             RatioError: if there are fewer ratios than chunks.
             InputError: for an empty text, or ids outside the vocabulary.
         """
         self._refuse_disabled()
         new = self._new_tokens(input_ids, None)
-        planner = TextPlanner(self._beacon.config, self.ratio_policy(tuple(ratios)), None)
+        config = self._beacon.config
+        if chunk_size is not None:
+            config = dataclasses.replace(config, chunk_size=chunk_size)
+        planner = TextPlanner(config, as_policy(config, tuple(ratios)), None)
         planner.check_names_every_chunk(new.columns)
         return read_at_once(self, self._beacon.site, new.ids, planner.layouts(new.columns))
 

@@ -64,15 +64,19 @@ def _remove_older(folder: Path, written: set[str]) -> None:
 
 def model_card(config: BeaconConfig) -> str:
     """A model card with what the configuration knows."""
+    training = json.dumps(config.training, indent=2) if config.training else "**Untrained**: of no use before training."
+    return f"{card_front(config)}\n## Training\n\n{training}\n"
+
+
+def card_front(config: BeaconConfig) -> str:
+    """The first part of a model card: what the adapter is, and how it is used."""
     base = config.base_model or "unknown"
     hub_base = f"base_model: {base}\n" if "/" in base and not base.startswith((".", "/")) else ""
-    training = json.dumps(config.training, indent=2) if config.training else "**Untrained**: of no use before training."
     return (
         f"---\nlibrary_name: activation-beacon\n{hub_base}tags:\n- activation-beacon\n- long-context\n---\n\n"
         f"# Activation Beacon adapter\n\nBase model: `{base}`. Chunks of {config.chunk_size} tokens, compression ratios "
         f"{', '.join(map(str, config.ratios))}, {config.num_sinks} sinks, projections {', '.join(config.projections)}.\n\n"
-        f'```python\nfrom activation_beacon import load\n\nmodel, tokenizer = load("path-or-hub-id")\n```\n\n'
-        f"## Training\n\n{training}\n"
+        f'```python\nfrom activation_beacon import load\n\nmodel, tokenizer = load("path-or-hub-id")\n```\n'
     )
 
 

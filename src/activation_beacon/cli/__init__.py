@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from activation_beacon import __version__
-from activation_beacon.cli import ask, chat, compress, demo, export_official, import_official, inspect
+from activation_beacon.cli import ask, chat, compress, demo, export_official, import_official, inspect, train
 from activation_beacon.cli.console import notice, one_line
 from activation_beacon.cli.options import examples
 from activation_beacon.errors import BeaconError
@@ -73,6 +73,15 @@ for command, lines in (
     ),
     (chat.chat, ("beacon chat book.beacon", "beacon chat --model my-adapter --temperature 0.7")),
     (inspect.inspect, ("beacon inspect book.beacon", "beacon inspect my-adapter --json")),
+    (
+        train.train,
+        (
+            "beacon train my-texts/ -o my-run --base my/decoder --max-minutes 60",
+            "beacon train recipes/default-gpu.yaml -o my-run",
+            "beacon train my-run/recipe.json -o my-run --resume",
+            "torchrun --nproc-per-node 8 -m activation_beacon train recipes/7b-8-gpus.yaml -o my-run",
+        ),
+    ),
     (import_official.import_official, ("beacon import-official beacon-qwen-2-7b-instruct my-adapter --with-base",)),
     (export_official.export_official, ("beacon export-official my-adapter qwen-2-7b-instruct for-their-code",)),
 ):

@@ -6,7 +6,7 @@ predicts worse. Logits are made in slices and never all at once: their gradient 
 frozen, so that a slice leaves behind nothing but the gradient of its hidden states.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,9 @@ class Objective:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be at least 0; got {getattr(self, name)!r}.")
         if not self.cross_entropy + self.distillation > 0:
-            raise ConfigError("cross_entropy and distillation are both 0: nothing is left to minimise. Raise one of them.")
+            raise ConfigError(
+                "cross_entropy and distillation are both 0: nothing is left to minimise. Raise one of them."
+            )
 
     @property
     def needs_teacher(self) -> bool:
@@ -57,12 +59,14 @@ class Losses:
 
     Attributes:
         total: scalar; the sum over targets, not their mean, so that batches of any size can be accumulated.
+        cross_entropy: its sum over targets, whatever is minimised.
         nll: (B, T - 1) cross-entropy of each token in nats, without gradients; NaN where there is no target.
         divergence: sum over targets of the divergence from the uncompressed model; None without distillation.
         num_targets: tokens that count.
     """
 
     total: torch.Tensor
+    cross_entropy: torch.Tensor
     nll: torch.Tensor
     divergence: torch.Tensor | None
     num_targets: torch.Tensor
@@ -75,20 +79,20 @@ def losses(
     ratios: Sequence[int],
     *,
     objective: Objective,
-    hidden_states: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None,
+    chunk_size: int | None = None,
 ) -> Losses:
     """Read a batch with beacons and compare its predictions with what was asked for.
 
     Args:
-        model: with beacons attached; within `at_once.chunks_at_once` unless `hidden_states` is given.
+        model: with beacons attached, in a block of `at_once.chunks_at_once`.
         ids: (B, T), padded on the right.
         is_target: (B, T), whether the prediction of a token counts. The first token has none.
         ratios: one for each closed chunk.
         objective: what to minimise.
-        hidden_states: makes (B, T, M) of ids and ratios; by default all chunks in one pass.
+        chunk_size: another than the adapter's.
     """
-    read = hidden_states or model.hidden_states
-    hidden = read(ids, ratios)[:, :-1]
+    chunk_size = chunk_size or model.beacon_config.chunk_size
+    hidden = model.hidden_states(ids, ratios, chunk_size=chunk_size)[:, :-1]
     wanted = is_target[:, 1:]
     targets = ids[:, 1:][wanted]
     teacher = weights = None
@@ -97,12 +101,12 @@ def losses(
         if objective.distillation:
             teacher = teacher_states
         if objective.context_weight:
-            alone = _alone(model, ids)[:, :-1][wanted]
+            alone = _alone(model, ids, chunk_size)[:, :-1][wanted]
             weights = _context_weights(model, alone, teacher_states, targets, objective.context_weight)
     total, parts = _SlicedLoss.apply(hidden[wanted], targets, teacher, weights, model, objective)
     nll = torch.full(wanted.shape, torch.nan, device=ids.device)
     nll[wanted] = parts[0]
-    return Losses(total, nll, parts[1].sum() if teacher is not None else None, wanted.sum())
+    return Losses(total, parts[0].sum(), nll, parts[1].sum() if teacher is not None else None, wanted.sum())
 
 
 def head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -144,9 +148,8 @@ def _uncompressed(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _alone(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def _alone(model: Any, ids: torch.Tensor, size: int) -> torch.Tensor:
     """Hidden states (B, T, M) of the base on each chunk with nothing before it."""
-    size = model.beacon_config.chunk_size
     padded = nn.functional.pad(ids, (0, -ids.shape[1] % size))
     states = _uncompressed(model, padded.reshape(-1, size))
     return states.reshape(*padded.shape, -1)[:, : ids.shape[1]]
@@ -158,8 +161,10 @@ def _context_weights(
     """Weights (n,) with mean 1: larger for tokens that the context helps to predict."""
     pieces = []
     for slot in _slices(model, len(targets)):
-        nll = [nn.functional.cross_entropy(head(model, states[slot]).float(), targets[slot], reduction="none")
-               for states in (alone, teacher)]
+        nll = [
+            nn.functional.cross_entropy(head(model, states[slot]).float(), targets[slot], reduction="none")
+            for states in (alone, teacher)
+        ]
         pieces.append(1 + strength * (nll[0] - nll[1]).clamp(0, 5))
     weights = torch.cat(pieces)
     return weights / weights.mean()

@@ -1,0 +1,194 @@
+"""`beacon train`: texts in, an adapter out."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from activation_beacon.cli import options
+from activation_beacon.cli.console import bytes_text, notice, print_json, seconds_text
+from activation_beacon.errors import ConfigError
+
+if TYPE_CHECKING:
+    from activation_beacon.training.settings import TrainingSettings
+
+RECIPE_SUFFIXES = (".yaml", ".yml")
+STOPPED = 1
+Sources = list[str] | None
+
+
+def train(
+    sources: Annotated[
+        Sources,
+        typer.Argument(
+            metavar="[RECIPE | TEXT...]",
+            help="A YAML or JSON recipe; or texts: .txt, .jsonl (.zst, .gz), .parquet, folders, or data sets on the hub.",
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model: default, a folder, or a hub id.")] = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", help="Adapter folder to start from.")] = None,
+    questions: Annotated[
+        Sources, typer.Option("--questions", help="Questions with contexts, for a second stage.")
+    ] = None,
+    dev: Annotated[Sources, typer.Option("--dev", help="Texts to measure on that nobody trains on.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Updates of each stage.")] = None,
+    length: Annotated[int | None, typer.Option("--length", help="Tokens of a text, in whole chunks.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Texts of one update.")] = None,
+    micro_batch_size: Annotated[int | None, typer.Option("--micro-batch-size", help="Texts read at once.")] = None,
+    chunk_size: Annotated[int | None, typer.Option("--chunk-size", help="Tokens of the adapter's chunks.")] = None,
+    ratios: Annotated[str | None, typer.Option("--ratios", help="Such as 2,4,8,16,32.")] = None,
+    sinks: Annotated[int | None, typer.Option("--sinks", help="First tokens that are kept raw.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="At its height.")] = None,
+    distillation: Annotated[
+        float | None, typer.Option("--distillation", help="Weight of the uncompressed model's predictions in the loss.")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option("--lora-rank", help="Train differences of this rank.")] = None,
+    optimizer: Annotated[str | None, typer.Option("--optimizer", help="adamw or muon.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Trade time for memory.")
+    ] = None,
+    wrapper: Annotated[str | None, typer.Option("--wrapper", help="ddp or fsdp, under torchrun.")] = None,
+    on_error: Annotated[str | None, typer.Option("--on-error", help="skip or stop at a broken record.")] = None,
+    report_to: Annotated[str | None, typer.Option("--report-to", help="tensorboard or trackio.")] = None,
+    save_every: Annotated[int | None, typer.Option("--save-every", help="Updates between checkpoints.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of texts, ratios and new weights.")] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option("--max-minutes", min=0.1, help="End in time, with a usable adapter.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --output stands.")] = False,
+    device: options.Device = None,
+    dtype: options.DtypeOption = None,
+    json: options.Json = False,
+) -> None:
+    """Train an adapter: beacons learn to stand for the text before them; the base model stays as it is.
+
+    A recipe says everything in one file (see recipes/), and options override what it says for all of its stages. Without
+    a recipe, one stage on the given texts; with --questions, a second one on packed questions.
+
+    The run's folder gets checkpoints, metrics.jsonl, and the adapter. Ctrl-C, SIGTERM and --max-minutes save and end it;
+    --resume goes on to the same weights as an unbroken run.
+    """
+    flags = {
+        "base": base, "adapter": adapter, "questions": questions, "dev": dev, "lora_rank": lora_rank,
+        "optimizer": optimizer, "gradient_checkpointing": gradient_checkpointing, "wrapper": wrapper,
+        "on_error": on_error, "report_to": report_to, "save_every": save_every, "seed": seed,
+        "dtype": None if dtype is None else str(dtype), "output": None if output is None else str(output),
+    }  # fmt: skip
+    config = {
+        "chunk_size": chunk_size,
+        "ratios": None if ratios is None else list(options.parse_ratios(ratios)),
+        "num_sinks": sinks,
+    }
+    stage = {
+        "steps": steps, "length": length, "batch_size": batch_size, "micro_batch_size": micro_batch_size,
+        "learning_rate": learning_rate, "distillation": distillation,
+    }  # fmt: skip
+    settings = _settings(sources or [], _given(flags), _given(config), _given(stage))
+    from activation_beacon.training.run import train as run
+
+    with _Bar(settings) as bar:
+        outcome = run(settings, resume=resume, max_minutes=max_minutes, device=device, report=bar, notice=bar.notice)
+    if int(os.environ.get("RANK", "0")):
+        return
+    folder = Path(settings.output)
+    if json:
+        print_json(_result(folder, outcome))
+    else:
+        typer.echo(_summary(folder, outcome, settings))
+    if not outcome.is_finished:
+        raise typer.Exit(STOPPED)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _settings(
+    sources: list[str], flags: dict[str, Any], config: dict[str, Any], stage: dict[str, Any]
+) -> "TrainingSettings":
+    """The recipe's values, or those of a run without one, under the options that were given."""
+    from activation_beacon.training.settings import TrainingSettings, read_recipe
+
+    is_recipe = len(sources) == 1 and (sources[0].endswith(RECIPE_SUFFIXES) or Path(sources[0]).name == "recipe.json")
+    if is_recipe:
+        values = read_recipe(sources[0])
+        stages = [{**each, **stage} for each in values.get("stages") or [{}]]
+    elif sources:
+        values = {"documents": sources}
+        stages = [stage]
+        if "questions" in flags:
+            stages.append({**stage, "documents": 0.2, "questions": 0.6, "needles": 0.1, "reconstruction": 0.1})
+    else:
+        raise ConfigError("There is nothing to train on. Name texts, or a recipe such as recipes/default-cpu.yaml.")
+    values = {**values, **flags, "stages": stages, "config": {**(values.get("config") or {}), **config}}
+    if not values.get("output"):
+        raise ConfigError("The run needs a folder for what comes of it. Add --output FOLDER.")
+    return TrainingSettings.from_dict(values)
+
+
+def _result(folder: Path, outcome: Any) -> dict[str, Any]:
+    return {
+        "adapter": str(folder / "adapter"),
+        "checkpoint": str(outcome.checkpoint),
+        "steps": outcome.progress.step,
+        "tokens": outcome.progress.tokens,
+        "seconds": round(outcome.progress.seconds, 1),
+        "is_finished": outcome.is_finished,
+        "why": outcome.why,
+    }
+
+
+def _summary(folder: Path, outcome: Any, settings: "TrainingSettings") -> str:
+    progress = outcome.progress
+    lines = [
+        f"{folder / 'adapter'}",
+        f"  steps   {progress.step:,} of {settings.num_steps:,} ({outcome.why})",
+        f"  tokens  {progress.tokens:,} in {seconds_text(progress.seconds)}",
+    ]
+    if progress.step < settings.num_steps:
+        lines.append(f"  go on   beacon train {folder / 'recipe.json'} --output {folder} --resume")
+    return "\n".join(lines)
+
+
+class _Bar:
+    """Progress: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, settings: "TrainingSettings") -> None:
+        from tqdm.auto import tqdm
+
+        self._is_first = not int(os.environ.get("RANK", "0"))
+        self._make: Callable[..., Any] = tqdm
+        self._settings = settings
+        self._bar: Any = None
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def notice(self, text: str) -> None:
+        """A line beside the bar."""
+        if self._is_first:
+            notice(text)
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        """Show the metrics of one update."""
+        if self._bar is None:
+            self._bar = self._make(
+                total=self._settings.num_steps, initial=line["step"] - 1, desc="training", unit="step",
+                mininterval=1.0, dynamic_ncols=True,
+            )  # fmt: skip
+        by_ratio = " ".join(f"x{ratio} {loss:.2f}" for ratio, loss in line["loss_by_ratio"].items())
+        self._bar.set_postfix_str(
+            f"loss {line['loss']:.3f} ({by_ratio}), {line['tokens_per_second']:,.0f} tokens/s, "
+            f"{bytes_text(line['memory_bytes'])}"
+        )
+        self._bar.update(line["step"] - self._bar.n)
+        if "dev" in line:
+            dev = ", ".join(f"x{ratio} {loss:.3f}" for ratio, loss in line["dev"].items())
+            self.notice(f"step {line['step']:,}: dev nats {dev}")

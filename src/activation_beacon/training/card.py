@@ -1,0 +1,74 @@
+"""The model card of a trained adapter: what it was trained on, how far, at what cost, and how it stands."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from activation_beacon.config import BeaconConfig
+from activation_beacon.persistence import card_front
+from activation_beacon.training.settings import TrainingSettings
+
+
+def training_card(config: BeaconConfig, settings: TrainingSettings, metrics: Sequence[dict[str, Any]]) -> str:
+    """The card of an adapter, from its settings and the metrics of its run."""
+    summary = config.training or {}
+    dev = [line for line in metrics if line.get("dev")]
+    return "\n".join(
+        [
+            card_front(config),
+            "## Training",
+            "",
+            _account(summary, settings),
+            "",
+            *_stages(settings),
+            "",
+            "![curves](curves.png)",
+            "",
+            *_dev_table(dev, config.ratios),
+            "The recipe, to run it again: `beacon train recipe.json --output my-run`.",
+            "",
+            "```json",
+            json.dumps(settings.to_dict(), indent=2),
+            "```",
+            "",
+        ]
+    )
+
+
+def _account(summary: Mapping[str, Any], settings: TrainingSettings) -> str:
+    return (
+        f"{summary.get('steps', 0):,} of {summary.get('planned_steps', 0):,} updates, {summary.get('tokens', 0):,} tokens, "
+        f"{summary.get('minutes', 0):g} minutes on {summary.get('hardware', 'unknown hardware')}, seed {settings.seed}; "
+        f"ended because {summary.get('ended', 'of reasons unknown')}. Only beacon weights were trained."
+    )
+
+
+def _stages(settings: TrainingSettings) -> list[str]:
+    rows = [
+        "| stage | updates | texts | tokens of a text | chunk | read | loss | learning rate |",
+        "|---|--:|--:|--:|--:|---|---|--:|",
+    ]
+    for number, stage in enumerate(settings.stages, 1):
+        read = ", ".join(f"{name} {share:g}" for name, share in stage.shares.items() if share)
+        parts = ("cross_entropy", "distillation", "context_weight")
+        loss = ", ".join(f"{name} {getattr(stage, name):g}" for name in parts if getattr(stage, name))
+        chunk = stage.chunk_size or settings.config.chunk_size
+        rows.append(
+            f"| {number} | {stage.steps:,} | {stage.batch_size} | {stage.length:,} | {chunk:,} | {read} | {loss} | "
+            f"{stage.learning_rate:g} |"
+        )
+    return rows
+
+
+def _dev_table(dev: Sequence[dict[str, Any]], ratios: Sequence[int]) -> list[str]:
+    if not dev:
+        return []
+    rows = [
+        "Nats per token after the first chunk, on texts that nobody trained on:",
+        "",
+        "| after step | " + " | ".join(f"x{ratio}" for ratio in ratios) + " |",
+        "|--:|" + "--:|" * len(ratios),
+    ]
+    for line in dev:
+        rows.append(f"| {line['step']:,} | " + " | ".join(f"{line['dev'][str(ratio)]:.3f}" for ratio in ratios) + " |")
+    return [*rows, ""]

@@ -1,0 +1,106 @@
+"""What is written down of a run: one line of JSON for each update."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from activation_beacon.errors import StorageError
+from activation_beacon.files import reason, write_text
+from activation_beacon.training.batches import Batch
+from activation_beacon.training.objective import Losses
+from activation_beacon.training.processes import Processes
+
+
+class StepTotals:
+    """Sums over the batches of one update."""
+
+    def __init__(self) -> None:
+        self.nll = 0.0
+        self.num_targets = 0
+        self.divergence: float | None = None
+        self.by_ratio: dict[int, list[float]] = {}
+
+    def add(self, result: Losses, batch: Batch) -> None:
+        """Add a batch. A chunk's tokens count for the ratio of the chunk before."""
+        nll = result.nll.detach().double().cpu()
+        self.nll += float(result.cross_entropy)
+        self.num_targets += int(result.num_targets)
+        if result.divergence is not None:
+            self.divergence = (self.divergence or 0.0) + float(result.divergence)
+        for number, ratio in enumerate(batch.ratios, 1):
+            last = nll.shape[1] if number == len(batch.ratios) else (number + 1) * batch.chunk_size - 1
+            piece = nll[:, number * batch.chunk_size - 1 : last]
+            sums = self.by_ratio.setdefault(ratio, [0.0, 0.0])
+            sums[0] += float(piece.nansum())
+            sums[1] += float(piece.isfinite().sum())
+
+    def line(self, group: Processes, device: torch.device) -> dict[str, Any]:
+        """Means over all processes: loss in nats per token, by ratio too."""
+        ratios = sorted(self.by_ratio) if group.count == 1 else [2**power for power in range(1, 11)]
+        sums = [self.nll, self.num_targets, self.divergence or 0.0]
+        for ratio in ratios:
+            sums += self.by_ratio.get(ratio, [0.0, 0.0])
+        nll, count, divergence, *rest = group.sum(*sums, device=device)
+        by_ratio = {str(r): rest[2 * i] / rest[2 * i + 1] for i, r in enumerate(ratios) if rest[2 * i + 1]}
+        line: dict[str, Any] = {"loss": nll / count if count else 0.0, "loss_by_ratio": by_ratio}
+        if self.divergence is not None:
+            line["divergence"] = divergence / max(count, 1)
+        return line
+
+
+class MetricsLog:
+    """`metrics.jsonl`: lines of steps that are read anew after a resumption are dropped first.
+
+    Args:
+        path: of the file.
+        step: the run goes on after this one.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{path.parent} cannot be made: {reason(error)}. Choose another --output.") from error
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Write one line at once."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be written: {reason(error)}. Free space, then --resume.") from error
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a metrics file; one that was cut short by a crash is left out."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            yield values
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that were held at most so far: by torch on a GPU, by the whole process elsewhere."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,0 +1,226 @@
+"""A whole training run: model, data and trainer from settings; a usable adapter at the end, however it ends."""
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from activation_beacon.base_models import load_pretrained_base
+from activation_beacon.default_base import DEFAULT_BASE_REVISION
+from activation_beacon.errors import BaseModelError, ConfigError, StorageError
+from activation_beacon.files import write_text
+from activation_beacon.model import attach
+from activation_beacon.persistence import fill_parameters, load_adapter_tensors, save_adapter
+from activation_beacon.training.card import training_card
+from activation_beacon.training.checkpoints import checkpoints
+from activation_beacon.training.metrics import read_metrics
+from activation_beacon.training.processes import Processes, processes
+from activation_beacon.training.samplers import stage_sampler, token_stores
+from activation_beacon.training.sampling import DocumentSampler, Sampler
+from activation_beacon.training.settings import TrainingSettings
+from activation_beacon.training.trainer import Outcome, Report, Trainer
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "recipe.json"
+METRICS_FILE = "metrics.jsonl"
+ADAPTER_FOLDER = "adapter"
+CURVES_FILE = "curves.png"
+DEV_TEXTS = 4
+DEV_CHUNKS = 4
+DTYPE = torch.float16
+
+
+def train(
+    settings: TrainingSettings,
+    *,
+    resume: bool = False,
+    max_minutes: float | None = None,
+    device: str | None = None,
+    report: Report | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Train an adapter, or go on training it.
+
+    SIGTERM and SIGINT save and end the run after the step that is under way. Launched by `torchrun` or
+    `accelerate launch`, all processes train together.
+
+    Args:
+        settings: the run.
+        resume: go on where the output folder stands.
+        max_minutes: of this call; the learning rate falls so that it ends in time.
+        device: such as "cuda:0"; by default a GPU if there is one.
+        report: is called with the metrics of each update.
+        notice: is called with what a user should know.
+
+    Returns:
+        How it ended. The adapter is in the folder "adapter" of the output.
+
+    Raises:
+        ConfigError, InputError, StorageError, MismatchError: before anything is trained.
+        TrainingError: if the loss is no number, or runs away.
+    """
+    tell = notice or logger.info
+    folder = Path(settings.output)
+    _check_output(folder, resume=resume)
+    with processes() as group:
+        model, tokenizer = _model(settings, group, device)
+        stores = token_stores(settings, tokenizer, folder / "tokens", group, tell)
+        samplers = [stage_sampler(settings, number, stores, tokenizer) for number in range(len(settings.stages))]
+        trainer = Trainer(
+            model, settings, samplers, dev=_dev(settings, stores.dev), group=group,
+            report=report if group.is_first else None,
+        )  # fmt: skip
+        if group.is_first:
+            write_text(folder / SETTINGS_FILE, json.dumps(settings.to_dict(), indent=2) + "\n")
+        if resume and (progress := trainer.resume()).step:
+            tell(f"Going on after step {progress.step:,} of {settings.num_steps:,}.")
+        with _signals(trainer):
+            outcome = trainer.run(max_minutes=max_minutes)
+        tensors = trainer.adapter_tensors()
+        if group.is_first:
+            write_adapter(folder, settings, outcome, model, tensors)
+        group.barrier()
+        return outcome
+
+
+def write_adapter(
+    folder: Path, settings: TrainingSettings, outcome: Outcome, model: Any, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Write the adapter with its card and curves into the run's folder.
+
+    Weights are rounded to half precision: with 10 bits of fraction it is closer to them than bfloat16.
+    """
+    target = folder / ADAPTER_FOLDER
+    metrics = list(read_metrics(folder / METRICS_FILE))
+    summary = _summary(settings, outcome, metrics)
+    config = dataclasses.replace(model.beacon_config, training=summary)
+    rounded = {name: _rounded(tensor) for name, tensor in tensors.items()}
+    save_adapter(target, config, rounded)
+    write_text(target / "README.md", training_card(config, settings, metrics))
+    write_text(target / SETTINGS_FILE, json.dumps(settings.to_dict(), indent=2) + "\n")
+    draw_if_possible(folder / METRICS_FILE, target / CURVES_FILE)
+
+
+def _rounded(tensor: torch.Tensor) -> torch.Tensor:
+    half = tensor.to(DTYPE)
+    return half if bool(half.isfinite().all()) else tensor.to(torch.bfloat16)
+
+
+def draw_if_possible(metrics: Path, target: Path) -> None:
+    """Draw the curves where matplotlib is installed."""
+    try:
+        from activation_beacon.training.curves import draw_curves
+    except ImportError:
+        logger.info("No curves are drawn: matplotlib is not installed.")
+        return
+    draw_curves(list(read_metrics(metrics)), target)
+
+
+def _check_output(folder: Path, *, resume: bool) -> None:
+    found = checkpoints(folder / "checkpoints") if folder.exists() else []
+    if found and not resume:
+        raise StorageError(
+            f"{folder} holds a run already, with a checkpoint at {found[-1].name}. Add --resume to go on, or choose "
+            "another --output."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be made: {error.strerror}. Choose another --output.") from error
+
+
+def _model(settings: TrainingSettings, group: Processes, device: str | None) -> tuple[Any, Any]:
+    place = torch.device(device) if device else group.device()
+    base, tokenizer = load_pretrained_base(settings.base, dtype=settings.dtype, device=place)
+    if tokenizer is None:
+        raise BaseModelError(
+            f"The base model {settings.base} has no tokenizer, and texts cannot be read without one. "
+            "Put its tokenizer.json beside its config.json."
+        )
+    config = settings.config
+    if settings.base == "default":
+        config = dataclasses.replace(config, base_model="default", base_revision=DEFAULT_BASE_REVISION)
+    positions = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = max(stage.length for stage in settings.stages)
+    if (
+        positions is not None
+        and longest > positions
+        and any(s.distillation or s.context_weight for s in settings.stages)
+    ):
+        raise ConfigError(
+            f"length ({longest}) exceeds what the base reads uncompressed ({positions} positions), and distillation and "
+            f"context_weight ask it to. Use a length of at most {positions}, or cross_entropy alone."
+        )
+    model = attach(base, config)
+    if settings.adapter is not None:
+        fill_parameters(model.beacon_parameters(), load_adapter_tensors(settings.adapter))
+    return model, tokenizer
+
+
+def _dev(settings: TrainingSettings, store: Any) -> tuple[Sampler, int] | None:
+    if store is None:
+        return None
+    size = settings.config.chunk_size
+    return DocumentSampler(store, length=DEV_CHUNKS * size, chunk_size=size, seed=0), DEV_TEXTS
+
+
+@contextmanager
+def _signals(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run after the step under way; a second Ctrl-C at once."""
+
+    def handle(number: int, frame: object) -> None:
+        del frame
+        trainer.stop(f"asked to stop by {signal.Signals(number).name}")
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever runs that may call trainer.stop
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _summary(settings: TrainingSettings, outcome: Outcome, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    last = metrics[-1] if metrics else {}
+    summary = {
+        "steps": outcome.progress.step,
+        "planned_steps": settings.num_steps,
+        "tokens": outcome.progress.tokens,
+        "minutes": round(outcome.progress.seconds / 60, 1),
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "recipe": SETTINGS_FILE,
+        "seed": settings.seed,
+        "ended": outcome.why,
+    }
+    dev = next((line["dev"] for line in reversed(metrics) if "dev" in line), None)
+    return {**summary, "last_loss": last.get("loss"), **({"dev_nats": dev} if dev else {})}
+
+
+def hardware() -> str:
+    """What this machine trains on, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads()} threads of {_processor()} ({os.cpu_count()} cores)"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

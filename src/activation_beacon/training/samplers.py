@@ -1,0 +1,96 @@
+"""The samplers of a run: token stores of its sources, and for each stage the mix that it reads."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from activation_beacon.training.processes import Processes
+from activation_beacon.training.sampling import DocumentSampler, MixedSampler, Sampler
+from activation_beacon.training.settings import Stage, TrainingSettings
+from activation_beacon.training.sources import ReadReport
+from activation_beacon.training.token_store import BuildProgress, TokenStore, build_token_store
+
+LEAST_CHUNKS = 2
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Tokens of a run's documents and of its dev texts; None where there are none."""
+
+    documents: TokenStore | None
+    dev: TokenStore | None
+
+
+def token_stores(
+    settings: TrainingSettings, tokenizer: Any, folder: Path, group: Processes, tell: Callable[[str], None]
+) -> Stores:
+    """Tokenise what the settings name, in the first process; the others open what it made."""
+    smallest = min(stage.chunk_size or settings.config.chunk_size for stage in settings.stages)
+    made: list[TokenStore | None] = []
+    for name, least in (("documents", LEAST_CHUNKS * smallest), ("dev", 4 * settings.config.chunk_size)):
+        sources = getattr(settings, name)
+        if not group.is_first:
+            group.barrier()
+        made.append(_store(settings, name, sources, tokenizer, folder, least, tell) if sources else None)
+        if group.is_first:
+            group.barrier()
+    return Stores(*made)
+
+
+def _store(
+    settings: TrainingSettings,
+    name: str,
+    sources: tuple[str, ...],
+    tokenizer: Any,
+    folder: Path,
+    least: int,
+    tell: Callable[[str], None],
+) -> TokenStore:
+    said = [0]
+
+    def progress(state: BuildProgress) -> None:
+        if state.tokens >= said[0] + 10_000_000:
+            said[0] = state.tokens
+            share = f", {state.bytes_done / state.bytes_total:.0%}" if state.bytes_total else ""
+            tell(f"Tokenising {name}: {state.documents:,} documents, {state.tokens:,} tokens{share}")
+
+    report = ReadReport()
+    store = build_token_store(
+        sources, tokenizer, folder, min_tokens=least, workers=settings.workers, on_error=settings.on_error,
+        exclude=settings.exclude, text_field=settings.text_field, progress=progress, report=report,
+    )  # fmt: skip
+    tell(f"{name.capitalize()}: {len(store):,} texts, {store.num_tokens:,} tokens. {store.summary}")
+    return store
+
+
+def stage_sampler(settings: TrainingSettings, number: int, stores: Stores, tokenizer: Any) -> Sampler:
+    """What one stage reads."""
+    stage = settings.stages[number]
+    seed = settings.seed + number
+    parts = [
+        (_sampler(kind, settings, stage, stores, tokenizer, seed), share)
+        for kind, share in stage.shares.items()
+        if share
+    ]
+    return parts[0][0] if len(parts) == 1 else MixedSampler(parts, seed=seed)
+
+
+def _sampler(kind: str, settings: TrainingSettings, stage: Stage, stores: Stores, tokenizer: Any, seed: int) -> Sampler:
+    sizes: dict[str, Any] = {
+        "length": stage.length,
+        "chunk_size": stage.chunk_size or settings.config.chunk_size,
+        "seed": seed,
+    }
+    if kind == "documents":
+        assert stores.documents is not None, "settings are checked: documents are named"
+        return DocumentSampler(stores.documents, **sizes)
+    if kind == "questions":
+        from activation_beacon.training.questions import PackedQuestions, read_groups
+
+        groups = read_groups(settings.questions, on_error=settings.on_error, exclude=settings.exclude)
+        return PackedQuestions(groups, tokenizer, **sizes)
+    from activation_beacon.training.needles import Needles, Reconstruction
+
+    made: Any = Needles if kind == "needles" else Reconstruction
+    return made(stores.documents, tokenizer, **sizes)

@@ -1,0 +1,283 @@
+"""What a training run is: its model, its stages and when it saves. Plain values, from YAML or from flags; no torch."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from activation_beacon.config import BeaconConfig
+from activation_beacon.errors import ConfigError
+
+Optimizer = Literal["adamw", "muon"]
+RatioDraw = Literal["chunk", "text"]
+Wrapper = Literal["ddp", "fsdp"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training on one kind of texts, with a learning rate that rises, stays and falls.
+
+    Attributes:
+        steps: updates of the weights.
+        length: tokens of a text at most; texts are cut from documents, never joined.
+        chunk_size: chunks to train on; None for the adapter's own. Short chunks learn faster, and serve long ones.
+        batch_size: texts of one update, over all processes.
+        micro_batch_size: texts that one process reads at once.
+        documents: share of texts that are cut from documents.
+        questions: share of packed questions, with the loss on the answers only.
+        needles: share of hidden needles, likewise.
+        reconstruction: share of texts of which a passage is to be repeated, likewise.
+        cross_entropy, distillation, context_weight: see `objective.Objective`.
+        ratio_draw: a ratio for each chunk (the paper's best), or one for each text (its ablation).
+        learning_rate: at its height.
+        warmup: share of the steps in which it rises.
+        decay: share of the steps in which it falls, to a hundredth.
+        max_grad_norm: gradients are scaled down to this norm.
+
+    Raises:
+        ConfigError: if a value is out of range.
+    """
+
+    steps: int = 1000
+    length: int = 4096
+    chunk_size: int | None = None
+    batch_size: int = 8
+    micro_batch_size: int = 1
+    documents: float = 1.0
+    questions: float = 0.0
+    needles: float = 0.0
+    reconstruction: float = 0.0
+    cross_entropy: float = 1.0
+    distillation: float = 0.0
+    context_weight: float = 0.0
+    ratio_draw: RatioDraw = "chunk"
+    learning_rate: float = 1e-3
+    warmup: float = 0.02
+    decay: float = 0.5
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch_size"):
+            _check_int(name, getattr(self, name), least=1)
+        _check_int("length", self.length, least=4)
+        if self.chunk_size is not None:
+            _check_int("chunk_size", self.chunk_size, least=2)
+        for name in ("learning_rate", "max_grad_norm"):
+            _check_number(name, getattr(self, name), above=0.0)
+        for name in ("warmup", "decay", *self.shares):
+            _check_number(name, getattr(self, name), least=0.0)
+        if not sum(self.shares.values()) > 0:
+            raise ConfigError("documents, questions, needles and reconstruction are all 0: no text is left. Raise one.")
+        if self.warmup + self.decay > 1:
+            raise ConfigError(f"warmup ({self.warmup}) and decay ({self.decay}) must not exceed 1 together.")
+        _check_choice("ratio_draw", self.ratio_draw, get_args(RatioDraw))
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each kind of texts."""
+        return {name: getattr(self, name) for name in ("documents", "questions", "needles", "reconstruction")}
+
+    def rate(self, progress: float) -> float:
+        """Learning rate when `progress` (0 to 1) of the stage is done: up, level, down to a hundredth."""
+        if progress < self.warmup:
+            return self.learning_rate * max(progress / self.warmup, 0.01)
+        left = (1 - progress) / self.decay if self.decay else 1.0
+        return self.learning_rate * min(1.0, max(left, 0.01))
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """A whole run.
+
+    Attributes:
+        output: folder for checkpoints, metrics, curves and the adapter.
+        base: base model: "default", a folder, or a hub id.
+        adapter: adapter to start from; None for untrained beacons.
+        dtype: of the base's weights; beacon weights are trained in float32.
+        config: settings of the adapter (`BeaconConfig` without what is filled in by itself).
+        lora_rank: train the difference to the base's projections as a product of this rank; None trains it in full.
+        documents: files, folders or hub data sets of long texts.
+        questions: the same of questions with their contexts.
+        dev: texts nobody trains on, for the curves.
+        exclude: ids of records to leave out.
+        text_field: field of a record that holds the text.
+        on_error: whether a broken record is skipped or stops the run.
+        stages: one after the other.
+        optimizer: "adamw", or "muon" for the matrices.
+        seed: of texts, ratios and new weights.
+        save_every: updates between checkpoints.
+        dev_every: updates between losses on `dev`.
+        keep_checkpoints: how many are kept.
+        gradient_checkpointing: trade time for memory.
+        wrapper: what distributes the model over processes.
+        report_to: "tensorboard" or "trackio", besides metrics.jsonl.
+        workers: processes that tokenise.
+
+    Raises:
+        ConfigError: if a value is out of range.
+    """
+
+    output: str
+    base: str = "default"
+    adapter: str | None = None
+    dtype: str | None = None
+    config: BeaconConfig = dataclasses.field(default_factory=BeaconConfig)
+    lora_rank: int | None = None
+    documents: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
+    dev: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    text_field: str = "text"
+    on_error: Literal["skip", "stop"] = "skip"
+    stages: tuple[Stage, ...] = dataclasses.field(default_factory=lambda: (Stage(),))
+    optimizer: Optimizer = "adamw"
+    seed: int = 0
+    save_every: int = 100
+    dev_every: int = 100
+    keep_checkpoints: int = 2
+    gradient_checkpointing: bool = False
+    wrapper: Wrapper = "ddp"
+    report_to: str | None = None
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("documents", "questions", "dev", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
+        object.__setattr__(self, "stages", tuple(self.stages))
+        if not self.stages:
+            raise ConfigError("stages is empty. Name at least one.")
+        if self.lora_rank is not None:
+            _check_int("lora_rank", self.lora_rank, least=1)
+        for name in ("save_every", "dev_every", "keep_checkpoints"):
+            _check_int(name, getattr(self, name), least=1)
+        _check_choice("on_error", self.on_error, ("skip", "stop"))
+        _check_choice("optimizer", self.optimizer, get_args(Optimizer))
+        _check_choice("wrapper", self.wrapper, get_args(Wrapper))
+        _check_choice("report_to", self.report_to, (None, "tensorboard", "trackio"))
+        for number, stage in enumerate(self.stages, 1):
+            self._check_stage(number, stage)
+
+    def _check_stage(self, number: int, stage: Stage) -> None:
+        chunk_size = stage.chunk_size or self.config.chunk_size
+        if wrong := [ratio for ratio in self.config.ratios if chunk_size % ratio]:
+            raise ConfigError(
+                f"Stage {number}: chunk_size ({chunk_size}) must be divisible by every ratio; {wrong[0]} is not."
+            )
+        if stage.length <= chunk_size:
+            raise ConfigError(
+                f"Stage {number}: length ({stage.length}) must exceed chunk_size ({chunk_size}): beacons learn from what "
+                "follows their chunk."
+            )
+        needs = {"questions": self.questions, "documents": self.documents}
+        needs |= {"needles": self.documents, "reconstruction": self.documents}
+        for kind, share in stage.shares.items():
+            if share and not needs[kind]:
+                source = "questions" if kind == "questions" else "documents"
+                raise ConfigError(f"Stage {number}: {kind} ({share}) needs {source}, and none are named.")
+
+    @property
+    def num_steps(self) -> int:
+        """Updates of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> tuple[int, Stage, int]:
+        """Number of the stage that `step` (from 0) falls into, the stage, and the step within it."""
+        for number, stage in enumerate(self.stages):
+            if step < stage.steps:
+                return number, stage, step
+            step -= stage.steps
+        return len(self.stages) - 1, self.stages[-1], self.stages[-1].steps - 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides what weights come out: a run is continued under the same one only."""
+        values = {name: value for name, value in self.to_dict().items() if name not in NOT_DECISIVE}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML or JSON hold them; `from_dict` reads them back."""
+        values = dataclasses.asdict(self)
+        values["config"] = {name: values["config"][name] for name in CONFIG_FIELDS}
+        return json.loads(json.dumps(values))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainingSettings":
+        """Settings of plain values.
+
+        Raises:
+            ConfigError: for a name that is not known, or a value that makes no sense.
+        """
+        values = dict(values)
+        _check_names("The recipe", values, [field.name for field in dataclasses.fields(cls)])
+        config, stages = values.pop("config", {}), values.pop("stages", [{}])
+        _check_mapping("config", config, CONFIG_FIELDS)
+        if not isinstance(stages, list | tuple):
+            raise ConfigError(f"stages must be a list; got {stages!r}.")
+        names = [field.name for field in dataclasses.fields(Stage)]
+        for number, stage in enumerate(stages, 1):
+            _check_mapping(f"Stage {number}", stage, names)
+        try:
+            return cls(**values, config=BeaconConfig(**config), stages=tuple(Stage(**stage) for stage in stages))
+        except TypeError as error:
+            raise ConfigError(f"The recipe cannot be read: {error}.") from error
+
+
+CONFIG_FIELDS = ("chunk_size", "ratios", "projections", "num_sinks", "local_tokens", "placement")
+# A run may be continued elsewhere, saved more often, or on more processes.
+NOT_DECISIVE = (
+    "output", "save_every", "dev_every", "dev", "keep_checkpoints", "report_to", "workers", "wrapper", "gradient_checkpointing",
+)  # fmt: skip
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The values of a YAML recipe; paths in it that exist beside it are taken from there.
+
+    Raises:
+        ConfigError: if it cannot be read as one.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}. Name a YAML recipe.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        place = getattr(error, "problem_mark", None)
+        where = f", line {place.line + 1}" if place else ""
+        raise ConfigError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold names and values; got {type(values).__name__}.")
+    return values
+
+
+def _check_mapping(what: str, values: object, known: Any) -> None:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{what} must hold names and values; got {values!r}.")
+    _check_names(what, values, known)
+
+
+def _check_names(what: str, values: Mapping[str, Any], known: Any) -> None:
+    if unknown := sorted(set(map(str, values)) - set(known)):
+        raise ConfigError(f"{what} names {', '.join(unknown)}, which is not known. Known: {', '.join(sorted(known))}.")
+
+
+def _check_int(name: str, value: object, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be an int of at least {least}; got {value!r}.")
+
+
+def _check_number(name: str, value: object, *, least: float | None = None, above: float | None = None) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or (least is not None and not value >= least) or (above is not None and not value > above):  # type: ignore[operator]
+        bound = f"at least {least:g}" if least is not None else f"more than {above:g}"
+        raise ConfigError(f"{name} must be a number of {bound}; got {value!r}.")
+
+
+def _check_choice(name: str, value: object, known: tuple[Any, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}.")

@@ -1,0 +1,392 @@
+"""The loop: texts in, beacon weights out, and nothing lost on the way.
+
+It holds the weights, the optimizers and how far the run has come; what a step reads is a function of the step. Only
+beacon weights are trained; the base is frozen.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from activation_beacon.at_once import chunks_at_once
+from activation_beacon.errors import TrainingError
+from activation_beacon.training import checkpoints
+from activation_beacon.training.batches import Batch, step_batches
+from activation_beacon.training.checkpoints import Progress
+from activation_beacon.training.low_rank import LowRank
+from activation_beacon.training.metrics import MetricsLog, StepTotals, peak_memory
+from activation_beacon.training.objective import Losses, Objective, check_head, losses
+from activation_beacon.training.optimizers import make_optimizers
+from activation_beacon.training.processes import Processes, whole, wrap
+from activation_beacon.training.sampling import Sampler
+from activation_beacon.training.settings import Stage, TrainingSettings
+
+RUNAWAY_NATS = 2.0  # by which the smoothed loss may exceed the best it was
+SMOOTHING = 0.95
+LAST_SHARE = 0.02  # of the time that is left for saving
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `Trainer.run` ended.
+
+    Attributes:
+        progress: of the whole run.
+        is_finished: all steps were made, or the time that was given is used up.
+        checkpoint: the last one.
+        why: one line.
+    """
+
+    progress: Progress
+    is_finished: bool
+    checkpoint: Path
+    why: str
+
+
+class TrainingStep(nn.Module):
+    """What is wrapped for several processes: a batch in, its losses out."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, objective: Objective) -> Losses:
+        """Losses of a batch."""
+        return losses(
+            self.model, batch.ids, batch.is_target, batch.ratios, objective=objective, chunk_size=batch.chunk_size
+        )
+
+
+class Trainer:
+    """Trains the beacons of one model.
+
+    Args:
+        model: with beacons attached, on the device where it is to be trained.
+        settings: the run.
+        samplers: one for each stage: what it reads.
+        dev: a sampler of texts nobody trains on, and how many of them; None for no losses on such.
+        group: the processes that train together.
+        report: is called with each line of the metrics.
+
+    Raises:
+        UnsupportedError: if the model cannot be trained this way, by name.
+        ConfigError: if its processes do not share the texts of a step evenly.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        settings: TrainingSettings,
+        samplers: list[Sampler],
+        *,
+        dev: tuple[Sampler, int] | None = None,
+        group: Processes | None = None,
+        report: Report | None = None,
+    ) -> None:
+        self.model, self.settings, self.samplers, self.dev = model, settings, samplers, dev
+        self.group = group or Processes()
+        self.report = report
+        self.folder = Path(settings.output)
+        self.device = model.get_input_embeddings().weight.device
+        check_head(model)
+        model.train()
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for _, parameter in model.beacon_parameters():
+            parameter.data = parameter.data.float()
+        self.low_rank = None if settings.lora_rank is None else LowRank(model, settings.lora_rank, seed=settings.seed)
+        self.module = TrainingStep(model)
+        self.wrapped = wrap(self.module, settings.wrapper, self.group, list(model.get_decoder().layers))
+        self.parameters = dict(self.low_rank.parameters() if self.low_rank else model.beacon_parameters())
+        self.optimizers = make_optimizers(settings.optimizer, self.parameters)
+        self.progress = Progress(fingerprint=settings.fingerprint)
+        self.stopping: str | None = None
+        self.smoothed = self.best = math.inf
+
+    # --- running ---
+
+    def stop(self, why: str) -> None:
+        """Ask the loop to save and end after the step that is under way."""
+        self.stopping = why
+
+    def resume(self) -> Progress:
+        """Go on from the last checkpoint of the run, if there is one."""
+        found = checkpoints.checkpoints(self.folder / "checkpoints")
+        if found:
+            self.progress = checkpoints.read_progress(found[-1], self.settings.fingerprint)
+            own = checkpoints.read_tensors(found[-1], checkpoints.WEIGHTS_FILE)
+            tensors = own or checkpoints.read_adapter(found[-1])
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(tensors[name])
+            names = {parameter: name for name, parameter in self.parameters.items()}
+            state = checkpoints.read_tensors(found[-1], checkpoints.OPTIMIZER_FILE)
+            checkpoints.restore_optimizers(self.optimizers, names, state)
+        return self.progress
+
+    def run(self, *, max_minutes: float | None = None) -> Outcome:
+        """Train until all steps are made, `stop` was called, or the time is over.
+
+        Args:
+            max_minutes: of this call. The learning rate then falls in time: the run is over when the time is.
+
+        Raises:
+            TrainingError: if the loss is no number, or runs away; the last good checkpoint is named.
+        """
+        clock = _Clock(max_minutes, self.settings.num_steps - self.progress.step)
+        log = MetricsLog(self.folder / "metrics.jsonl", self.progress.step) if self.group.is_first else None
+        why = "all steps are made"
+        with chunks_at_once(self.model):
+            while self.progress.step < self.settings.num_steps:
+                line = self._step(clock)
+                if self.dev is not None and self._is_due(self.settings.dev_every):
+                    line["dev"] = self.dev_losses()
+                self._tell(line, log)
+                if self._is_due(self.settings.save_every):
+                    self.save()
+                if ending := self._ending(clock):
+                    why = ending
+                    break
+            checkpoint = self.save()
+        is_finished = self.progress.step >= self.settings.num_steps or clock.is_over
+        return Outcome(self.progress, is_finished, checkpoint, why)
+
+    def _is_due(self, every: int) -> bool:
+        return self.progress.step % every == 0 or self.progress.step == self.settings.num_steps
+
+    def _ending(self, clock: "_Clock") -> str | None:
+        """Why to end now, if there is a reason; the same in all processes."""
+        if self.group.any(clock.is_over, device=self.device):
+            return f"{clock.minutes:g} minutes are over"
+        if self.group.any(self.stopping is not None, device=self.device):
+            return self.stopping or "another process was asked to stop"
+        return None
+
+    def _tell(self, line: dict[str, Any], log: MetricsLog | None) -> None:
+        if log is not None:
+            log.add(line)
+        if self.report is not None:
+            self.report(line)
+
+    # --- one update ---
+
+    def _step(self, clock: "_Clock") -> dict[str, Any]:
+        start = time.perf_counter()
+        number, stage, step = self.settings.stage_at(self.progress.step)
+        batches = self._batches(number, stage, step)
+        num_targets, num_tokens = self.group.sum(
+            sum(batch.num_targets for batch in batches),
+            sum(batch.num_tokens for batch in batches),
+            device=self.device,
+        )
+        totals = StepTotals()
+        for batch in self._synchronised(batches):
+            self._accumulate(batch, stage, num_targets, totals)
+        rate = stage.rate(max((step + 1) / stage.steps, clock.share if number == len(self.samplers) - 1 else 0.0))
+        norm = self._update(rate, stage.max_grad_norm)
+        line = totals.line(self.group, self.device)
+        self._check(line["loss"], norm)
+        seconds = time.perf_counter() - start
+        clock.tick()
+        self.progress = dataclasses.replace(
+            self.progress,
+            step=self.progress.step + 1,
+            tokens=self.progress.tokens + int(num_tokens),
+            targets=self.progress.targets + int(num_targets),
+            seconds=self.progress.seconds + seconds,
+        )
+        return {
+            "step": self.progress.step,
+            "stage": number,
+            **line,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "tokens": self.progress.tokens,
+            "tokens_per_second": num_tokens / seconds,
+            "seconds": self.progress.seconds,
+            "memory_bytes": peak_memory(self.device),
+        }
+
+    def _batches(self, number: int, stage: Stage, step: int) -> list[Batch]:
+        batches = step_batches(
+            stage,
+            self.samplers[number],
+            step,
+            chunk_size=stage.chunk_size or self.settings.config.chunk_size,
+            ratios=self.settings.config.ratios,
+            seed=self.settings.seed + 1_000_003 * number,
+            rank=self.group.rank,
+            num_processes=self.group.count,
+        )
+        if self.settings.wrapper == "fsdp" and self.group.count > 1:  # shards are gathered by all or by none
+            wanted = int(_maximum(len(batches), self.device))
+            batches += [batches[-1].empty()] * (wanted - len(batches))
+        return batches
+
+    def _synchronised(self, batches: list[Batch]) -> Iterator[Batch]:
+        """Batches one by one; gradients are averaged over processes with the last."""
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            with contextlib.nullcontext() if is_last else _without_sync(self.wrapped):
+                yield batch
+
+    def _accumulate(self, batch: Batch, stage: Stage, num_targets: float, totals: StepTotals) -> None:
+        objective = Objective(stage.cross_entropy, stage.distillation, stage.context_weight)
+        with self._precision():
+            result = self.wrapped(_on(batch, self.device), objective)
+        # The wrapper averages over processes what is a sum over all of their targets.
+        (result.total * (self.group.count / max(num_targets, 1))).backward()
+        totals.add(result, batch)
+
+    def _precision(self) -> Any:
+        dtype = self.model.dtype
+        if dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype)
+
+    def _update(self, rate: float, max_norm: float) -> float:
+        norm = whole(nn.utils.clip_grad_norm_(list(self.parameters.values()), max_norm))
+        if bool(norm.isfinite()):
+            for optimizer in self.optimizers:
+                for param_group in optimizer.param_groups:
+                    param_group["lr"] = rate
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def _check(self, loss: float, norm: float) -> None:
+        """Stop a run that has gone wrong; its weights are those of before this step.
+
+        Raises:
+            TrainingError: with the step, the values and the last good checkpoint.
+        """
+        step = self.progress.step + 1
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(f"The loss of step {step} is {loss}, its gradient norm {norm}. {self._way_out()}")
+        self.smoothed = loss if math.isinf(self.smoothed) else SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss
+        self.best = min(self.best, self.smoothed)
+        if self.smoothed > self.best + RUNAWAY_NATS:
+            raise TrainingError(
+                f"The loss runs away: {self.smoothed:.2f} at step {step}, after {self.best:.2f} at best. {self._way_out()}"
+            )
+
+    def _way_out(self) -> str:
+        found = checkpoints.checkpoints(self.folder / "checkpoints")
+        last = f"The last good checkpoint is {found[-1]}" if found else "There is no checkpoint yet"
+        return f"{last}. Start anew from it (--adapter) with a lower learning_rate."
+
+    # --- results ---
+
+    def adapter_tensors(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors in float32, by their names in its file. All processes must ask for them."""
+        named: Mapping[str, Any] = (
+            self.low_rank.adapter_tensors() if self.low_rank else dict(self.model.beacon_parameters())
+        )
+        return {name: whole(tensor.detach()) for name, tensor in named.items()}
+
+    def save(self) -> Path:
+        """Write a checkpoint; the other processes wait."""
+        adapter = self.adapter_tensors()
+        own = {name: whole(parameter.detach()) for name, parameter in self.parameters.items()} if self.low_rank else {}
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        state = {name: whole(value) for name, value in checkpoints.optimizer_tensors(self.optimizers, names).items()}
+        folder = self.folder / "checkpoints"
+        path = folder / f"step-{self.progress.step:07d}"
+        if self.group.is_first:
+            config = dataclasses.replace(self.model.beacon_config, training={"step": self.progress.step})
+            path = checkpoints.save_checkpoint(
+                folder, self.progress, config=config, adapter=adapter, trained=own, optimizer=state,
+                keep=self.settings.keep_checkpoints,
+            )  # fmt: skip
+        self.group.barrier()
+        return path
+
+    @torch.no_grad()
+    def dev_losses(self) -> dict[str, float]:
+        """Nats per token after the first chunk on texts nobody trains on, at each ratio."""
+        if self.dev is None:
+            return {}
+        sampler, count = self.dev
+        chunk_size, found = self.settings.config.chunk_size, {}
+        for ratio in self.settings.config.ratios:
+            totals = StepTotals()
+            stage = Stage(steps=1, batch_size=count, micro_batch_size=1)
+            for batch in step_batches(
+                stage, sampler, 0, chunk_size=chunk_size, ratios=(ratio,), seed=0, rank=self.group.rank,
+                num_processes=self.group.count,
+            ):  # fmt: skip
+                with self._precision():
+                    totals.add(self.module(_on(batch, self.device), Objective()), batch)
+            found[str(ratio)] = totals.line(self.group, self.device)["loss"]
+        return found
+
+
+class _Clock:
+    """How much of the time, or else of the steps, is used up."""
+
+    def __init__(self, minutes: float | None, num_steps: int) -> None:
+        self.minutes = minutes
+        self.start = time.monotonic()
+        self.longest_step = 0.0
+        self.last = self.start
+        self.num_steps = num_steps
+
+    def tick(self) -> None:
+        """A step was made."""
+        now = time.monotonic()
+        self.longest_step, self.last = max(self.longest_step, now - self.last), now
+
+    @property
+    def share(self) -> float:
+        """Of the time that is used up; 0 without a limit."""
+        if self.minutes is None:
+            return 0.0
+        return min(1.0, (time.monotonic() - self.start) / (60 * self.minutes * (1 - LAST_SHARE)))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether another step would not end in time."""
+        if self.minutes is None:
+            return False
+        left = 60 * self.minutes * (1 - LAST_SHARE) - (time.monotonic() - self.start)
+        return left < self.longest_step
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    return dataclasses.replace(batch, ids=batch.ids.to(device), is_target=batch.is_target.to(device))
+
+
+def _without_sync(module: nn.Module) -> Any:
+    """Gradients stay where they are within the block."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return module.no_sync()
+    if hasattr(module, "set_requires_gradient_sync"):
+        return _fsdp_without_sync(module)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _fsdp_without_sync(module: Any) -> Iterator[None]:
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)
+
+
+def _maximum(value: float, device: torch.device) -> float:
+    """Of all processes."""
+    tensor = torch.tensor(float(value), device=device)
+    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+    return float(tensor)

@@ -1,0 +1,232 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from activation_beacon import BeaconConfig, attach
+from activation_beacon.errors import MismatchError, TrainingError
+from activation_beacon.training.checkpoints import checkpoints
+from activation_beacon.training.sampling import Sample
+from activation_beacon.training.settings import Stage, TrainingSettings
+from activation_beacon.training.trainer import Trainer
+from families import VOCABULARY, beacon_tensors, tiny
+
+CHUNK = 8
+
+
+class Texts:
+    """Texts of three lengths, a pure function of the index."""
+
+    def sample(self, index):
+        generator = np.random.default_rng(index)
+        length = CHUNK * (2 + index % 3)
+        ids = torch.from_numpy(generator.integers(3, VOCABULARY, length))
+        return Sample(ids, torch.arange(length) >= CHUNK)
+
+
+def settings(folder, **changes):
+    stage = {"steps": 6, "length": 4 * CHUNK, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-3}
+    stage |= changes.pop("stage", {})
+    values = {"documents": ("texts",), "save_every": 100, "config": BeaconConfig(chunk_size=CHUNK, ratios=(2, 4))}
+    return TrainingSettings(output=str(folder), stages=(Stage(**stage),), **{**values, **changes})
+
+
+def trainer(folder, family="llama", **changes):
+    run = settings(folder, **changes)
+    return Trainer(attach(tiny(family), run.config), run, [Texts()] * len(run.stages))
+
+
+def trained(folder, **changes):
+    run = trainer(folder, **changes)
+    outcome = run.run()
+    return outcome, run.adapter_tensors()
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path, optimizer):
+    base = tiny("llama")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    run = settings(tmp_path, optimizer=optimizer, stage={"steps": 40, "batch_size": 2})
+
+    class OneText(Texts):
+        def sample(self, index):
+            return super().sample(2)
+
+    model = attach(base, run.config)
+    outcome = Trainer(model, run, [OneText()]).run()
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert outcome.is_finished
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.5
+    for name, tensor in before.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"optimizer": "muon"}, {"lora_rank": 2}, {"stage": {"distillation": 1.0}}], ids=str
+)
+def test_a_run_that_is_cut_and_resumed_ends_at_the_weights_of_an_unbroken_one(tmp_path, changes):
+    _, unbroken = trained(tmp_path / "unbroken", **changes)
+    first = trainer(tmp_path / "cut", **changes)
+    first.report = lambda line: first.stop("enough") if line["step"] == 3 else None
+    outcome = first.run()
+    assert not outcome.is_finished
+    assert outcome.why == "enough"
+    assert outcome.progress.step == 3
+    second = trainer(tmp_path / "cut", **changes)
+    assert second.resume().step == 3
+    assert second.run().is_finished
+    assert_same(second.adapter_tensors(), unbroken)
+    lines = [metrics(tmp_path / name) for name in ("unbroken", "cut")]
+    assert [line["loss"] for line in lines[1]] == [line["loss"] for line in lines[0]]
+
+
+def test_a_kill_loses_no_more_than_the_steps_after_the_last_checkpoint(tmp_path):
+    _, unbroken = trained(tmp_path / "unbroken")
+    first = trainer(tmp_path / "cut", save_every=2)
+
+    def crash(line):
+        if line["step"] == 5:
+            raise KeyboardInterrupt
+
+    first.report = crash
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second = trainer(tmp_path / "cut", save_every=2)
+    assert second.resume().step == 4
+    second.run()
+    assert_same(second.adapter_tensors(), unbroken)
+    assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_texts_read_one_by_one_or_together_give_the_same_gradients_when_their_ratios_agree(tmp_path):
+    changes = {"config": BeaconConfig(chunk_size=CHUNK, ratios=(4,))}
+    _, together = trained(tmp_path / "a", **changes, stage={"micro_batch_size": 4})
+    _, one_by_one = trained(tmp_path / "b", **changes, stage={"micro_batch_size": 1})
+    for name, tensor in together.items():
+        torch.testing.assert_close(tensor, one_by_one[name], rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    _, plain = trained(tmp_path / "a")
+    _, checkpointed = trained(tmp_path / "b", gradient_checkpointing=True)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(tensor, checkpointed[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_low_rank_training_moves_projections_by_no_more_than_its_rank(tmp_path):
+    run = trainer(tmp_path, lora_rank=2)
+    before = beacon_tensors_of(run)
+    run.run()
+    after = run.adapter_tensors()
+    moved = 0
+    for name, tensor in after.items():
+        difference = tensor - before[name]
+        if difference.dim() == 2:
+            values = torch.linalg.svdvals(difference)
+            moved += float(values[0]) > 1e-6
+            assert float(values[2:].max()) < 1e-5 * max(1.0, float(values[0])), name
+    assert moved
+    run.low_rank.merge()
+    assert_same(beacon_tensors(run.model), after)
+
+
+def beacon_tensors_of(run):
+    return {name: tensor.clone() for name, tensor in run.adapter_tensors().items()}
+
+
+def test_a_checkpoint_is_an_adapter_and_only_the_latest_are_kept(tmp_path):
+    from activation_beacon import load
+
+    run = trainer(tmp_path, save_every=1, keep_checkpoints=2)
+    run.run()
+    found = checkpoints(tmp_path / "checkpoints")
+    assert [path.name for path in found] == ["step-0000005", "step-0000006"]
+    model, _ = load(found[-1], base=tiny("llama"))
+    assert_same(beacon_tensors(model), run.adapter_tensors())
+
+
+def test_a_run_is_not_continued_under_other_settings(tmp_path):
+    trainer(tmp_path).run()
+    with pytest.raises(MismatchError, match="was made under other settings"):
+        trainer(tmp_path, seed=1).resume()
+
+
+@pytest.mark.parametrize(
+    ("poison", "text"),
+    [(math.nan, r"The loss of step 4 is nan"), (math.inf, r"The loss of step 4 is (inf|nan)")],
+)
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoint(tmp_path, poison, text):
+    run = trainer(tmp_path, save_every=2)
+
+    def spoil(line):
+        if line["step"] == 3:
+            run.model.beacon_embedding.data[0] = poison
+
+    run.report = spoil
+    with pytest.raises(TrainingError, match=text) as caught:
+        run.run()
+    assert str(tmp_path / "checkpoints" / "step-0000002") in str(caught.value)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-0000002"]
+
+
+def test_a_loss_that_runs_away_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("activation_beacon.training.trainer.SMOOTHING", 0.5)
+    monkeypatch.setattr("activation_beacon.training.trainer.RUNAWAY_NATS", 0.1)
+    with pytest.raises(
+        TrainingError, match=r"The loss runs away: .* There is no checkpoint yet\. .* lower learning_rate\."
+    ):
+        trainer(tmp_path, stage={"steps": 200, "learning_rate": 100.0, "max_grad_norm": 1e9}).run()
+
+
+def test_time_that_is_over_ends_the_run_with_a_low_learning_rate(tmp_path):
+    run = trainer(tmp_path, stage={"steps": 10**6})
+    outcome = run.run(max_minutes=0.05)
+    assert outcome.is_finished
+    assert outcome.why == "0.05 minutes are over"
+    rates = [line["learning_rate"] for line in metrics(tmp_path)]
+    assert rates[-1] < 0.1 * max(rates)
+    assert outcome.checkpoint.is_dir()
+
+
+def test_stages_follow_one_another_each_with_its_own_texts_and_chunks(tmp_path):
+    stages = (
+        Stage(steps=2, length=4 * CHUNK, chunk_size=CHUNK, batch_size=1),
+        Stage(steps=3, length=4 * CHUNK, chunk_size=2 * CHUNK, batch_size=1, ratio_draw="text"),
+    )
+    run = settings(tmp_path, config=BeaconConfig(chunk_size=2 * CHUNK, ratios=(2, 4)))
+    run = TrainingSettings.from_dict({**run.to_dict(), "stages": [vars(stage) for stage in stages]})
+
+    class Longest(Texts):
+        def sample(self, index):
+            return super().sample(3 * index + 2)
+
+    outcome = Trainer(attach(tiny("llama"), run.config), run, [Longest(), Longest()]).run()
+    assert outcome.progress.step == 5
+    assert [line["stage"] for line in metrics(tmp_path)] == [0, 0, 1, 1, 1]
+    assert all(len(line["loss_by_ratio"]) == 1 for line in metrics(tmp_path)[2:])
+
+
+def test_losses_on_dev_texts_are_those_of_the_model_at_each_ratio(tmp_path):
+    run = settings(tmp_path, dev_every=6)
+    model = attach(tiny("llama"), run.config)
+    Trainer(model, run, [Texts()], dev=(Texts(), 3)).run()
+    dev = metrics(tmp_path)[-1]["dev"]
+    assert dev.keys() == {"2", "4"}
+    for ratio in (2, 4):
+        losses = []
+        for index in range(3):
+            ids = Texts().sample(index).ids[None]
+            losses.append(model(ids, labels=ids, beacon_ratio=ratio).nll[0, CHUNK - 1 :].detach())
+        assert dev[str(ratio)] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
