@@ -101,8 +101,9 @@ class Results:
         self.records[key] = json.loads(line)
 
     def of_task(self, name: str) -> list[dict[str, Any]]:
-        """All records of a task."""
-        return [record for key, record in self.records.items() if key.task == name]
+        """All records of a task, in an order that does not depend on when each was finished."""
+        keys = sorted((key for key in self.records if key.task == name), key=lambda key: tuple(map(str, key)))
+        return [self.records[key] for key in keys]
 
     def _make_folder(self) -> None:
         try:

@@ -84,6 +84,7 @@ def answer_sample(
         "cache_bytes": held.cache_bytes,
         "read_seconds": round(held.seconds, 3),
         "answer_seconds": [round(each, 3) for each in seconds],
+        "is_conversation": sample.is_conversation,
         **sample.facts,
     }
 

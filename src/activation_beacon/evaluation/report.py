@@ -1,0 +1,266 @@
+"""The report of a folder of results: Markdown and HTML of the same blocks, and the plots beside them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from activation_beacon.errors import InputError, StorageError
+from activation_beacon.evaluation import plots, summary
+from activation_beacon.evaluation.blocks import (
+    PICTURES,
+    Block,
+    Heading,
+    Paragraph,
+    Picture,
+    Table,
+    markdown_of,
+    page_of,
+)
+from activation_beacon.evaluation.metrics import Estimate
+from activation_beacon.evaluation.results import Results
+from activation_beacon.evaluation.summary import Record, Row
+from activation_beacon.files import write_text
+
+MARKDOWN, HTML = "report.md", "report.html"
+QUALITIES = {"nats": "nats per token", "score": "score"}
+INTERVALS = (
+    "Intervals are 95% bootstrap percentiles over samples; comparisons are paired: they take samples that all have."
+)
+UNTRAINED = "**Untrained**: the beacons of this adapter have not been trained. Sizes hold; quality is what untrained beacons give."
+
+
+def write_report(folder: str | Path) -> tuple[Path, Path]:
+    """Draw the plots of a folder of results and write report.md and report.html there.
+
+    Returns:
+        Both files.
+
+    Raises:
+        StorageError, FileFormatError: if there are no results, or they are damaged.
+        InputError: if no sample is finished, or matplotlib is not installed.
+    """
+    results = Results(folder)
+    if not results.records:
+        raise InputError(f"{folder} has no finished sample yet. Run `beacon eval` on, then ask for the report.")
+    pictures = results.folder / PICTURES
+    try:
+        pictures.mkdir(exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{pictures} cannot be made: {error.strerror}.") from error
+    blocks = _blocks(results, pictures)
+    markdown, page = results.folder / MARKDOWN, results.folder / HTML
+    write_text(markdown, markdown_of(blocks))
+    write_text(page, page_of(blocks, pictures))
+    return markdown, page
+
+
+# --- contents --------------------------------------------------------------------------------------------------------
+
+
+def _blocks(results: Results, pictures: Path) -> list[Block]:
+    model = results.model
+    facts = [f"{name.replace('_', ' ')} {value}" for name, value in model.items() if name != "is_trained"]
+    blocks: list[Block] = [Heading(1, "Evaluation"), Paragraph(", ".join(facts) + ".")]
+    if not model.get("is_trained", True):
+        blocks.append(Paragraph(UNTRAINED))
+    blocks.append(Paragraph(INTERVALS))
+    for name, task in results.run["tasks"].items():
+        records = results.of_task(name)
+        if records:
+            blocks += _task_blocks(name, task, records, pictures)
+    return blocks
+
+
+def _task_blocks(name: str, task: dict[str, Any], records: Sequence[Record], pictures: Path) -> list[Block]:
+    quality = task["quality"]
+    settings = ", ".join(f"{key} {_value_text(value)}" for key, value in task["settings"].items())
+    blocks: list[Block] = [Heading(2, name), Paragraph(f"Settings: {settings}." if settings else "No settings.")]
+    if quality == "nats":
+        blocks.append(Paragraph(LM_TEXT))
+    for length in summary.lengths_of(records):
+        rows = summary.rows_of(summary.select(records, length=length), quality)
+        blocks += [Heading(3, f"{length:,} tokens"), _table(rows, quality)]
+        if any("kind" in record for record in records):
+            blocks.append(_kinds_table(summary.select(records, length=length)))
+        if _has_turns(records):
+            blocks.append(_turns_table(summary.select(records, length=length)))
+    blocks += _refusals(records)
+    return blocks + _pictures(name, quality, records, pictures)
+
+
+LM_TEXT = (
+    "Loss of the tokens after the first chunk, but for the first of each chunk. **full**: the base model with the whole text "
+    "before each token; **alone**: with nothing before the chunk; **recent**: with as many tokens as it has positions. Gap "
+    "closed: (alone - method) / (alone - full); none where the full context is no better than nothing, as beyond the base's window."
+)
+
+
+def _table(rows: Sequence[Row], quality: str) -> Table:
+    against = "gap closed" if quality == "nats" else "less full context"
+    refused = any(row.num_refused for row in rows)
+    header = ["method", QUALITIES[quality], "n", against, "cache entries", "cache MiB", "seconds to read"]
+    return Table(
+        [*header, *(["do not fit"] if refused else [])],
+        [
+            [
+                row.way.label,
+                _text(row.quality),
+                str(row.quality.count if row.quality else 0),
+                _text(row.against),
+                _number(row.cache_length, ",.0f"),
+                _number(None if row.cache_bytes is None else row.cache_bytes / 2**20, ",.2f"),
+                _number(row.seconds, ",.2f"),
+                *([str(row.num_refused)] if refused else []),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _kinds_table(records: Sequence[Record]) -> Table:
+    kinds = sorted({str(record["kind"]) for record in records if "kind" in record})
+    rows = []
+    for way in summary.ways_of(records):
+        own = summary.select(records, method=way.method, ratio=way.ratio)
+        cells = [summary.rows_of(summary.select(own, kind=kind), "score") for kind in kinds]
+        rows.append([way.label, *(_text(cell[0].quality if cell else None) for cell in cells)])
+    return Table(["recall by kind", *kinds], rows)
+
+
+def _has_turns(records: Sequence[Record]) -> bool:
+    return any(record.get("is_conversation") for record in records)
+
+
+def _turns_table(records: Sequence[Record]) -> Table:
+    rows, num_turns = [], 0
+    for way in summary.ways_of(records):
+        turns = summary.turns_of(summary.select(records, method=way.method, ratio=way.ratio))
+        num_turns = max(num_turns, len(turns))
+        rows.append([way.label, *(f"{score.value:.3f} / {seconds:.2f} s" for score, seconds in turns)])
+    header = [f"turn {turn + 1}" for turn in range(num_turns)]
+    return Table(
+        ["score and seconds, reading included in the first", *header],
+        [[*row, *["-"] * (num_turns + 1 - len(row))] for row in rows],
+    )
+
+
+def _refusals(records: Sequence[Record]) -> list[Block]:
+    texts = dict.fromkeys(str(record["refused"]) for record in records if "refused" in record)
+    if not texts:
+        return []
+    return [Paragraph("Do not fit: " + " ".join(list(texts)[:3]) + (" ..." if len(texts) > 3 else ""))]
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _pictures(name: str, quality: str, records: Sequence[Record], folder: Path) -> list[Block]:
+    made: list[Block] = []
+    rows = {
+        length: summary.rows_of(summary.select(records, length=length), quality)
+        for length in summary.lengths_of(records)
+    }
+    label = QUALITIES[quality]
+    has_bars = quality != "nats"  # documents differ far more than methods do; the table has the intervals
+    if any(isinstance(row.way.ratio, int) for those in rows.values() for row in those):
+        panels = [_over_ratio(f"{length:,} tokens", those) for length, those in rows.items()]
+        plots.draw_lines(
+            folder / f"{name}-ratio.png", panels, x_label="compression ratio", y_label=label, has_bars=has_bars
+        )
+        made.append(Picture(f"{name}-ratio.png", f"{name}: {label} over the compression ratio"))
+    panels = [_over_bytes(f"{length:,} tokens", those) for length, those in rows.items()]
+    path = folder / f"{name}-bytes.png"
+    plots.draw_lines(path, panels, x_label="cache in MiB", y_label=label, has_bars=has_bars, ticks="powers")
+    made.append(Picture(path.name, f"{name}: {label} over the size of the cache"))
+    if quality == "nats":
+        made += [*_gap_picture(name, rows, folder), _positions(name, records, folder)]
+    if any("depth" in record for record in records):
+        made.append(_heat_maps(name, records, folder))
+    return made
+
+
+def _over_ratio(title: str, rows: Sequence[Row]) -> plots.Panel:
+    lines: dict[str, list[plots.Point]] = {}
+    levels = {}
+    for row in rows:
+        if row.quality is None:
+            continue
+        if isinstance(row.way.ratio, int):
+            lines.setdefault(row.way.method, []).append(plots.Point(row.way.ratio, row.quality))
+        elif row.way.ratio is None:
+            levels[row.way.method] = row.quality
+    return plots.Panel(title, lines, levels)
+
+
+def _over_bytes(title: str, rows: Sequence[Row]) -> plots.Panel:
+    lines: dict[str, list[plots.Point]] = {}
+    levels = {}
+    for row in rows:
+        if row.quality is None or row.cache_bytes is None:
+            continue
+        if row.way.method in ("alone", "shuffled"):
+            levels[row.way.method] = row.quality
+            continue
+        note = f"x{row.way.ratio}" if row.way.method == "beacons" else ""  # the others stand at the same bytes
+        lines.setdefault(row.way.method, []).append(plots.Point(row.cache_bytes / 2**20, row.quality, note))
+    return plots.Panel(title, lines, levels)
+
+
+def _gap_picture(name: str, rows: Mapping[int, Sequence[Row]], folder: Path) -> list[Block]:
+    panels = []
+    for length, those in rows.items():
+        lines: dict[str, list[plots.Point]] = {}
+        for row in those:
+            if isinstance(row.way.ratio, int) and row.against is not None:
+                lines.setdefault(row.way.method, []).append(plots.Point(row.way.ratio, row.against))
+        if lines:
+            panels.append(plots.Panel(f"{length:,} tokens", lines, {}))
+    if not panels:
+        return []
+    path = folder / f"{name}-gap.png"
+    plots.draw_lines(path, panels, x_label="compression ratio", y_label="gap closed")
+    return [Picture(path.name, f"{name}: share of the gap between nothing and all before the chunk that is closed")]
+
+
+def _positions(name: str, records: Sequence[Record], folder: Path) -> Picture:
+    panels = {}
+    for length in summary.lengths_of(records):
+        those = summary.select(records, length=length)
+        lines = {
+            way.label: summary.by_position(summary.select(those, method=way.method, ratio=way.ratio))
+            for way in summary.ways_of(those)
+        }
+        panels[f"{length:,} tokens"] = {label: ranges for label, ranges in lines.items() if ranges}
+    plots.draw_positions(folder / f"{name}-positions.png", panels, y_label=QUALITIES["nats"])
+    return Picture(f"{name}-positions.png", f"{name}: nats per token by position within the chunk")
+
+
+def _heat_maps(name: str, records: Sequence[Record], folder: Path) -> Picture:
+    lengths = summary.lengths_of(records)
+    depths = sorted({record["depth"] for record in records if "depth" in record})
+    grids = {
+        way.label: summary.grid(
+            summary.select(records, method=way.method, ratio=way.ratio), depths, lengths, "depth", "length"
+        )
+        for way in summary.ways_of(records)
+    }
+    plots.draw_heat_maps(folder / f"{name}-heat.png", grids, columns=lengths, rows=depths)
+    return Picture(f"{name}-heat.png", f"{name}: recall over length and depth")
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _text(estimate: Estimate | None) -> str:
+    if estimate is None or estimate.value != estimate.value:
+        return "-"
+    bounds = "" if estimate.low is None or estimate.high is None else f" [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return f"{estimate.value:.3f}{bounds}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _value_text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,217 @@
+"""Summaries against plain sums, and reports that say what the records hold."""
+
+import math
+import random
+import re
+import shutil
+
+import pytest
+
+from activation_beacon.errors import InputError, StorageError
+from activation_beacon.evaluation import summary
+from activation_beacon.evaluation.blocks import Heading, Paragraph, Picture, Table, markdown_of, page_of
+from activation_beacon.evaluation.report import write_report
+from activation_beacon.evaluation.results import Key, Results
+from activation_beacon.evaluation.summary import Way
+
+MODEL = {"name": "tiny", "adapter": "0123", "chunk_size": 32, "is_trained": True}
+LM_LOSS = {"full": 2.0, "alone": 2.4, "beacons": 2.1}
+
+
+def lm_record(method, ratio, sample, nats, **more):
+    key = Key("lm", method, ratio, 96, sample)._asdict()
+    sizes = {"cache_length": 96, "cache_bytes": 2**21 // (ratio or 1), "seconds": 1.5}
+    return {**key, "nats": nats, "tokens": 60, "by_position": [[1, 2, nats, 2], [2, 4, nats + 1, 4]], **sizes, **more}
+
+
+def lm_records(samples=4):
+    rng = random.Random(0)
+    records = []
+    for number in range(samples):
+        hard = rng.gauss(0, 1)
+        for method, ratio in (("beacons", 8), ("alone", None), ("beacons", 2), ("full", None)):
+            loss = LM_LOSS[method] + 0.02 * (ratio or 0)
+            records.append(lm_record(method, ratio, f"doc{number}", hard + loss))
+    return records
+
+
+def needle_records(lengths=(64, 128)):
+    records = []
+    for length in lengths:
+        for method, ratio, score in (("full", None, 1.0), ("beacons", 4, 0.0), ("shuffled", None, 0.0)):
+            for step, kind in ((0, "number"), (0, "uuid"), (1, "number"), (1, "uuid")):
+                key = Key("needles", method, ratio, length, f"{kind}-{step}")._asdict()
+                value = 1.0 if method == "beacons" and kind == "number" else score
+                fields = {"score": value, "scores": [value], "kind": kind, "depth": float(step), "read_seconds": 2.0}
+                records.append({**key, **fields, "answer_seconds": [0.5], "cache_length": 9, "cache_bytes": 2**20})
+    return records
+
+
+def turn_records():
+    fields = {"scores": [1.0, 0.0, 1.0], "score": 2 / 3, "read_seconds": 2.0, "is_conversation": True}
+    sizes = {"answer_seconds": [0.5, 0.25, 0.75], "cache_length": 9, "cache_bytes": 2**20}
+    return [{**Key("multi-turn", "beacons", 4, 64, name)._asdict(), **fields, **sizes} for name in ("0", "1")]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    results = Results(tmp_path / "out", MODEL)
+    results.open_task("lm", {"documents": ["a.jsonl"]}, "nats")
+    results.open_task("needles", {"seed": 0}, "score")
+    results.open_task("multi-turn", {}, "score")
+    for record in [*lm_records(), *needle_records(), *turn_records()]:
+        key = Key(*(record.pop(name) for name in Key._fields))
+        results.add(key, record)
+    results.add(Key("lm", "beacons", 2, 96, "long"), {"refused": "Too long: use ratio 8."})
+    return tmp_path / "out"
+
+
+# --- summary ---------------------------------------------------------------------------------------------------------
+
+
+def test_ways_stand_in_order():
+    assert summary.ways_of(lm_records()) == [
+        Way("full", None), Way("alone", None), Way("beacons", 2), Way("beacons", 8)
+    ]  # fmt: skip
+
+
+def test_a_row_has_the_mean_the_gap_the_sizes_and_the_count():
+    rows = {row.way.label: row for row in summary.rows_of(lm_records(), "nats")}
+    own = [record["nats"] for record in lm_records() if record["method"] == "beacons" and record["ratio"] == 8]
+    row = rows["beacons x8"]
+    assert row.quality.value == pytest.approx(sum(own) / 4)
+    assert row.quality.count == 4
+    assert row.against.value == pytest.approx((2.4 - 2.26) / (2.4 - 2.0))
+    assert (row.cache_bytes, row.seconds, row.num_refused) == (2**18, 1.5, 0)
+    assert rows["full"].against is None
+
+
+def test_the_gap_is_taken_over_documents_that_all_have():
+    records = [*lm_records(3), lm_record("beacons", 8, "only-here", 100.0)]
+    row = next(row for row in summary.rows_of(records, "nats") if row.way == Way("beacons", 8))
+    assert row.quality.count == 4
+    assert row.against.count == 3
+    assert row.against.value == pytest.approx(0.35)
+
+
+def test_there_is_no_gap_to_close_where_the_full_context_is_worse_than_nothing():
+    losses = (("full", None, 6.0), ("alone", None, 3.0), ("beacons", 4, 2.9))
+    records = [lm_record(method, ratio, "a", nats) for method, ratio, nats in losses]
+    assert [row.against for row in summary.rows_of(records, "nats")] == [None, None, None]
+
+
+def test_scores_are_compared_with_the_full_context():
+    rows = {row.way.label: row for row in summary.rows_of(needle_records((64,)), "score")}
+    assert rows["beacons x4"].quality.value == 0.5
+    assert rows["beacons x4"].against.value == -0.5
+    assert rows["full"].against is None
+
+
+def test_refused_samples_are_counted_and_not_averaged():
+    records = [*lm_records(), {**Key("lm", "beacons", 2, 96, "long")._asdict(), "refused": "no"}]
+    row = next(row for row in summary.rows_of(records, "nats") if row.way == Way("beacons", 2))
+    assert (row.num_refused, row.quality.count) == (1, 4)
+
+
+def test_positions_are_weighted_by_their_tokens():
+    one, other = lm_record("full", None, "a", 2.0), lm_record("full", None, "b", 4.0)
+    other["by_position"] = [[1, 2, 5.0, 6], [2, 4, None, 0]]
+    assert summary.by_position([one, other]) == [(1, 2, pytest.approx((2 * 2 + 5 * 6) / 8)), (2, 4, 3.0)]
+
+
+def test_a_grid_has_depths_for_rows_and_lengths_for_columns():
+    records = summary.select(needle_records(), method="beacons")
+    assert summary.grid(records, [0.0, 1.0, 2.0], [64, 128], "depth", "length") == [
+        [0.5, 0.5],
+        [0.5, 0.5],
+        [None, None],
+    ]
+
+
+def test_the_first_turn_pays_for_reading():
+    turns = summary.turns_of(turn_records())
+    assert [(score.value, seconds) for score, seconds in turns] == [(1.0, 2.5), (0.0, 0.25), (1.0, 0.75)]
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_has_every_task_length_method_and_picture(folder):
+    pytest.importorskip("matplotlib")
+    markdown, page = write_report(folder)
+    text = markdown.read_text()
+    assert re.findall("^#+ .*$", text, re.M) == [
+        "# Evaluation", "## lm", "### 96 tokens", "## needles", "### 64 tokens", "### 128 tokens", "## multi-turn", "### 64 tokens"
+    ]  # fmt: skip
+    assert "| beacons x8 |" in text
+    assert "| beacons x4 | 1.000 [1.000, 1.000] | 0.000 [0.000, 0.000] |" in text
+    assert "| beacons x4 | 1.000 / 2.50 s | 0.000 / 0.25 s | 1.000 / 0.75 s |" in text
+    assert "Do not fit: Too long: use ratio 8." in text
+    pictures = re.findall(r"\]\(plots/(.*?)\)", text)
+    assert pictures == [
+        *("lm-ratio.png", "lm-bytes.png", "lm-gap.png", "lm-positions.png"),
+        *("needles-ratio.png", "needles-bytes.png", "needles-heat.png", "multi-turn-ratio.png", "multi-turn-bytes.png"),
+    ]
+    for name in pictures:
+        assert (folder / "plots" / name).read_bytes().startswith(b"\x89PNG")
+    assert page.read_text().count("data:image/png;base64,") == len(pictures)
+    assert page.read_text().count("<table>") == text.count("| --- |")
+
+
+def test_the_order_of_the_lines_does_not_matter(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(folder, tmp_path / "other")
+    path = tmp_path / "other" / "results.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    random.Random(1).shuffle(lines)
+    path.write_text("".join(lines))
+    one, other = write_report(folder)[0].read_text(), write_report(tmp_path / "other")[0].read_text()
+    assert one == other
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_an_untrained_adapter_is_named_one(tmp_path, is_trained):
+    pytest.importorskip("matplotlib")
+    results = Results(tmp_path, {**MODEL, "is_trained": is_trained})
+    results.open_task("lm", {}, "nats")
+    results.add(Key("lm", "full", None, 96, "a"), {"nats": 2.0, "cache_length": 1, "cache_bytes": 1, "seconds": 1.0})
+    assert ("**Untrained**" in write_report(tmp_path)[0].read_text()) is not is_trained
+
+
+def test_a_folder_without_results_has_no_report(tmp_path):
+    with pytest.raises(StorageError, match="holds no results"):
+        write_report(tmp_path)
+    Results(tmp_path, MODEL)
+    with pytest.raises(InputError) as error:
+        write_report(tmp_path)
+    assert str(error.value) == f"{tmp_path} has no finished sample yet. Run `beacon eval` on, then ask for the report."
+
+
+def test_blocks_are_escaped(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    blocks = [
+        Heading(2, "a<b"),
+        Paragraph("**c** & d"),
+        Table(["m", "n"], [["x|y", "<1>"]]),
+        Picture("a.png", 'say "e"'),
+    ]
+    assert markdown_of(blocks) == (
+        '## a<b\n\n**c** & d\n\n| m | n |\n| --- | ---: |\n| x\\|y | <1> |\n\n![say "e"](plots/a.png)\n'
+    )
+    page = page_of(blocks, tmp_path)
+    assert "<h2>a&lt;b</h2>" in page
+    assert "<p><b>c</b> &amp; d</p>" in page
+    assert "<td>x|y</td><td>&lt;1&gt;</td>" in page
+    assert '<img alt="say &quot;e&quot;" src="data:image/png;base64,eA==">' in page
+
+
+def test_a_number_that_is_none_is_a_dash(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = Results(tmp_path, MODEL)
+    results.open_task("lm", {}, "nats")
+    for method, ratio in (("full", None), ("alone", None), ("beacons", 2)):
+        fields = {"nats": 2.0, "cache_length": 1, "cache_bytes": 2**20, "seconds": 1.0}
+        results.add(Key("lm", method, ratio, 96, "a"), fields)
+    text = write_report(tmp_path)[0].read_text()
+    assert "| beacons x2 | 2.000 | 1 | - | 1 | 1.00 | 1.00 |" in text
+    assert not math.isnan(summary.rows_of(list(results.records.values()), "nats")[0].quality.value)
