@@ -17,6 +17,7 @@ from activation_beacon.training.token_store import TokenStore
 
 LEAST_CHUNKS = 2  # below, there is no beacon to train: the last chunk is read raw
 MIX_BLOCK = 1000  # samples in which every share of a mix is met
+NEIGHBOURS = 64  # conversations that share a length
 
 
 @dataclass(frozen=True)
@@ -179,3 +180,14 @@ def _portions(shares: Sequence[float], total: int) -> tuple[int, ...]:
     for part in by_remainder[: total - sum(portions)]:
         portions[part] += 1
     return tuple(portions)
+
+
+def drawn_length(length: int, chunk_size: int, *, seed: int, index: int) -> int:
+    """How long a conversation is to be: the full length for half of them, three chunks or more for the others.
+
+    Neighbours share a length, so that batches stay of one piece.
+    """
+    generator = random_of(seed, index // NEIGHBOURS, 7)
+    if generator.random() < 0.5:
+        return length
+    return chunk_size * int(generator.integers(min(3, length // chunk_size), length // chunk_size + 1))

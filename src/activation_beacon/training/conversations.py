@@ -1,0 +1,72 @@
+"""Samples that are conversations on a document: read in the chat template, the loss on the answers alone."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from activation_beacon.errors import InputError
+from activation_beacon.prompts import ChatPrompt
+from activation_beacon.training.sampling import Sample
+
+AT_A_TIME = 256  # a tokenizer holds a hundred bytes for each token that it hands out
+
+
+class Turn(NamedTuple):
+    """A question and its answer."""
+
+    question: str
+    answer: str
+
+
+class Conversations:
+    """Writes conversations as a model reads them when it is asked.
+
+    Args:
+        tokenizer: of the base model.
+
+    Raises:
+        InputError: if the tokenizer has no token that ends an answer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.prompt = ChatPrompt(tokenizer)
+        mark = self.prompt.follow_up("?")[0]
+        # Most templates end an answer themselves; where one does not, the model's own end of text does.
+        self._template_ends = self.prompt.has_template and mark in _marks(tokenizer)
+        end = mark if self._template_ends else tokenizer.eos_token_id
+        if end is None:
+            raise InputError("The tokenizer has no eos_token, so that no answer could end. Set tokenizer.eos_token.")
+        self.end: int = end
+        self.overhead = len(self.prompt.opening("")) + len(self.prompt.question("")) + 1
+        self.turn_overhead = len(self.prompt.follow_up("")) + 1
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text by itself."""
+        slices = (list(texts[start : start + AT_A_TIME]) for start in range(0, len(texts), AT_A_TIME))
+        return [len(ids) for part in slices for ids in self._ids(part)]
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of a text by itself."""
+        return self._ids([text])[0]
+
+    def sample(self, document: str, turns: Sequence[Turn]) -> Sample:
+        """One conversation; every answer and the token that ends it are targets."""
+        ids = self.prompt.opening(document)
+        is_target = [False] * len(ids)
+        for number, turn in enumerate(turns):
+            asking = self.prompt.follow_up(turn.question) if number else self.prompt.question(turn.question)
+            if number and self._template_ends:
+                asking = asking[1:]  # the answer before has ended already
+            answer = [*self.ids(turn.answer if self.prompt.has_template else f" {turn.answer}"), self.end]
+            ids += asking + answer
+            is_target += [False] * len(asking) + [True] * len(answer)
+        return Sample(torch.tensor(ids, dtype=torch.long), torch.tensor(is_target))
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _marks(tokenizer: Any) -> set[int]:
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
