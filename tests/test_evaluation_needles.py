@@ -53,10 +53,20 @@ def test_a_needle_says_what_is_asked_and_the_question_does_not(kind):
 
 
 def test_there_is_one_needle_of_each_kind_at_each_depth(needles):
-    assert [(s.facts["kind"], s.facts["depth"]) for s in needles] == [
-        (kind, round(step / (DEPTHS - 1), 3)) for step in range(DEPTHS) for kind in KINDS
-    ]
+    places = [(s.facts["kind"], s.facts["depth"]) for s in needles]
+    assert sorted(places) == sorted((kind, round(step / (DEPTHS - 1), 3)) for step in range(DEPTHS) for kind in KINDS)
     assert len({s.id for s in needles}) == len(needles)
+
+
+def test_the_first_needles_are_of_all_kinds_and_of_depths_far_apart(needles):
+    assert [s.facts["kind"] for s in needles[:3]] == list(KINDS)
+    assert [s.facts["depth"] for s in needles[: 4 * len(KINDS) : len(KINDS)]] == [0.0, 0.333, 0.667, 1.0]
+
+
+@pytest.mark.parametrize("depths", [1, 2, 5, 7, 14])
+def test_any_number_of_depths_is_covered(depths):
+    found = {s.facts["depth"] for s in needle_samples(PROMPT, BACKGROUND, LENGTH, depths=depths, kinds=["number"])}
+    assert found == ({0.5} if depths == 1 else {round(step / (depths - 1), 3) for step in range(depths)})
 
 
 def test_needles_stand_once_and_near_their_depth(needles):

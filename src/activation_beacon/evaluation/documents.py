@@ -115,6 +115,17 @@ def texts(
             yield Text(document.id, [*prefix, *ids])
 
 
+def first_documents(paths: Sequence[str | Path], *, num_tokens: int) -> str:
+    """As many documents as surely hold `num_tokens`, one after the other, with a blank line between them."""
+    found, size = [], 0
+    for document in read_documents(paths):
+        found.append(document.text)
+        size += len(document.text)
+        if size > CHARACTERS_PER_TOKEN * num_tokens:
+            break
+    return "\n\n".join(found)
+
+
 def first_ids(tokenizer: Any, text: str, count: int) -> list[int] | None:
     """The first `count` tokens of a text, without special ones; None if it has fewer."""
     size = CHARACTERS_PER_TOKEN * (count + MARGIN)

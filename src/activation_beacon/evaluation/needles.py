@@ -12,6 +12,7 @@ from activation_beacon.prompts import ChatPrompt
 
 KINDS = ("sentence", "number", "uuid")
 DEPTHS = 10
+STRIDE = 7  # of ten depths it takes 0, 3, 6, 9, 2, 5, 8, 1, 4, 7
 MAX_NEW_TOKENS = {"sentence": 40, "number": 24, "uuid": 48}
 BOUNDARY = re.compile(r"[.!?][\"'”’)]*\s+")
 
@@ -72,7 +73,7 @@ def needle_samples(
     repeats: int = 1,
     seed: int = 0,
 ) -> Iterator[Sample]:
-    """One sample for each repeat, depth and kind, in this order: a prefix of them has all kinds.
+    """One sample for each repeat, depth and kind; the first of them are spread over kinds and depths.
 
     Args:
         prompt: of the tokenizer.
@@ -87,7 +88,7 @@ def needle_samples(
         InputError: for an unknown kind, or an empty background.
     """
     for repeat in range(repeats):
-        for step in range(depths):
+        for step in sorted(range(depths), key=lambda step: step * STRIDE % depths):
             for kind in kinds:
                 rng = random.Random(f"{seed} {length} {kind} {step} {repeat}")
                 depth = step / (depths - 1) if depths > 1 else 0.5

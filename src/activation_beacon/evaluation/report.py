@@ -54,6 +54,41 @@ def write_report(folder: str | Path) -> tuple[Path, Path]:
     return markdown, page
 
 
+def tables(results: Results, task: str | None = None) -> list[Block]:
+    """The tables of one task, or of all, without words and pictures."""
+    blocks: list[Block] = []
+    for name, facts in results.run["tasks"].items():
+        records = results.of_task(name) if task in (None, name) else []
+        for length in summary.lengths_of(records):
+            blocks += [Heading(3, f"{name}, {length:,} tokens"), *_tables_of(records, length, facts["quality"])]
+    return blocks
+
+
+def rows_as_json(results: Results, task: str | None = None) -> list[dict[str, Any]]:
+    """The rows of the tables of one task, or of all, as plain values."""
+    rows = []
+    for name, facts in results.run["tasks"].items():
+        records = results.of_task(name) if task in (None, name) else []
+        for length in summary.lengths_of(records):
+            found = summary.rows_of(summary.select(records, length=length), facts["quality"])
+            rows += [{"task": name, "length": length, **_row_as_json(row, facts["quality"])} for row in found]
+    return rows
+
+
+def _row_as_json(row: Row, quality: str) -> dict[str, Any]:
+    against = "gap_closed" if quality == "nats" else "less_full_context"
+    return {
+        "method": row.way.method,
+        "ratio": row.way.ratio,
+        quality: None if row.quality is None else row.quality.to_dict(),
+        against: None if row.against is None else row.against.to_dict(),
+        "cache_length": row.cache_length,
+        "cache_bytes": row.cache_bytes,
+        "seconds": row.seconds,
+        "refused": row.num_refused,
+    }
+
+
 # --- contents --------------------------------------------------------------------------------------------------------
 
 
@@ -78,14 +113,19 @@ def _task_blocks(name: str, task: dict[str, Any], records: Sequence[Record], pic
     if quality == "nats":
         blocks.append(Paragraph(LM_TEXT))
     for length in summary.lengths_of(records):
-        rows = summary.rows_of(summary.select(records, length=length), quality)
-        blocks += [Heading(3, f"{length:,} tokens"), _table(rows, quality)]
-        if any("kind" in record for record in records):
-            blocks.append(_kinds_table(summary.select(records, length=length)))
-        if _has_turns(records):
-            blocks.append(_turns_table(summary.select(records, length=length)))
+        blocks += [Heading(3, f"{length:,} tokens"), *_tables_of(records, length, quality)]
     blocks += _refusals(records)
     return blocks + _pictures(name, quality, records, pictures)
+
+
+def _tables_of(records: Sequence[Record], length: int, quality: str) -> list[Block]:
+    those = summary.select(records, length=length)
+    found: list[Block] = [_table(summary.rows_of(those, quality), quality)]
+    if any("kind" in record for record in those):
+        found.append(_kinds_table(those))
+    if _has_turns(those):
+        found.append(_turns_table(those))
+    return found
 
 
 LM_TEXT = (

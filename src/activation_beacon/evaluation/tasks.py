@@ -32,14 +32,18 @@ class Task(Protocol):
     Attributes:
         name: in results and reports.
         quality: the field of a record that says how good it is: "nats" (less is better) or "score" (more is).
-        methods: those that it can be run with, and whether a ratio decides their size.
-        settings: all that its samples depend on, besides their length: runs into one folder must agree in it.
     """
 
     name: str
     quality: str
-    methods: Mapping[str, bool]
-    settings: Mapping[str, Any]
+
+    @property
+    def methods(self) -> Mapping[str, bool]:
+        """Those that it can be run with, and whether a ratio decides their size."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All that its samples depend on, besides their length: runs into one folder must agree in it."""
 
     def samples(self, length: int) -> Iterator[Any]:
         """The samples of a length, in an order that does not depend on how many are taken."""
