@@ -18,6 +18,7 @@ from activation_beacon.config import BeaconConfig
 from activation_beacon.errors import FileFormatError, MismatchError
 from activation_beacon.files import build_folder, reason
 from activation_beacon.persistence import load_adapter_tensors, save_adapter
+from activation_beacon.training.processes import like
 
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -160,4 +161,4 @@ def restore_optimizers(
             )
         parameter = by_name[name]
         is_count = tensor.dim() == 0
-        owner[parameter].state[parameter][key] = tensor.clone() if is_count else tensor.to(parameter.device).clone()
+        owner[parameter].state[parameter][key] = tensor.clone() if is_count else like(parameter, tensor).clone()

@@ -91,3 +91,19 @@ def wrap(module: nn.Module, kind: Wrapper, group: Processes, layers: list[nn.Mod
 def whole(tensor: Any) -> torch.Tensor:
     """A tensor that is in one piece, gathered from its shards where it is not. All processes must ask for it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def fill(parameter: Any, tensor: torch.Tensor) -> None:
+    """Copy a tensor in one piece into a parameter, of which this process may hold a shard."""
+    parameter.copy_(like(parameter, tensor))
+
+
+def like(parameter: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in one piece, on the parameter's device and sharded as the parameter is."""
+    tensor = tensor.to(parameter.device)
+    if not hasattr(parameter, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)

@@ -23,7 +23,7 @@ from activation_beacon.training.card import training_card
 from activation_beacon.training.checkpoints import checkpoints
 from activation_beacon.training.metrics import read_metrics
 from activation_beacon.training.processes import Processes, processes
-from activation_beacon.training.samplers import stage_sampler, token_stores
+from activation_beacon.training.samplers import check_sources, stage_sampler, token_stores
 from activation_beacon.training.sampling import DocumentSampler, Sampler
 from activation_beacon.training.settings import TrainingSettings
 from activation_beacon.training.trainer import Outcome, Report, Trainer
@@ -70,6 +70,7 @@ def train(
     """
     tell = notice or logger.info
     folder = Path(settings.output)
+    check_sources(settings)
     _check_output(folder, resume=resume)
     with processes() as group:
         model, tokenizer = _model(settings, group, device)

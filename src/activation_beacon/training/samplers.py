@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from activation_beacon.training.data_files import data_files
 from activation_beacon.training.processes import Processes
 from activation_beacon.training.sampling import DocumentSampler, MixedSampler, Sampler
 from activation_beacon.training.settings import Stage, TrainingSettings
-from activation_beacon.training.sources import ReadReport
 from activation_beacon.training.token_store import BuildProgress, TokenStore, build_token_store
 
 LEAST_CHUNKS = 2
+SMALL_FILES = 1 << 21  # bytes
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,17 @@ class Stores:
 
     documents: TokenStore | None
     dev: TokenStore | None
+
+
+def check_sources(settings: TrainingSettings) -> None:
+    """Look whether what the settings name is there, before anything is loaded.
+
+    Raises:
+        StorageError: if a source does not exist.
+        FileFormatError: if its format is not known.
+    """
+    for source in (*settings.documents, *settings.questions, *settings.dev):
+        data_files(source)
 
 
 def token_stores(
@@ -55,13 +67,18 @@ def _store(
             share = f", {state.bytes_done / state.bytes_total:.0%}" if state.bytes_total else ""
             tell(f"Tokenising {name}: {state.documents:,} documents, {state.tokens:,} tokens{share}")
 
-    report = ReadReport()
     store = build_token_store(
-        sources, tokenizer, folder, min_tokens=least, workers=settings.workers, on_error=settings.on_error,
-        exclude=settings.exclude, text_field=settings.text_field, progress=progress, report=report,
+        sources, tokenizer, folder, min_tokens=least, workers=_workers(settings, sources), on_error=settings.on_error,
+        exclude=settings.exclude, text_field=settings.text_field, progress=progress,
     )  # fmt: skip
     tell(f"{name.capitalize()}: {len(store):,} texts, {store.num_tokens:,} tokens. {store.summary}")
     return store
+
+
+def _workers(settings: TrainingSettings, sources: tuple[str, ...]) -> int:
+    """Processes that tokenise; none for files that are read sooner than processes start."""
+    sizes = [Path(source).stat().st_size for source in sources if Path(source).is_file()]
+    return 0 if len(sizes) == len(sources) and sum(sizes) < SMALL_FILES else settings.workers
 
 
 def stage_sampler(settings: TrainingSettings, number: int, stores: Stores, tokenizer: Any) -> Sampler:

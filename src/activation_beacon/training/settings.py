@@ -158,6 +158,8 @@ class TrainingSettings:
         _check_choice("optimizer", self.optimizer, get_args(Optimizer))
         _check_choice("wrapper", self.wrapper, get_args(Wrapper))
         _check_choice("report_to", self.report_to, (None, "tensorboard", "trackio"))
+        if self.wrapper == "fsdp" and (self.optimizer == "muon" or self.lora_rank is not None):
+            raise ConfigError("muon and lora_rank need whole matrices, and fsdp shards them. Use wrapper ddp.")
         for number, stage in enumerate(self.stages, 1):
             self._check_stage(number, stage)
 

@@ -25,7 +25,7 @@ from activation_beacon.training.low_rank import LowRank
 from activation_beacon.training.metrics import MetricsLog, StepTotals, peak_memory
 from activation_beacon.training.objective import Losses, Objective, check_head, losses
 from activation_beacon.training.optimizers import make_optimizers
-from activation_beacon.training.processes import Processes, whole, wrap
+from activation_beacon.training.processes import Processes, fill, whole, wrap
 from activation_beacon.training.sampling import Sampler
 from activation_beacon.training.settings import Stage, TrainingSettings
 
@@ -126,9 +126,8 @@ class Trainer:
             self.progress = checkpoints.read_progress(found[-1], self.settings.fingerprint)
             own = checkpoints.read_tensors(found[-1], checkpoints.WEIGHTS_FILE)
             tensors = own or checkpoints.read_adapter(found[-1])
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(tensors[name])
+            for name, parameter in self.parameters.items():
+                fill(parameter, tensors[name])
             names = {parameter: name for name, parameter in self.parameters.items()}
             state = checkpoints.read_tensors(found[-1], checkpoints.OPTIMIZER_FILE)
             checkpoints.restore_optimizers(self.optimizers, names, state)

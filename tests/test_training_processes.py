@@ -1,0 +1,83 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from activation_beacon.persistence import load_adapter_tensors
+from activation_beacon.training.checkpoints import checkpoints
+
+# What each process runs: three updates of texts of unlike lengths, or as many as are left.
+SCRIPT = """
+import sys
+from pathlib import Path
+from test_training_trainer import settings, Texts
+from activation_beacon import attach
+from activation_beacon.training.processes import processes
+from activation_beacon.training.trainer import Trainer
+from families import tiny
+
+folder, steps, changes = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
+with processes() as group:
+    run = settings(Path(folder), stage={"steps": 3, "batch_size": 4, "micro_batch_size": 1}, **changes)
+    trainer = Trainer(attach(tiny("llama"), run.config), run, [Texts()], dev=(Texts(), 2), group=group)
+    trainer.resume()
+    trainer.report = lambda line: trainer.stop("enough") if line["step"] == steps else None
+    trainer.run()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def run(count: int, folder: Path, steps: int = 3, **changes):
+    port = str(free_port())
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "WORLD_SIZE": str(count)}
+    members = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), str(steps), repr(changes)],
+            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        for rank in range(count)
+    ]
+    outputs = [member.communicate(timeout=300)[0] for member in members]
+    assert [member.returncode for member in members] == [0] * count, "\n".join(outputs)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return load_adapter_tensors(checkpoints(folder / "checkpoints")[-1]), lines
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return run(1, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_two_processes_train_to_the_weights_of_one(alone, tmp_path, wrapper):
+    expected, lines = alone
+    got, ours = run(2, tmp_path, wrapper=wrapper)
+    for key in ("loss", "gradient_norm", "tokens"):
+        assert [line[key] for line in ours] == pytest.approx([line[key] for line in lines], rel=1e-4)
+    assert ours[-1]["dev"] == pytest.approx(lines[-1]["dev"], rel=1e-4)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_a_run_of_two_processes_is_resumed_and_may_be_finished_by_one(alone, tmp_path, wrapper):
+    run(2, tmp_path, steps=1, wrapper=wrapper)
+    run(2, tmp_path, steps=2, wrapper=wrapper)
+    got, lines = run(1, tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for name, tensor in alone[0].items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=2e-4, msg=name)

@@ -1,0 +1,167 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from activation_beacon import load
+from activation_beacon.cli import app
+from activation_beacon.training.checkpoints import checkpoints
+from evaluation_models import byte_tokenizer
+
+CHUNK = 32
+BEACON = [sys.executable, "-m", "activation_beacon"]
+TEXT = "The lion said nothing at all to the tiger, and went to sleep under a tree. " * 20
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("training")
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=640, bos_token_id=None, eos_token_id=256, pad_token_id=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(root / "base")
+    byte_tokenizer().save_pretrained(root / "base")
+    lines = [{"id": f"d{number}", "text": f"{number}. {TEXT}"} for number in range(12)]
+    (root / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (root / "broken.jsonl").write_text(json.dumps(lines[0]) + '\n{"text": \n{"id": "x"}\n' + json.dumps(lines[1]) + "\n")
+    (root / "recipe.yaml").write_text(
+        f"base: {root / 'base'}\ndocuments: [{root / 'texts.jsonl'}]\ndev: [{root / 'texts.jsonl'}]\nworkers: 0\n"
+        f"config: {{chunk_size: {CHUNK}, ratios: [2, 4]}}\n"
+        "stages:\n- {steps: 4, length: 128, batch_size: 2}\n- {steps: 2, length: 128, chunk_size: 16, batch_size: 2}\n"
+    )
+    return root
+
+
+def run(*args: str, cwd: Path):
+    before = Path.cwd()
+    os.chdir(cwd)
+    try:
+        return CliRunner().invoke(app, ["train", *args])
+    finally:
+        os.chdir(before)
+
+
+def arguments(files: Path) -> list[str]:
+    return [str(files / "texts.jsonl"), "--base", str(files / "base"), "--chunk-size", str(CHUNK), "--ratios", "2,4",
+            "--length", "128", "--batch-size", "2"]  # fmt: skip
+
+
+def test_a_recipe_makes_an_adapter_with_its_card_curves_and_recipe(files, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = run(str(files / "recipe.yaml"), "-o", "run", "--json", cwd=tmp_path)
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values["steps"] == 6
+    assert values["is_finished"] is True
+    assert "step 6: dev nats x2 " in result.stderr
+    folder = tmp_path / "run" / "adapter"
+    model, tokenizer = load(folder)
+    assert model.beacon_config.is_trained
+    assert model.beacon_config.training["steps"] == 6
+    assert tokenizer is not None
+    card = (folder / "README.md").read_text()
+    assert "6 of 6 updates" in card
+    assert "| 2 | 2 | 2 | 128 | 16 | documents 1 | cross_entropy 1 | 0.001 |" in card
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    again = run(str(folder / "recipe.json"), "-o", "again", "--json", cwd=tmp_path)
+    assert again.exit_code == 0, again.output
+    weights = [path / "beacon.safetensors" for path in (tmp_path / "again" / "adapter", folder)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_flags_alone_make_a_run_and_the_summary_says_how_to_go_on(files, tmp_path):
+    result = run(*arguments(files), "-o", "run", "--steps", "3", cwd=tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "run/adapter\n  steps   3 of 3 (all steps are made)\n  tokens  768 in " in result.stdout
+    assert "Documents: 12 texts, " in result.stderr
+
+
+def test_a_broken_record_is_skipped_and_counted_or_stops_the_run(files, tmp_path):
+    broken = [str(files / "broken.jsonl"), *arguments(files)[1:], "--steps", "1"]
+    result = run(*broken, "-o", "run", cwd=tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "broken.jsonl, line 2" in result.stderr
+    assert "2 skipped" in result.stderr
+    stopped = run(*broken, "-o", "other", "--on-error", "stop", cwd=tmp_path)
+    assert stopped.exit_code == 1
+    assert "broken.jsonl" in stopped.stderr
+    assert "line 2" in stopped.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_run_and_resume_finishes_it(files, tmp_path, number):
+    command = [*BEACON, "train", *arguments(files), "-o", "run", "--steps", "400", "--save-every", "1000"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert f"asked to stop by {signal.Signals(number).name}" in out
+    assert "beacon train run/recipe.json --output run --resume" in out
+    assert len(checkpoints(tmp_path / "run" / "checkpoints")) == 1
+    load(tmp_path / "run" / "adapter")
+    step = metrics.read_text().count("\n")
+    again = run(*arguments(files), "-o", "run", "--steps", "400", "--save-every", "1000", "--resume", "--max-minutes", "0.1",
+                cwd=tmp_path)  # fmt: skip
+    assert again.exit_code == 0, again.output
+    assert f"Going on after step {step} of 400." in again.stderr
+
+
+BAD = [
+    ([], "There is nothing to train on. Name texts, or a recipe such as recipes/default-cpu.yaml."),
+    (["{files}/texts.jsonl"], "The run needs a folder for what comes of it. Add --output FOLDER."),
+    (["{files}/none.jsonl", "-o", "run", "--base", "{files}/base"], "none.jsonl"),
+    (["none.yaml", "-o", "run"], "none.yaml cannot be read: No such file or directory. Name a YAML recipe."),
+    (["{files}/bad.yaml", "-o", "run"], "bad.yaml, line 2 is not valid YAML"),
+    (["{files}/list.yaml", "-o", "run"], "list.yaml must hold names and values; got list."),
+    (["{files}/unknown.yaml", "-o", "run"], "The recipe names learning_rat, which is not known. Known: adapter, base"),
+    (["{files}/texts.jsonl", "-o", "run", "--base", "{files}/none"], "There is no folder"),
+    (["{files}/texts.jsonl", "-o", "run", "--length", "100"], "length (100) must exceed chunk_size (1024)"),
+    (["{files}/texts.jsonl", "-o", "run", "--steps", "0"], "steps must be an int of at least 1; got 0."),
+    (["{files}/texts.jsonl", "-o", "run", "--optimizer", "sgd"], "optimizer must be one of adamw, muon; got 'sgd'."),
+    (["{files}/texts.jsonl", "-o", "run", "--ratios", "2,x"], "--ratios must be ints such as 2,8,32; got '2,x'."),
+    (["{files}/texts.jsonl", "-o", "run", "--chunk-size", "1000"], "chunk_size (1000) must be divisible by every ratio"),
+    (["{files}/texts.jsonl", "-o", "{files}/texts.jsonl/run", "--base", "{files}/base"], "cannot be made"),
+    (
+        ["{files}/texts.jsonl", "-o", "run", "--base", "{files}/base", "--chunk-size", "32", "--length", "1024",
+         "--distillation", "1"],
+        "length (1024) exceeds what the base reads uncompressed (640 positions)",
+    ),
+    (
+        ["{files}/texts.jsonl", "-o", "run", "--base", "{files}/base", "--chunk-size", "32", "--length", "120"],
+        "must be a multiple of chunk_size (32)",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "text"), BAD, ids=[text[:40] for _, text in BAD])
+def test_bad_input_is_one_line_and_exit_status_1(files, tmp_path, args, text):
+    (files / "bad.yaml").write_text("base: default\nstages: [}\n")
+    (files / "list.yaml").write_text("- 1\n")
+    (files / "unknown.yaml").write_text("learning_rat: 1\n")
+    result = run(*[arg.format(files=files) for arg in args], cwd=tmp_path)
+    assert result.exit_code == 1, result.output
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert text in last
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(files, tmp_path):
+    assert run(*arguments(files), "-o", "run", "--steps", "1", cwd=tmp_path).exit_code == 0
+    result = run(*arguments(files), "-o", "run", "--steps", "1", cwd=tmp_path)
+    assert result.exit_code == 1
+    assert "run holds a run already, with a checkpoint at step-0000001. Add --resume to go on" in result.stderr
