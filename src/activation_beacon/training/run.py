@@ -26,6 +26,7 @@ from activation_beacon.training.processes import Processes, processes
 from activation_beacon.training.samplers import check_sources, stage_sampler, token_stores
 from activation_beacon.training.sampling import DocumentSampler, Sampler
 from activation_beacon.training.settings import TrainingSettings
+from activation_beacon.training.tracking import open_tracker
 from activation_beacon.training.trainer import Outcome, Report, Trainer
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def train(
             write_text(folder / SETTINGS_FILE, json.dumps(settings.to_dict(), indent=2) + "\n")
         if resume and (progress := trainer.resume()).step:
             tell(f"Going on after step {progress.step:,} of {settings.num_steps:,}.")
-        with _signals(trainer):
+        with _signals(trainer), _tracked(trainer):
             outcome = trainer.run(max_minutes=max_minutes)
         tensors = trainer.adapter_tensors()
         if group.is_first:
@@ -172,6 +173,28 @@ def _dev(settings: TrainingSettings, store: Any) -> tuple[Sampler, int] | None:
         return None
     size = settings.config.chunk_size
     return DocumentSampler(store, length=DEV_CHUNKS * size, chunk_size=size, seed=0), DEV_TEXTS
+
+
+@contextmanager
+def _tracked(trainer: Trainer) -> Iterator[None]:
+    """Metrics go to the tracker that the settings name, too."""
+    settings, own = trainer.settings, trainer.report
+    if settings.report_to is None or not trainer.group.is_first:
+        yield
+        return
+    track, close = open_tracker(settings.report_to, trainer.folder, settings.to_dict())
+
+    def report(line: dict[str, Any]) -> None:
+        track(line)
+        if own is not None:
+            own(line)
+
+    trainer.report = report
+    try:
+        yield
+    finally:
+        trainer.report = own
+        close()
 
 
 @contextmanager

@@ -74,6 +74,8 @@ class Stage:
         if self.warmup + self.decay > 1:
             raise ConfigError(f"warmup ({self.warmup}) and decay ({self.decay}) must not exceed 1 together.")
         _check_choice("ratio_draw", self.ratio_draw, get_args(RatioDraw))
+        for name in ("cross_entropy", "distillation", "context_weight"):
+            _check_number(name, getattr(self, name), least=0.0)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -167,7 +169,7 @@ class TrainingSettings:
         chunk_size = stage.chunk_size or self.config.chunk_size
         if wrong := [ratio for ratio in self.config.ratios if chunk_size % ratio]:
             raise ConfigError(
-                f"Stage {number}: chunk_size ({chunk_size}) must be divisible by every ratio; {wrong[0]} is not."
+                f"Stage {number}: chunk_size ({chunk_size}) must be divisible by every ratio; {wrong[0]} does not divide it."
             )
         if stage.length <= chunk_size:
             raise ConfigError(

@@ -32,6 +32,7 @@ from activation_beacon.training.settings import Stage, TrainingSettings
 RUNAWAY_NATS = 2.0  # by which the smoothed loss may exceed the best it was
 SMOOTHING = 0.95
 LAST_SHARE = 0.02  # of the time that is left for saving
+FALL_SHARE = 0.3  # of the time in which the learning rate falls
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -142,7 +143,7 @@ class Trainer:
         Raises:
             TrainingError: if the loss is no number, or runs away; the last good checkpoint is named.
         """
-        clock = _Clock(max_minutes, self.settings.num_steps - self.progress.step)
+        clock = _Clock(max_minutes)
         log = MetricsLog(self.folder / "metrics.jsonl", self.progress.step) if self.group.is_first else None
         why = "all steps are made"
         with chunks_at_once(self.model):
@@ -191,7 +192,7 @@ class Trainer:
         totals = StepTotals()
         for batch in self._synchronised(batches):
             self._accumulate(batch, stage, num_targets, totals)
-        rate = stage.rate(max((step + 1) / stage.steps, clock.share if number == len(self.samplers) - 1 else 0.0))
+        rate = min(stage.rate((step + 1) / stage.steps), stage.learning_rate * clock.fall)
         norm = self._update(rate, stage.max_grad_norm)
         line = totals.line(self.group, self.device)
         self._check(line["loss"], norm)
@@ -332,14 +333,13 @@ class Trainer:
 
 
 class _Clock:
-    """How much of the time, or else of the steps, is used up."""
+    """How much of the time is used up, if there is a limit."""
 
-    def __init__(self, minutes: float | None, num_steps: int) -> None:
+    def __init__(self, minutes: float | None) -> None:
         self.minutes = minutes
         self.start = time.monotonic()
         self.longest_step = 0.0
         self.last = self.start
-        self.num_steps = num_steps
 
     def tick(self) -> None:
         """A step was made."""
@@ -347,11 +347,12 @@ class _Clock:
         self.longest_step, self.last = max(self.longest_step, now - self.last), now
 
     @property
-    def share(self) -> float:
-        """Of the time that is used up; 0 without a limit."""
+    def fall(self) -> float:
+        """What is left of the learning rate: it falls in the last part of the time that was given."""
         if self.minutes is None:
-            return 0.0
-        return min(1.0, (time.monotonic() - self.start) / (60 * self.minutes * (1 - LAST_SHARE)))
+            return 1.0
+        used = (time.monotonic() - self.start) / (60 * self.minutes * (1 - LAST_SHARE))
+        return min(1.0, max((1 - used) / FALL_SHARE, 0.01))
 
     @property
     def is_over(self) -> bool:

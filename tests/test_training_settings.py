@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+
+from activation_beacon import BeaconConfig
+from activation_beacon.errors import ConfigError
+from activation_beacon.training.settings import Stage, TrainingSettings, read_recipe
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_is_valid_and_named_in_the_list(path):
+    settings = TrainingSettings.from_dict({**read_recipe(path), "output": "run"})
+    assert settings.num_steps > 100
+    assert f"]({path.name})" in (path.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_settings_survive_their_plain_values():
+    settings = TrainingSettings(
+        output="run", documents=("a", "b"), config=BeaconConfig(chunk_size=64, num_sinks=2), lora_rank=3,
+        stages=(Stage(steps=3, length=256), Stage(steps=4, length=128, chunk_size=32, ratio_draw="text")),
+    )  # fmt: skip
+    again = TrainingSettings.from_dict(settings.to_dict())
+    assert again == settings
+    assert again.fingerprint == settings.fingerprint
+
+
+def test_a_run_is_the_same_wherever_it_is_written_and_another_with_another_seed():
+    one = TrainingSettings(output="a", documents=("t",), save_every=5)
+    assert TrainingSettings(output="b", documents=("t",), save_every=7).fingerprint == one.fingerprint
+    assert TrainingSettings(output="a", documents=("t",), seed=1).fingerprint != one.fingerprint
+
+
+def test_each_step_falls_into_its_stage():
+    settings = TrainingSettings(output="a", documents=("t",), stages=(Stage(steps=2), Stage(steps=3)))
+    assert [settings.stage_at(step)[::2] for step in range(5)] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    stage = Stage(learning_rate=1.0, warmup=0.1, decay=0.5)
+    rates = [stage.rate(progress) for progress in (0.0, 0.05, 0.1, 0.3, 0.5, 0.75, 1.0)]
+    assert rates == pytest.approx([0.01, 0.5, 1.0, 1.0, 1.0, 0.5, 0.01])
+    assert Stage(learning_rate=1.0, warmup=0.0, decay=0.0).rate(1.0) == 1.0
+
+
+BAD_STAGES = [
+    ({"steps": 0}, "steps must be an int of at least 1; got 0."),
+    ({"steps": True}, "steps must be an int of at least 1; got True."),
+    ({"length": 1}, "length must be an int of at least 4; got 1."),
+    ({"chunk_size": 1}, "chunk_size must be an int of at least 2; got 1."),
+    ({"learning_rate": 0}, "learning_rate must be a number of more than 0; got 0."),
+    ({"learning_rate": "1e-3"}, "learning_rate must be a number of more than 0; got '1e-3'."),
+    ({"documents": 0.0}, "documents, questions, needles and reconstruction are all 0: no text is left. Raise one."),
+    ({"needles": -1}, "needles must be a number of at least 0; got -1."),
+    ({"warmup": 0.6, "decay": 0.6}, "warmup (0.6) and decay (0.6) must not exceed 1 together."),
+    ({"ratio_draw": "step"}, "ratio_draw must be one of chunk, text; got 'step'."),
+    ({"cross_entropy": -1.0}, "cross_entropy must be a number of at least 0; got -1.0."),
+]
+
+
+@pytest.mark.parametrize(("values", "text"), BAD_STAGES, ids=[text[:40] for _, text in BAD_STAGES])
+def test_a_stage_that_makes_no_sense_is_refused(values, text):
+    with pytest.raises(ConfigError) as caught:
+        Stage(**values)
+    assert str(caught.value) == text
+
+
+BAD_RUNS = [
+    ({"stages": []}, "stages is empty. Name at least one."),
+    ({"stages": 3}, "stages must be a list; got 3."),
+    ({"stages": [3]}, "Stage 1 must hold names and values; got 3."),
+    ({"stages": [{"step": 3}]}, "Stage 1 names step, which is not known. Known: batch_size, chunk_size,"),
+    ({"config": {"chunk": 3}}, "config names chunk, which is not known. Known: chunk_size, local_tokens,"),
+    ({"wrapper": "zero"}, "wrapper must be one of ddp, fsdp; got 'zero'."),
+    ({"wrapper": "fsdp", "optimizer": "muon"}, "muon and lora_rank need whole matrices, and fsdp shards them. Use wrapper ddp."),
+    ({"report_to": "wandb"}, "report_to must be one of None, tensorboard, trackio; got 'wandb'."),
+    ({"lora_rank": 0}, "lora_rank must be an int of at least 1; got 0."),
+    ({"stages": [{"chunk_size": 48}]}, "Stage 1: chunk_size (48) must be divisible by every ratio; 32 does not divide it."),
+    ({"stages": [{"length": 1024}]}, "Stage 1: length (1024) must exceed chunk_size (1024): beacons learn from"),
+    ({"stages": [{"questions": 0.5}]}, "Stage 1: questions (0.5) needs questions, and none are named."),
+    ({"documents": []}, "Stage 1: documents (1.0) needs documents, and none are named."),
+]
+
+
+@pytest.mark.parametrize(("values", "text"), BAD_RUNS, ids=[text[:40] for _, text in BAD_RUNS])
+def test_a_run_that_makes_no_sense_is_refused(values, text):
+    with pytest.raises(ConfigError) as caught:
+        TrainingSettings.from_dict({"output": "run", "documents": ["texts"], **values})
+    assert str(caught.value).startswith(text)
