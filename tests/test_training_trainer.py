@@ -191,7 +191,7 @@ def test_a_loss_that_runs_away_stops_the_run(tmp_path, monkeypatch):
 
 
 def test_time_that_is_over_ends_the_run_with_a_low_learning_rate(tmp_path):
-    run = trainer(tmp_path, stage={"steps": 10**6})
+    run = trainer(tmp_path, stage={"steps": 10**6, "warmup": 0.0})
     outcome = run.run(max_minutes=0.05)
     assert outcome.is_finished
     assert outcome.why == "0.05 minutes are over"
