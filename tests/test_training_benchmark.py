@@ -17,7 +17,7 @@ def test_every_way_is_measured_at_every_length_and_leaves_the_model_as_it_was():
     for speed in found:
         assert len(speed.seconds) == 2
         assert speed.tokens_per_second == pytest.approx(speed.length / (sum(speed.seconds) / 2))
-        assert 0 < speed.share_of_peak
+        assert speed.share_of_peak > 0
         assert speed.memory_bytes > 0
     assert not model.training
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
@@ -27,9 +27,8 @@ def test_every_way_is_measured_at_every_length_and_leaves_the_model_as_it_was():
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
-    from evaluation_models import beacon_model, byte_tokenizer
-
     from activation_beacon import detach
+    from evaluation_models import beacon_model, byte_tokenizer
 
     folder = tmp_path_factory.mktemp("bench")
     model = beacon_model()
@@ -40,7 +39,16 @@ def adapter(tmp_path_factory) -> Path:
 
 
 def test_the_command_prints_a_table_or_one_json_object(adapter):
-    args = ["bench", "training", "--model", str(adapter / "adapter"), "--base", str(adapter / "base"), "--lengths", "96,64"]
+    args = [
+        "bench",
+        "training",
+        "--model",
+        str(adapter / "adapter"),
+        "--base",
+        str(adapter / "base"),
+        "--lengths",
+        "96,64",
+    ]
     table = CliRunner().invoke(app, [*args, "--repeats", "1"])
     assert table.exit_code == 0, table.output
     lines = table.stdout.splitlines()
@@ -58,7 +66,16 @@ def test_the_command_prints_a_table_or_one_json_object(adapter):
     ],
 )
 def test_lengths_that_make_no_sense_are_refused(adapter, lengths, text):
-    args = ["bench", "training", "--model", str(adapter / "adapter"), "--base", str(adapter / "base"), "--lengths", lengths]
+    args = [
+        "bench",
+        "training",
+        "--model",
+        str(adapter / "adapter"),
+        "--base",
+        str(adapter / "base"),
+        "--lengths",
+        lengths,
+    ]
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == text

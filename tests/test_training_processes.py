@@ -44,8 +44,10 @@ def run(count: int, folder: Path, steps: int = 3, **changes):
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), str(steps), repr(changes)],
             env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank in range(count)
     ]
     outputs = [member.communicate(timeout=300)[0] for member in members]

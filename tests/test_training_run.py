@@ -31,7 +31,9 @@ def files(tmp_path_factory) -> Path:
     byte_tokenizer().save_pretrained(root / "base")
     lines = [{"id": f"d{number}", "text": f"{number}. {TEXT}"} for number in range(12)]
     (root / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (root / "broken.jsonl").write_text(json.dumps(lines[0]) + '\n{"text": \n{"id": "x"}\n' + json.dumps(lines[1]) + "\n")
+    (root / "broken.jsonl").write_text(
+        json.dumps(lines[0]) + '\n{"text": \n{"id": "x"}\n' + json.dumps(lines[1]) + "\n"
+    )
     (root / "recipe.yaml").write_text(
         f"base: {root / 'base'}\ndocuments: [{root / 'texts.jsonl'}]\ndev: [{root / 'texts.jsonl'}]\nworkers: 0\n"
         f"config: {{chunk_size: {CHUNK}, ratios: [2, 4]}}\n"

@@ -73,10 +73,16 @@ BAD_RUNS = [
     ({"stages": [{"step": 3}]}, "Stage 1 names step, which is not known. Known: batch_size, chunk_size,"),
     ({"config": {"chunk": 3}}, "config names chunk, which is not known. Known: chunk_size, local_tokens,"),
     ({"wrapper": "zero"}, "wrapper must be one of ddp, fsdp; got 'zero'."),
-    ({"wrapper": "fsdp", "optimizer": "muon"}, "muon and lora_rank need whole matrices, and fsdp shards them. Use wrapper ddp."),
+    (
+        {"wrapper": "fsdp", "optimizer": "muon"},
+        "muon and lora_rank need whole matrices, and fsdp shards them. Use wrapper ddp.",
+    ),
     ({"report_to": "wandb"}, "report_to must be one of None, tensorboard, trackio; got 'wandb'."),
     ({"lora_rank": 0}, "lora_rank must be an int of at least 1; got 0."),
-    ({"stages": [{"chunk_size": 48}]}, "Stage 1: chunk_size (48) must be divisible by every ratio; 32 does not divide it."),
+    (
+        {"stages": [{"chunk_size": 48}]},
+        "Stage 1: chunk_size (48) must be divisible by every ratio; 32 does not divide it.",
+    ),
     ({"stages": [{"length": 1024}]}, "Stage 1: length (1024) must exceed chunk_size (1024): beacons learn from"),
     ({"stages": [{"questions": 0.5}]}, "Stage 1: questions (0.5) needs questions, and none are named."),
     ({"documents": []}, "Stage 1: documents (1.0) needs documents, and none are named."),

@@ -36,7 +36,9 @@ def training(
     loaded = load_model(model, base=base, device=device, dtype=dtype)
     shortest = loaded.config.chunk_size
     if sizes[0] <= shortest:
-        raise InputError(f"--lengths ({sizes[0]}) must exceed the chunk ({shortest}): there is nothing to train on before.")
+        raise InputError(
+            f"--lengths ({sizes[0]}) must exceed the chunk ({shortest}): there is nothing to train on before."
+        )
     from activation_beacon.training.benchmark import measure
 
     found = []

@@ -1,5 +1,6 @@
 """How fast training is: tokens per second, share of the hardware's speed, and memory, against the length of texts."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +64,7 @@ def measure(
             ratios = draw_ratios(num_chunks, model.beacon_config.ratios, "chunk", seed=0, index=length)
             for way in ways:
                 _reset_peak(device)
-                seconds = tuple(_timed(lambda way=way: _step(way, model, ids, ratios), device, repeats))
+                seconds = tuple(_timed(functools.partial(_step, way, model, ids, ratios), device, repeats))
                 speed = ids.numel() / statistics.median(seconds)
                 share = 4 * _num_weights(model) * speed / peak
                 yield Speed(way, length, speed, seconds, share, peak_memory(device))
