@@ -1,5 +1,8 @@
+import itertools
 import json
 import math
+import time
+import types
 
 import numpy as np
 import pytest
@@ -190,13 +193,18 @@ def test_a_loss_that_runs_away_stops_the_run(tmp_path, monkeypatch):
         trainer(tmp_path, stage={"steps": 200, "learning_rate": 100.0, "max_grad_norm": 1e9}).run()
 
 
-def test_time_that_is_over_ends_the_run_with_a_low_learning_rate(tmp_path):
+def test_time_that_is_over_ends_the_run_with_a_low_learning_rate(tmp_path, monkeypatch):
+    calls = itertools.count()
+    clock = types.SimpleNamespace(monotonic=lambda: next(calls) / 10, perf_counter=time.perf_counter)
+    monkeypatch.setattr("activation_beacon.training.trainer.time", clock)
     run = trainer(tmp_path, stage={"steps": 10**6, "warmup": 0.0})
-    outcome = run.run(max_minutes=0.05)
+    outcome = run.run(max_minutes=0.25)
     assert outcome.is_finished
-    assert outcome.why == "0.05 minutes are over"
+    assert outcome.why == "0.25 minutes are over"
+    assert next(calls) / 10 < 15
     rates = [line["learning_rate"] for line in metrics(tmp_path)]
-    assert rates[-1] < 0.1 * max(rates)
+    assert rates[0] == max(rates)
+    assert rates[-1] < 0.15 * max(rates)
     assert outcome.checkpoint.is_dir()
 
 

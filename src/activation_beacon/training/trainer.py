@@ -9,9 +9,10 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -146,9 +147,9 @@ class Trainer:
         clock = _Clock(max_minutes)
         log = MetricsLog(self.folder / "metrics.jsonl", self.progress.step) if self.group.is_first else None
         why = "all steps are made"
-        with chunks_at_once(self.model):
+        with chunks_at_once(self.model), _Ahead(self._batches, self.settings.num_steps) as ahead:
             while self.progress.step < self.settings.num_steps:
-                line = self._step(clock)
+                line = self._step(clock, ahead)
                 if self.dev is not None and self._is_due(self.settings.dev_every):
                     line["dev"] = self.dev_losses()
                 self._tell(line, log)
@@ -180,10 +181,10 @@ class Trainer:
 
     # --- one update ---
 
-    def _step(self, clock: "_Clock") -> dict[str, Any]:
+    def _step(self, clock: "_Clock", ahead: "_Ahead") -> dict[str, Any]:
         start = time.perf_counter()
         number, stage, step = self.settings.stage_at(self.progress.step)
-        batches = self._batches(number, stage, step)
+        batches = self._evened(ahead.get(self.progress.step))
         num_targets, num_tokens = self.group.sum(
             sum(batch.num_targets for batch in batches),
             sum(batch.num_tokens for batch in batches),
@@ -217,21 +218,26 @@ class Trainer:
             "memory_bytes": peak_memory(self.device),
         }
 
-    def _batches(self, number: int, stage: Stage, step: int) -> list[Batch]:
-        batches = step_batches(
+    def _batches(self, step: int) -> list[Batch]:
+        """What this process reads for one update: a function of the run's step, made ahead in a thread."""
+        number, stage, step_of_stage = self.settings.stage_at(step)
+        return step_batches(
             stage,
             self.samplers[number],
-            step,
+            step_of_stage,
             chunk_size=stage.chunk_size or self.settings.config.chunk_size,
             ratios=self.settings.config.ratios,
             seed=self.settings.seed + 1_000_003 * number,
             rank=self.group.rank,
             num_processes=self.group.count,
         )
-        if self.settings.wrapper == "fsdp" and self.group.count > 1:  # shards are gathered by all or by none
-            wanted = int(_maximum(len(batches), self.device))
-            batches += [batches[-1].empty()] * (wanted - len(batches))
-        return batches
+
+    def _evened(self, batches: list[Batch]) -> list[Batch]:
+        """With fsdp, as many batches in every process: shards are gathered by all or by none."""
+        if self.settings.wrapper != "fsdp" or self.group.count == 1:
+            return batches
+        wanted = int(_maximum(len(batches), self.device))
+        return batches + [batches[-1].empty()] * (wanted - len(batches))
 
     def _synchronised(self, batches: list[Batch]) -> Iterator[Batch]:
         """Batches one by one; gradients are averaged over processes with the last."""
@@ -330,6 +336,29 @@ class Trainer:
                     totals.add(self.module(_on(batch, self.device), Objective()), batch)
             found[str(ratio)] = totals.line(self.group, self.device)["loss"]
         return found
+
+
+class _Ahead:
+    """Makes what the next step reads while this one runs: conversations take a while to be put together."""
+
+    def __init__(self, make: Callable[[int], list[Batch]], num_steps: int) -> None:
+        self._make, self._num_steps = make, num_steps
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._waiting: tuple[int, Future[list[Batch]]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def get(self, step: int) -> list[Batch]:
+        """What a step reads."""
+        known = self._waiting is not None and self._waiting[0] == step
+        made = self._waiting[1].result() if known and self._waiting else self._make(step)
+        if step + 1 < self._num_steps:
+            self._waiting = (step + 1, self._pool.submit(self._make, step + 1))
+        return made
 
 
 class _Clock:
