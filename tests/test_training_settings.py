@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -6,14 +7,16 @@ from activation_beacon import BeaconConfig
 from activation_beacon.errors import ConfigError
 from activation_beacon.training.settings import Stage, TrainingSettings, read_recipe
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(RECIPES_FOLDER.rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_is_valid_and_named_in_the_list(path):
     settings = TrainingSettings.from_dict({**read_recipe(path), "output": "run"})
-    assert settings.num_steps > 100
-    assert f"]({path.name})" in (path.parent / "README.md").read_text(encoding="utf-8")
+    assert settings.num_steps > 30
+    text = (RECIPES_FOLDER / "README.md").read_text(encoding="utf-8")
+    assert f"]({path.name})" in text or path.stem in re.search(r"for name in (.*); do", text)[1].split()
 
 
 def test_settings_survive_their_plain_values():

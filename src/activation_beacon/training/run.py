@@ -35,8 +35,6 @@ SETTINGS_FILE = "recipe.json"
 METRICS_FILE = "metrics.jsonl"
 ADAPTER_FOLDER = "adapter"
 CURVES_FILE = "curves.png"
-DEV_TEXTS = 4
-DEV_CHUNKS = 4
 DTYPE = torch.float16
 
 
@@ -171,8 +169,8 @@ def _model(settings: TrainingSettings, group: Processes, device: str | None) -> 
 def _dev(settings: TrainingSettings, store: Any) -> tuple[Sampler, int] | None:
     if store is None:
         return None
-    size = settings.config.chunk_size
-    return DocumentSampler(store, length=DEV_CHUNKS * size, chunk_size=size, seed=0), DEV_TEXTS
+    sampler = DocumentSampler(store, length=settings.length_of_dev_texts, chunk_size=settings.config.chunk_size, seed=0)
+    return sampler, settings.dev_texts
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def token_stores(
     """Tokenise what the settings name, in the first process; the others open what it made."""
     smallest = min(stage.chunk_size or settings.config.chunk_size for stage in settings.stages)
     made: list[TokenStore | None] = []
-    for name, least in (("documents", LEAST_CHUNKS * smallest), ("dev", 4 * settings.config.chunk_size)):
+    for name, least in (("documents", LEAST_CHUNKS * smallest), ("dev", settings.length_of_dev_texts)):
         sources = getattr(settings, name)
         if not group.is_first:
             group.barrier()

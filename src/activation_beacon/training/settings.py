@@ -112,6 +112,8 @@ class TrainingSettings:
         seed: of texts, ratios and new weights.
         save_every: updates between checkpoints.
         dev_every: updates between losses on `dev`.
+        dev_texts: how many texts these are of.
+        dev_length: tokens of such a text, in whole chunks of the adapter; None for four chunks.
         keep_checkpoints: how many are kept.
         gradient_checkpointing: trade time for memory.
         wrapper: what distributes the model over processes.
@@ -139,6 +141,8 @@ class TrainingSettings:
     seed: int = 0
     save_every: int = 100
     dev_every: int = 100
+    dev_texts: int = 4
+    dev_length: int | None = None
     keep_checkpoints: int = 2
     gradient_checkpointing: bool = False
     wrapper: Wrapper = "ddp"
@@ -154,7 +158,7 @@ class TrainingSettings:
             raise ConfigError("stages is empty. Name at least one.")
         if self.lora_rank is not None:
             _check_int("lora_rank", self.lora_rank, least=1)
-        for name in ("save_every", "dev_every", "keep_checkpoints"):
+        for name in ("save_every", "dev_every", "dev_texts", "keep_checkpoints"):
             _check_int(name, getattr(self, name), least=1)
         _check_choice("on_error", self.on_error, ("skip", "stop"))
         _check_choice("optimizer", self.optimizer, get_args(Optimizer))
@@ -182,6 +186,11 @@ class TrainingSettings:
             if share and not needs[kind]:
                 source = "questions" if kind == "questions" else "documents"
                 raise ConfigError(f"Stage {number}: {kind} ({share}) needs {source}, and none are named.")
+
+    @property
+    def length_of_dev_texts(self) -> int:
+        """Tokens of each."""
+        return self.dev_length or DEV_CHUNKS * self.config.chunk_size
 
     @property
     def num_steps(self) -> int:
@@ -230,10 +239,12 @@ class TrainingSettings:
             raise ConfigError(f"The recipe cannot be read: {error}.") from error
 
 
+DEV_CHUNKS = 4
 CONFIG_FIELDS = ("chunk_size", "ratios", "projections", "num_sinks", "local_tokens", "placement")
 # A run may be continued elsewhere, saved more often, or on more processes.
 NOT_DECISIVE = (
-    "output", "save_every", "dev_every", "dev", "keep_checkpoints", "report_to", "workers", "wrapper", "gradient_checkpointing",
+    "output", "save_every", "dev_every", "dev", "dev_texts", "dev_length", "keep_checkpoints", "report_to", "workers", "wrapper",
+    "gradient_checkpointing",
 )  # fmt: skip
 
 
