@@ -1,5 +1,9 @@
+import json
+import re
+
 import pytest
 from transformers import LlamaConfig
+from typer.testing import CliRunner
 
 from activation_beacon.bench.cost import (
     FULL_ATTENTION,
@@ -14,6 +18,7 @@ from activation_beacon.bench.cost import (
     memory_bytes,
     prefill_flops,
 )
+from activation_beacon.cli import app
 from activation_beacon.errors import ConfigError
 from families import SIZES, beacon_tensors, random_ids, tiny, with_beacons
 
@@ -139,3 +144,24 @@ def test_the_longest_text_fits_and_one_token_more_does_not():
 def test_a_ratio_that_does_not_divide_the_chunk_is_refused(ratio, chunk):
     with pytest.raises(ConfigError, match=r"chunk_size \(1024\) must be divisible by ratio"):
         Compression(ratio, chunk)
+
+
+def test_the_plan_prints_operations_cache_break_even_and_what_fits():
+    args = ["bench", "plan", "--shape", "qwen2-7b", "--lengths", "131072", "--ratios", "8", "--chunk-size", "2048"]
+    result = CliRunner().invoke(app, [*args, "--gpu-gib", "80"])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[1].split() == ["131,072", "full", "5,162.93", "1.00x", "7.00", "GiB", "1.0x"]
+    assert lines[2].split()[:2] == ["131,072", "8"]
+    assert lines[2].split()[-1] == "7.1x"
+    assert re.fullmatch(r"full attention: up to [\d,]+ tokens in 80 GiB", lines[4])
+    assert re.fullmatch(r"ratio 8: fewer operations from [\d,]+ tokens on, up to [\d,]+ tokens in 80 GiB", lines[5])
+    values = json.loads(CliRunner().invoke(app, [*args, "--json"]).stdout)
+    assert [row["ratio"] for row in values["rows"]] == [None, 8]
+    assert values["rows"][1]["speedup"] == pytest.approx(2.05, abs=0.02)
+
+
+def test_an_unknown_shape_is_refused_with_the_known_ones():
+    result = CliRunner().invoke(app, ["bench", "plan", "--shape", "gpt-5"])
+    assert result.exit_code == 1
+    assert "--shape must be one of smollm2-135m, llama-2-7b, llama-3-8b, qwen2-7b; got 'gpt-5'." in result.stderr

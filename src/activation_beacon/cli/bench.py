@@ -1,7 +1,7 @@
 """`beacon bench`: how fast it is, measured on this machine."""
 
 import dataclasses
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +9,9 @@ from activation_beacon.cli import options
 from activation_beacon.cli.console import bytes_text, notice, print_json
 from activation_beacon.cli.models import load_model
 from activation_beacon.errors import InputError
+
+if TYPE_CHECKING:
+    from activation_beacon.bench.cost import Compression, ModelShape
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed and memory on this machine.")
 
@@ -56,6 +59,91 @@ def training(
             f"{each.length:>8,}  {each.way:<13}{each.tokens_per_second:>9,.0f}{factor:>12.2f}x{each.share_of_peak:>14.0%}"
             f"{bytes_text(each.memory_bytes):>13}"
         )
+
+
+PLAN_EPILOG = options.examples(
+    "beacon bench plan --shape qwen2-7b",
+    "beacon bench plan --shape llama-3-8b --gpu-gib 24 --lengths 32768,131072 --ratios 4,8,32",
+)
+
+
+@bench.command("plan", epilog=PLAN_EPILOG)
+def plan(
+    shape: Annotated[str, typer.Option("--shape", help="Sizes of a known model.")] = "smollm2-135m",
+    lengths: Annotated[str, typer.Option("--lengths", help="Tokens of the texts.")] = "8192,32768,131072",
+    ratios: Annotated[str, typer.Option("--ratios", help="Tokens per beacon.")] = "2,4,8,16,32",
+    chunk_size: Annotated[int, typer.Option("--chunk-size", min=2, help="Tokens of a chunk.")] = 1024,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=0, help="Tokens written after reading.")] = 64,
+    gpu_gib: Annotated[float | None, typer.Option("--gpu-gib", min=0.0, help="Say what fits this memory.")] = None,
+    element_bytes: Annotated[
+        int, typer.Option("--element-bytes", min=1, help="Of weights and cache: 2 for bfloat16.")
+    ] = 2,
+    json: options.Json = False,
+) -> None:
+    """Compute on paper what beacons save: operations, cache, break-even, and the longest text that fits a GPU.
+
+    Only matrix products are counted, attention as causal. Nothing is loaded or measured.
+    """
+    from activation_beacon.bench.cost import SHAPES, break_even, longest_text
+
+    if shape not in SHAPES:
+        raise InputError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}.")
+    known, sizes = SHAPES[shape], _lengths(lengths)
+    ways = [None, *options.parse_ratios(ratios)]
+    rows = [
+        _planned(known, length, ratio, chunk_size=chunk_size, new_tokens=new_tokens, element_bytes=element_bytes)
+        for length in sizes
+        for ratio in ways
+    ]
+    limits = {}
+    for ratio in ways:
+        how = _compression(ratio, chunk_size)
+        fits = None if gpu_gib is None else longest_text(known, how, int(gpu_gib * 2**30), element_bytes)
+        limits[ratio] = (None if ratio is None else break_even(known, how, num_new=new_tokens), fits)
+    if json:
+        named = [{"ratio": ratio, "break_even": even, "longest_text": fits} for ratio, (even, fits) in limits.items()]
+        print_json({"shape": shape, "chunk_size": chunk_size, "new_tokens": new_tokens, "rows": rows, "ratios": named})
+        return
+    typer.echo(f"{'tokens':>9}  {'ratio':<6}{'TFLOP':>10}{'fewer':>8}{'cache':>13}{'smaller':>9}")
+    for row in rows:
+        typer.echo(
+            f"{row['tokens']:>9,}  {row['ratio'] or 'full':<6}{row['flops'] / 1e12:>10,.2f}{row['speedup']:>7.2f}x"
+            f"{bytes_text(row['cache_bytes']):>13}{row['cache_factor']:>8.1f}x"
+        )
+    typer.echo("")
+    for ratio, (even, fits) in limits.items():
+        name = "full attention" if ratio is None else f"ratio {ratio}"
+        parts = (
+            [] if ratio is None else [f"fewer operations from {even:,} tokens on" if even else "never fewer operations"]
+        )
+        parts += [] if fits is None else [f"up to {fits:,} tokens in {gpu_gib:g} GiB"]
+        if parts:
+            typer.echo(f"{name}: {', '.join(parts)}")
+
+
+def _compression(ratio: int | None, chunk_size: int) -> "Compression":
+    from activation_beacon.bench.cost import Compression
+
+    return Compression(ratio, chunk_size)
+
+
+def _planned(
+    shape: "ModelShape", length: int, ratio: int | None, *, chunk_size: int, new_tokens: int, element_bytes: int
+) -> dict[str, Any]:
+    """Operations and cache of one text."""
+    from activation_beacon.bench import cost
+
+    how = _compression(ratio, chunk_size)
+    flops = cost.prefill_flops(shape, length, how) + cost.decode_flops(shape, length, new_tokens, how)
+    held, full = (shape.cache_bytes(each.entries(length), element_bytes) for each in (how, cost.FULL_ATTENTION))
+    return {
+        "tokens": length,
+        "ratio": ratio,
+        "flops": flops,
+        "speedup": cost.end_to_end_speedup(shape, length, new_tokens, how),
+        "cache_bytes": held,
+        "cache_factor": full / held,
+    }
 
 
 def _lengths(text: str) -> list[int]:
