@@ -153,7 +153,7 @@ def test_the_plan_prints_operations_cache_break_even_and_what_fits():
     lines = result.stdout.splitlines()
     assert lines[1].split() == ["131,072", "full", "5,162.93", "1.00x", "7.00", "GiB", "1.0x"]
     assert lines[2].split()[:2] == ["131,072", "8"]
-    assert lines[2].split()[-1] == "7.1x"
+    assert lines[2].split()[-1] == "7.2x"
     assert re.fullmatch(r"full attention: up to [\d,]+ tokens in 80 GiB", lines[4])
     assert re.fullmatch(r"ratio 8: fewer operations from [\d,]+ tokens on, up to [\d,]+ tokens in 80 GiB", lines[5])
     values = json.loads(CliRunner().invoke(app, [*args, "--json"]).stdout)
