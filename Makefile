@@ -9,6 +9,7 @@ OLDEST := transformers==5.17.0
 BIN := .venv/bin
 OLDEST_BIN := .venv-oldest/bin
 SOURCES := src tests docs $(wildcard examples)
+PARALLEL := --numprocesses 2 --dist loadfile  # models of tests are tiny: two processes of one thread each
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := -m pip install -qq --no-input --constraint constraints.txt
@@ -22,10 +23,10 @@ demo: .venv/.installed-default ## set up .venv, then compress a whole book and a
 	$(BIN)/beacon demo
 
 test: .venv/.installed-dev ## set up .venv, then run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-oldest: .venv-oldest/.installed-dev ## run the tests on the oldest supported transformers, without the default model
-	$(OLDEST_BIN)/python -m pytest -m "not default_model"
+	$(OLDEST_BIN)/python -m pytest $(PARALLEL) -m "not default_model"
 
 check: lint test ## format, lint, types, generated docs, tests
 

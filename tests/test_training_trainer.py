@@ -238,3 +238,17 @@ def test_losses_on_dev_texts_are_those_of_the_model_at_each_ratio(tmp_path):
             ids = Texts().sample(index).ids[None]
             losses.append(model(ids, labels=ids, beacon_ratio=ratio).nll[0, CHUNK - 1 :].detach())
         assert dev[str(ratio)] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_beacons_of_a_base_in_bfloat16_are_trained_in_float32(tmp_path, gradient_checkpointing):
+    def losses_of(dtype, folder):
+        run = settings(folder, gradient_checkpointing=gradient_checkpointing)
+        model = attach(tiny("llama").to(dtype), run.config)
+        Trainer(model, run, [Texts()]).run()
+        assert all(parameter.dtype == torch.float32 for _, parameter in model.beacon_parameters())
+        assert model.get_input_embeddings().weight.dtype == dtype
+        return [line["loss"] for line in metrics(folder)]
+
+    half = losses_of(torch.bfloat16, tmp_path / "half")
+    assert half == pytest.approx(losses_of(torch.float32, tmp_path / "full"), abs=0.05)
