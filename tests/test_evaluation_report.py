@@ -104,7 +104,8 @@ def test_scores_are_compared_with_the_full_context():
     rows = {row.way.label: row for row in summary.rows_of(needle_records((64,)), "score")}
     assert rows["beacons x4"].quality.value == 0.5
     assert rows["beacons x4"].against.value == -0.5
-    assert rows["full"].against is None
+    assert rows["beacons x4"].share.value == 0.5
+    assert (rows["full"].against, rows["full"].share) == (None, None)
 
 
 def test_refused_samples_are_counted_and_not_averaged():

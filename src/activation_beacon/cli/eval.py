@@ -151,6 +151,100 @@ def multi_turn(
     _evaluate(make, wanted, model=model, base=base, device=device, dtype=dtype)
 
 
+def qa(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE", help="Records (.jsonl) with context, question, and answer or answers."),
+    ],
+    out: Out,
+    model: options.Model = "default",
+    base: options.Base = None,
+    ratios: Ratios = RATIOS,
+    length: Annotated[str, typer.Option("--length", help="Tokens of a prompt.")] = "4096",
+    limit: Limit = 20,
+    methods: Methods = METHODS,
+    seed: Seed = 0,
+    device: options.Device = None,
+    dtype: options.DtypeOption = None,
+    json: options.Json = False,
+) -> None:
+    """Questions on long contexts: the passage that answers stands among others.
+
+    Short answers are scored by the words that they share with the reference, long ones by ROUGE-L. Up to three questions
+    are asked on each context, which is read once.
+    """
+    wanted = _wanted(out, methods, ratios, length, limit, json=json)
+    from activation_beacon.evaluation.packed_qa import read_passages
+
+    read_passages(files)  # says now what is wrong with them
+
+    def make(loaded: Loaded) -> "Task":
+        from activation_beacon.evaluation.tasks import packed_qa
+
+        return packed_qa(loaded.prompt, files, seed=seed)
+
+    _evaluate(make, wanted, model=model, base=base, device=device, dtype=dtype)
+
+
+def reconstruction(
+    out: Out,
+    model: options.Model = "default",
+    base: options.Base = None,
+    ratios: Ratios = RATIOS,
+    length: Annotated[str, typer.Option("--length", help="Tokens of a prompt.")] = "4096",
+    limit: Limit = 10,
+    methods: Methods = METHODS,
+    background: Background = None,
+    seed: Seed = 0,
+    device: options.Device = None,
+    dtype: options.DtypeOption = None,
+    json: options.Json = False,
+) -> None:
+    """Reading back: the words that follow a place of the context, asked for after compression (ROUGE-L)."""
+    wanted = _wanted(out, methods, ratios, length, limit, json=json)
+    _check_files(background or [])
+
+    def make(loaded: Loaded) -> "Task":
+        from activation_beacon.evaluation.tasks import reconstruction
+
+        ids, source = _background(loaded, background)
+        return reconstruction(loaded.prompt, ids, count=limit or 10, seed=seed, source=source)
+
+    _evaluate(make, wanted, model=model, base=base, device=device, dtype=dtype)
+
+
+def ruler(
+    out: Out,
+    model: options.Model = "default",
+    base: options.Base = None,
+    ratios: Annotated[str, typer.Option("--ratios", help="Compression ratios, such as 4,8.")] = "2,4,8,16",
+    length: Annotated[str, typer.Option("--length", help="Tokens of a prompt.")] = "4096,8192",
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="RULER tasks, such as ruler_vt,ruler_cwe; by default all six.")
+    ] = "",
+    samples: Annotated[int, typer.Option("--limit", min=1, help="Samples of each task and length.")] = 2,
+    methods: Methods = "full,beacons,recent,head-tail,streaming-llm",
+    seed: Seed = 0,
+    device: options.Device = None,
+    dtype: options.DtypeOption = None,
+    json: options.Json = False,
+) -> None:
+    """RULER, as lm-eval generates it offline, with the question kept from the compressor.
+
+    The column "full" is lm-eval's own run of the base model on the same prompts. Scores are the share of what was asked
+    for that the answer contains. The other methods hold as many cache entries as beacons do at the same ratio.
+    """
+    names = tuple(name for name in tasks.split(",") if name)
+    wanted = _wanted(out, methods, ratios, length, None, json=json)
+
+    def make(loaded: Loaded) -> "Task":
+        from activation_beacon.evaluation.tasks import ruler
+
+        return ruler(loaded.prompt, names=names, count=samples, seed=seed)
+
+    _evaluate(make, wanted, model=model, base=base, device=device, dtype=dtype)
+
+
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of results.")],
     json: options.Json = False,
@@ -294,6 +388,12 @@ for command, lines in (
     ),
     (needles, ("beacon eval needles -o out", "beacon eval needles --length 2048 --ratios 4,8 --depths 5 -o out")),
     (multi_turn, ("beacon eval multi-turn --ratios 4 --length 4096 -o out",)),
+    (qa, ("beacon eval qa questions.jsonl.zst --length 4096,8192 -o out",)),
+    (
+        ruler,
+        ("beacon eval ruler -o out", "beacon eval ruler --length 4096 --tasks niah_single_1,ruler_vt --limit 5 -o out"),
+    ),
+    (reconstruction, ("beacon eval reconstruction --ratios 2,4,8 -o out",)),
     (report, ("beacon eval report out",)),
 ):
     app.command(name=command.__name__.replace("_", "-"), epilog=options.examples(*lines))(command)

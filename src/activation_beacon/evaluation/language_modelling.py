@@ -75,6 +75,8 @@ def recent_losses(model: Any, ids: Sequence[int], *, window: int) -> Losses:
     size = model.beacon_config.chunk_size
     if window < size:
         raise InputError(f"A window ({window}) must hold a chunk ({size}) at least.")
+    if window >= len(ids):
+        return full_losses(model, ids)
     parts, nll = [], []
     for start in range(0, len(ids), size):
         stop = min(start + size, len(ids))

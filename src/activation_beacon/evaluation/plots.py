@@ -105,7 +105,7 @@ def draw_positions(
 def draw_heat_maps(
     path: Path, grids: Mapping[str, Sequence[Sequence[float | None]]], *, columns: Sequence[int], rows: Sequence[float]
 ) -> None:
-    """Recall of needles over length (columns) and depth (rows), a map for each way, all on one scale."""
+    """Scores over length (columns) and depth (rows), a map for each way, all on one scale."""
     figure, axes = _figure(len(grids), height=HEIGHT * 0.95)
     image = None
     for axis, (title, values) in zip(axes, grids.items(), strict=True):
@@ -120,7 +120,7 @@ def draw_heat_maps(
                 axis.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
         _label(axis, title, "length in tokens", "depth", grid=False)
     bar = figure.colorbar(image, ax=axes, shrink=0.5, aspect=30, anchor=(0, 1))
-    bar.set_label("recall")
+    bar.set_label("score")
     _write(figure, path)
 
 

@@ -82,6 +82,7 @@ def _row_as_json(row: Row, quality: str) -> dict[str, Any]:
         "ratio": row.way.ratio,
         quality: None if row.quality is None else row.quality.to_dict(),
         against: None if row.against is None else row.against.to_dict(),
+        "share_of_full": None if row.share is None else row.share.to_dict(),
         "cache_length": row.cache_length,
         "cache_bytes": row.cache_bytes,
         "seconds": row.seconds,
@@ -136,9 +137,9 @@ LM_TEXT = (
 
 
 def _table(rows: Sequence[Row], quality: str) -> Table:
-    against = "gap closed" if quality == "nats" else "less full context"
+    against = ["gap closed"] if quality == "nats" else ["less full context", "share of full context"]
     refused = any(row.num_refused for row in rows)
-    header = ["method", QUALITIES[quality], "n", against, "cache entries", "cache MiB", "seconds to read"]
+    header = ["method", QUALITIES[quality], "n", *against, "cache entries", "cache MiB", "seconds to read"]
     return Table(
         [*header, *(["do not fit"] if refused else [])],
         [
@@ -147,6 +148,7 @@ def _table(rows: Sequence[Row], quality: str) -> Table:
                 _text(row.quality),
                 str(row.quality.count if row.quality else 0),
                 _text(row.against),
+                *([] if quality == "nats" else [_text(row.share)]),
                 _number(row.cache_length, ",.0f"),
                 _number(None if row.cache_bytes is None else row.cache_bytes / 2**20, ",.2f"),
                 _number(row.seconds, ",.2f"),
@@ -164,7 +166,7 @@ def _kinds_table(records: Sequence[Record]) -> Table:
         own = summary.select(records, method=way.method, ratio=way.ratio)
         cells = [summary.rows_of(summary.select(own, kind=kind), "score") for kind in kinds]
         rows.append([way.label, *(_text(cell[0].quality if cell else None) for cell in cells)])
-    return Table(["recall by kind", *kinds], rows)
+    return Table(["score by kind", *kinds], rows)
 
 
 def _has_turns(records: Sequence[Record]) -> bool:
@@ -285,7 +287,7 @@ def _heat_maps(name: str, records: Sequence[Record], folder: Path) -> Picture:
         for way in summary.ways_of(records)
     }
     plots.draw_heat_maps(folder / f"{name}-heat.png", grids, columns=lengths, rows=depths)
-    return Picture(f"{name}-heat.png", f"{name}: recall over length and depth")
+    return Picture(f"{name}-heat.png", f"{name}: score over length and depth")
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

@@ -38,6 +38,8 @@ class Sample:
         context: the document.
         questions: asked after the document has been read.
         is_conversation: whether each question follows the answer before it; otherwise each is asked on the context alone.
+        is_plain: whether context and question follow one another as they are, without a chat template; there is one
+            question then.
         facts: what the report groups by, such as depth or kind.
     """
 
@@ -45,6 +47,7 @@ class Sample:
     context: str
     questions: tuple[Question, ...]
     is_conversation: bool = False
+    is_plain: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -70,9 +73,15 @@ def answer_sample(
     Returns:
         Plain values: `score` (the mean over questions), `scores`, `answers`, sizes and seconds, and the sample's facts.
     """
-    ids = prompt.opening(sample.context if context is None else context)
-    held = read_context(model, ids, method, ratio=ratio, opening=len(prompt.opening("")))
-    answers, seconds = _ask_all(held, prompt, sample)
+    document = sample.context if context is None else context
+    if sample.is_plain:
+        ids, asked = split_ids(prompt.tokenizer, document, sample.questions[0].text)
+        held = read_context(model, ids, method, ratio=ratio)
+        answers, seconds = _ask_all(held, prompt, sample, [asked])
+    else:
+        ids = prompt.opening(document)
+        held = read_context(model, ids, method, ratio=ratio, opening=len(prompt.opening("")))
+        answers, seconds = _ask_all(held, prompt, sample, _question_ids(prompt, sample))
     pairs = zip(answers, sample.questions, strict=True)
     scores = [SCORES[question.score](answer, question.references) for answer, question in pairs]
     return {
@@ -89,14 +98,34 @@ def answer_sample(
     }
 
 
-def _ask_all(held: Context, prompt: ChatPrompt, sample: Sample) -> tuple[list[str], list[float]]:
+def split_ids(tokenizer: Any, context: str, question: str) -> tuple[list[int], list[int]]:
+    """Ids of a context and of what follows it; together those of both texts in one, special tokens in front.
+
+    Where the last tokens of the context run into the question, they are part of the question.
+    """
+    whole: list[int] = tokenizer(context + question, verbose=False)["input_ids"]
+    alone: list[int] = tokenizer(context, verbose=False)["input_ids"]
+    pairs = zip(whole, alone, strict=False)
+    common = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(whole), len(alone)))
+    return whole[:common], whole[common:]
+
+
+def _question_ids(prompt: ChatPrompt, sample: Sample) -> list[list[int]]:
+    """What each question comes as: closing the message that the document opens, or following the answer before it."""
+    return [
+        prompt.follow_up(question.text) if number and sample.is_conversation else prompt.question(question.text)
+        for number, question in enumerate(sample.questions)
+    ]
+
+
+def _ask_all(
+    held: Context, prompt: ChatPrompt, sample: Sample, asked: Sequence[Sequence[int]]
+) -> tuple[list[str], list[float]]:
     answers, seconds, now = [], [], held
-    for number, question in enumerate(sample.questions):
+    for ids, question in zip(asked, sample.questions, strict=True):
         start = time.perf_counter()
-        is_first = number == 0 or not sample.is_conversation
-        ids = prompt.question(question.text) if is_first else prompt.follow_up(question.text)
-        answer, grown = (held if is_first else now).ask(ids, max_new_tokens=question.max_new_tokens)
-        now = grown
+        answer, grown = now.ask(ids, max_new_tokens=question.max_new_tokens)
+        now = grown if sample.is_conversation else held
         answers.append(prompt.tokenizer.decode(answer, skip_special_tokens=True).strip())
         seconds.append(time.perf_counter() - start)
     return answers, seconds

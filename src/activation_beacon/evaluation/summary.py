@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from activation_beacon.evaluation.metrics import Estimate, gap_closed, mean, mean_difference
+from activation_beacon.evaluation.metrics import Estimate, gap_closed, mean, mean_difference, share
 
 FULL, ALONE = "full", "alone"
 ORDER = ("full", "recent", "alone", "shuffled", "int8", "int4")  # of methods without a ratio
@@ -34,6 +34,7 @@ class Row:
         quality: over the samples that it has; None where all were refused.
         against: of the samples that the other ways have too: in language modelling the gap closed, elsewhere the
             difference to the full context; None where there is nothing to compare with.
+        share: of scores, what it keeps of the full context's; None in language modelling.
         cache_length, cache_bytes: in the mean.
         seconds: for reading, in the mean.
         num_refused: samples that do not fit.
@@ -42,6 +43,7 @@ class Row:
     way: Way
     quality: Estimate | None
     against: Estimate | None
+    share: Estimate | None
     cache_length: float | None
     cache_bytes: float | None
     seconds: float | None
@@ -90,6 +92,7 @@ def _row(way: Way, values: Mapping[Way, Mapping[str, float]], records: Sequence[
         way=way,
         quality=mean(list(values[way].values())) if measured else None,
         against=_against(way, values, quality),
+        share=None if quality == "nats" else _share(way, values),
         cache_length=_average(measured, "cache_length"),
         cache_bytes=_average(measured, "cache_bytes"),
         seconds=_average(measured, "seconds" if quality == "nats" else "read_seconds"),
@@ -113,6 +116,12 @@ def _against(way: Way, values: Mapping[Way, Mapping[str, float]], quality: str) 
         return None
     columns = paired(values[way], values.get(full, {}))
     return mean_difference(*columns) if columns[0] else None
+
+
+def _share(way: Way, values: Mapping[Way, Mapping[str, float]]) -> Estimate | None:
+    full = Way(FULL, None)
+    columns = paired(values[way], values.get(full, {}))
+    return share(*columns) if way != full and sum(columns[1]) > 0 else None
 
 
 def paired(*columns: Mapping[str, float]) -> list[list[float]]:

@@ -11,6 +11,9 @@ from activation_beacon.evaluation.documents import Text, prefix_ids, read_docume
 from activation_beacon.evaluation.methods import METHODS
 from activation_beacon.evaluation.multi_turn import multi_turn_samples
 from activation_beacon.evaluation.needles import KINDS, needle_samples
+from activation_beacon.evaluation.packed_qa import packed_samples, read_passages
+from activation_beacon.evaluation.reconstruction import reconstruction_samples
+from activation_beacon.evaluation.ruler import ruler_samples
 from activation_beacon.evaluation.samples import Sample, answer_sample
 from activation_beacon.plan import Ratio
 from activation_beacon.prompts import ChatPrompt
@@ -163,3 +166,33 @@ def multi_turn(
         return multi_turn_samples(prompt, background, length, count=count, seed=seed)
 
     return Answering("multi-turn", prompt, make, {"background": source, "seed": seed})
+
+
+def reconstruction(
+    prompt: ChatPrompt, background: Sequence[int], *, count: int = 10, seed: int = 0, source: str = ""
+) -> Answering:
+    """The task "reconstruction"; see `reconstruction.reconstruction_samples`."""
+
+    def make(length: int) -> Iterator[Sample]:
+        return reconstruction_samples(prompt, background, length, count=count, seed=seed)
+
+    return Answering("reconstruction", prompt, make, {"background": source, "seed": seed})
+
+
+def packed_qa(prompt: ChatPrompt, paths: Sequence[str | Path], *, seed: int = 0) -> Answering:
+    """The task "qa"; see `packed_qa.packed_samples`."""
+    passages = read_passages(paths)
+
+    def make(length: int) -> Iterator[Sample]:
+        return packed_samples(prompt, passages, length, seed=seed)
+
+    return Answering("qa", prompt, make, {"files": [Path(path).name for path in paths], "seed": seed})
+
+
+def ruler(prompt: ChatPrompt, *, names: Sequence[str] = (), count: int = 10, seed: int = 0) -> Answering:
+    """The task "ruler"; see `ruler.ruler_samples`."""
+
+    def make(length: int) -> Iterator[Sample]:
+        return ruler_samples(prompt.tokenizer, length, tasks=names, count=count, seed=seed)
+
+    return Answering("ruler", prompt, make, {"tasks": list(names) or "all", "seed": seed})

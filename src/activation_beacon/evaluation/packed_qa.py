@@ -1,0 +1,115 @@
+"""Questions on contexts packed long: the passage that answers stands among others, and is asked about afterwards."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from activation_beacon.errors import FileFormatError, InputError
+from activation_beacon.evaluation.documents import read_records
+from activation_beacon.evaluation.samples import SLACK, Question, Sample
+from activation_beacon.prompts import ChatPrompt
+
+GAP = "\n\n"
+QUESTIONS = 3  # on one context
+MAX_NEW_TOKENS = {"token_f1": 48, "rouge_l": 160}
+LONG_ANSWER = 30  # words from which on an answer is a summary
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A context with the questions that it answers."""
+
+    id: str
+    context: str
+    questions: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def read_passages(paths: Sequence[str | Path]) -> list[Passage]:
+    """Passages of .jsonl files with `context`, `question` and `answer` (or `answers`); equal contexts become one.
+
+    Records without a context are passed over.
+
+    Raises:
+        StorageError, FileFormatError: as `read_records` does, or for a record without question or answer.
+    """
+    found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    names: dict[str, str] = {}
+    for name in paths:
+        path = Path(name)
+        for number, record in read_records(path):
+            context, question, answers = _fields(record, path, number)
+            if context.strip():
+                names.setdefault(context, str(record.get("id", f"{path.name}:{number}")))
+                found.setdefault(context, []).append((question, answers))
+    return [Passage(names[context], context, tuple(questions)) for context, questions in found.items()]
+
+
+def packed_samples(
+    prompt: ChatPrompt, passages: Sequence[Passage], length: int, *, seed: int = 0, num_questions: int = QUESTIONS
+) -> Iterator[Sample]:
+    """One sample for each passage that fits: it stands at a random place among passages that fill up the length.
+
+    Args:
+        prompt: of the tokenizer.
+        passages: each is asked about once, and fills up other samples.
+        length: tokens of context, question and answer together.
+        seed: of order and places.
+        num_questions: on one context at most; each is asked on the context alone.
+
+    Raises:
+        InputError: without passages.
+    """
+    if not passages:
+        raise InputError(
+            "There is no passage with a context to ask about. Give records with context, question and answer."
+        )
+    order = random.Random(seed).sample(range(len(passages)), len(passages))
+    sizes = [len(_ids(prompt, passage.context)) for passage in passages]
+    for index in order:
+        asked = [_question(*each) for each in passages[index].questions[:num_questions]]
+        longest = max(len(prompt.question(each.text)) + each.max_new_tokens for each in asked)
+        room = length - longest - len(prompt.opening("")) - SLACK
+        if sizes[index] <= room:
+            chosen = _filled(sizes, index, room, len(_ids(prompt, GAP)) + 1, random.Random(f"{seed} {length} {index}"))
+            context = GAP.join(passages[each].context for each in chosen)
+            depth = chosen.index(index) / max(1, len(chosen) - 1)
+            facts = {"place": round(depth, 3), "passages": len(chosen)}
+            yield Sample(passages[index].id, context, tuple(asked), facts=facts)
+
+
+def _filled(sizes: Sequence[int], index: int, room: int, gap: int, rng: random.Random) -> list[int]:
+    """The passage and as many others as fit, in random order."""
+    room -= sizes[index]
+    chosen = []
+    for other in rng.sample(range(len(sizes)), len(sizes)):
+        if other != index and sizes[other] + gap <= room:
+            chosen.append(other)
+            room -= sizes[other] + gap
+    chosen.insert(rng.randint(0, len(chosen)), index)
+    return chosen
+
+
+def _question(text: str, answers: tuple[str, ...]) -> Question:
+    """Long answers are summaries and are measured by ROUGE-L, others by the words that they share."""
+    words = sum(len(answer.split()) for answer in answers) / len(answers)
+    score = "rouge_l" if words >= LONG_ANSWER else "token_f1"
+    return Question(text, answers, score, MAX_NEW_TOKENS[score])
+
+
+def _ids(prompt: ChatPrompt, text: str) -> list[int]:
+    ids: list[int] = prompt.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _fields(record: dict[str, Any], path: Path, number: int) -> tuple[str, str, tuple[str, ...]]:
+    context, question = record.get("context", ""), record.get("question")
+    answers = record.get("answers") or [record.get("answer")]
+    is_text = all(isinstance(text, str) for text in (context, question, *answers))
+    if not is_text or not isinstance(answers, list) or not str(question).strip():
+        raise FileFormatError(
+            f"{path}, line {number} is no question: it needs texts in context, question, and answer (or a list in answers). "
+            f"Its fields: {', '.join(sorted(record)) or 'none'}."
+        )
+    return context, str(question), tuple(answers)

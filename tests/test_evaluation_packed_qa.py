@@ -1,0 +1,139 @@
+"""Packed questions and reading back: what is asked about is there, once, within the length."""
+
+import json
+
+import pytest
+
+from activation_beacon.errors import FileFormatError, InputError
+from activation_beacon.evaluation.packed_qa import Passage, packed_samples, read_passages
+from activation_beacon.evaluation.reconstruction import CUE_WORDS, WORDS, reconstruction_samples
+from activation_beacon.evaluation.samples import answer_sample
+from evaluation_models import STORY, beacon_model, byte_prompt, ids_of
+
+PROMPT = byte_prompt()
+PASSAGES = [
+    Passage(f"p{n}", f"Passage {n} says that {'x' * (20 + 7 * n)}.", ((f"What says {n}?", (f"x{n}",)),))
+    for n in range(12)
+]
+LENGTH = 500
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return list(packed_samples(PROMPT, PASSAGES, LENGTH))
+
+
+def used(sample):
+    longest = max(len(PROMPT.question(each.text)) + each.max_new_tokens for each in sample.questions)
+    return len(PROMPT.opening(sample.context)) + longest
+
+
+def test_every_passage_is_asked_about_once_and_stands_in_its_context(samples):
+    assert sorted(sample.id for sample in samples) == sorted(passage.id for passage in PASSAGES)
+    own = {passage.id: passage.context for passage in PASSAGES}
+    assert all(sample.context.split("\n\n").count(own[sample.id]) == 1 for sample in samples)
+
+
+def test_other_passages_fill_up_the_length(samples):
+    for sample in samples:
+        assert LENGTH - 130 < used(sample) <= LENGTH
+        assert sample.facts["passages"] == len(sample.context.split("\n\n")) > 1
+
+
+def test_passages_stand_at_all_places(samples):
+    assert len({sample.facts["place"] for sample in samples}) > 3
+
+
+def test_the_same_seed_gives_the_same_samples(samples):
+    assert list(packed_samples(PROMPT, PASSAGES, LENGTH)) == samples
+    assert [s.id for s in packed_samples(PROMPT, PASSAGES, LENGTH, seed=1)] != [s.id for s in samples]
+
+
+def test_passages_that_do_not_fit_are_left_out():
+    found = list(packed_samples(PROMPT, PASSAGES, 170))
+    assert 0 < len(found) < len(PASSAGES)
+    assert all(used(sample) <= 170 for sample in found)
+
+
+@pytest.mark.parametrize(("answer", "score"), [("a lion", "token_f1"), ("word " * 30, "rouge_l")])
+def test_long_answers_are_measured_as_summaries(answer, score):
+    [sample] = packed_samples(PROMPT, [Passage("p", "Text.", (("Why?", (answer,)),))], 2000)
+    assert sample.questions[0].score == score
+
+
+def test_several_questions_are_asked_on_one_reading():
+    pytest.importorskip("rouge_score")
+    passage = Passage("p", "Text. " * 20, tuple((f"Why {n}?", ("x",)) for n in range(5)))
+    [sample] = packed_samples(PROMPT, [passage], LENGTH)
+    record = answer_sample(beacon_model(), PROMPT, sample, "beacons", ratio=4)
+    assert len(record["scores"]) == 3
+    assert record["is_conversation"] is False
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_records_of_one_context_become_one_passage(tmp_path):
+    rows = [
+        {"id": "a", "context": "One.", "question": "Q1?", "answer": "A1"},
+        {"id": "b", "context": "Two.", "question": "Q2?", "answer": "A2", "answers": ["A2", "A3"]},
+        {"id": "c", "context": "One.", "question": "Q4?", "answer": "A4"},
+        {"id": "d", "context": "", "question": "1+1?", "answer": "2"},
+    ]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_passages([path]) == [
+        Passage("a", "One.", (("Q1?", ("A1",)), ("Q4?", ("A4",)))),
+        Passage("b", "Two.", (("Q2?", ("A2", "A3")),)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"context": "One.", "answer": "A"},
+        {"context": "One.", "question": " ", "answer": "A"},
+        {"context": "One.", "question": "Q?"},
+        {"context": "One.", "question": "Q?", "answers": [1]},
+        {"context": 1, "question": "Q?", "answer": "A"},
+    ],
+)
+def test_records_that_are_no_questions_are_named(tmp_path, row):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(FileFormatError) as error:
+        read_passages([path])
+    assert str(error.value) == (
+        f"{path}, line 1 is no question: it needs texts in context, question, and answer (or a list in answers). "
+        f"Its fields: {', '.join(sorted(row))}."
+    )
+
+
+def test_nothing_to_ask_about_is_refused():
+    with pytest.raises(InputError) as error:
+        next(packed_samples(PROMPT, [], LENGTH))
+    assert str(error.value) == (
+        "There is no passage with a context to ask about. Give records with context, question and answer."
+    )
+
+
+# --- reading back ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_to_be_repeated_follows_the_cue():
+    background = ids_of(" ".join(f"word{number}" for number in range(2000)))
+    for sample in reconstruction_samples(PROMPT, background, 2000, count=5):
+        [question] = sample.questions
+        words = sample.context.split()
+        cue = question.text.split('"')[1].split()
+        start = words.index(cue[0])
+        assert words[start : start + CUE_WORDS] == cue
+        assert " ".join(words[start + CUE_WORDS : start + CUE_WORDS + WORDS]) == question.references[0]
+        assert len(question.references[0].split()) == WORDS
+        assert used(sample) <= 2000
+
+
+def test_reading_back_differs_from_sample_to_sample():
+    samples = list(reconstruction_samples(PROMPT, ids_of(STORY), 1500, count=4))
+    assert len({sample.context for sample in samples}) == 4
+    assert list(reconstruction_samples(PROMPT, ids_of(STORY), 1500, count=4)) == samples
