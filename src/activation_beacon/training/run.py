@@ -87,21 +87,27 @@ def train(
             outcome = trainer.run(max_minutes=max_minutes)
         tensors = trainer.adapter_tensors()
         if group.is_first:
-            write_adapter(folder, settings, outcome, model, tensors)
+            write_adapter(settings, outcome, model, tensors, num_processes=group.count)
         group.barrier()
         return outcome
 
 
 def write_adapter(
-    folder: Path, settings: TrainingSettings, outcome: Outcome, model: Any, tensors: dict[str, torch.Tensor]
+    settings: TrainingSettings,
+    outcome: Outcome,
+    model: Any,
+    tensors: dict[str, torch.Tensor],
+    *,
+    num_processes: int = 1,
 ) -> None:
     """Write the adapter with its card and curves into the run's folder.
 
     Weights are rounded to half precision: with 10 bits of fraction it is closer to them than bfloat16.
     """
+    folder = Path(settings.output)
     target = folder / ADAPTER_FOLDER
     metrics = list(read_metrics(folder / METRICS_FILE))
-    summary = _summary(settings, outcome, metrics)
+    summary = {**_summary(settings, outcome, metrics), "hardware": hardware(num_processes)}
     config = dataclasses.replace(model.beacon_config, training=summary)
     rounded = {name: _rounded(tensor) for name, tensor in tensors.items()}
     save_adapter(target, config, rounded)
@@ -223,7 +229,6 @@ def _summary(settings: TrainingSettings, outcome: Outcome, metrics: list[dict[st
         "planned_steps": settings.num_steps,
         "tokens": outcome.progress.tokens,
         "minutes": round(outcome.progress.seconds / 60, 1),
-        "hardware": hardware(),
         "torch": torch.__version__,
         "recipe": SETTINGS_FILE,
         "seed": settings.seed,
@@ -233,11 +238,12 @@ def _summary(settings: TrainingSettings, outcome: Outcome, metrics: list[dict[st
     return {**summary, "last_loss": last.get("loss"), **({"dev_nats": dev} if dev else {})}
 
 
-def hardware() -> str:
-    """What this machine trains on, in words."""
+def hardware(num_processes: int) -> str:
+    """What a run of so many processes trains on, in words."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{torch.get_num_threads()} threads of {_processor()} ({os.cpu_count()} cores)"
+        return f"{num_processes} x {torch.cuda.get_device_name()}"
+    threads = num_processes * torch.get_num_threads()
+    return f"{threads} {'thread' if threads == 1 else 'threads'} of {_processor()} ({os.cpu_count()} cores)"
 
 
 def _processor() -> str:
