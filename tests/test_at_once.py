@@ -2,22 +2,15 @@ import pytest
 import torch
 
 from activation_beacon import BeaconConfig
-from activation_beacon.at_once import chunks_at_once, read_at_once
-from activation_beacon.plan import TextPlanner
+from activation_beacon.at_once import PREFIX, chunks_at_once
+from activation_beacon.errors import ConfigError, InputError, RatioError, UnsupportedError
 from families import EAGER_ONLY, FAMILIES, random_ids, with_beacons
 
 CHUNK = 16
-
-
-def layouts_of(model, ratios, length):
-    return TextPlanner(model.beacon_config, model.ratio_policy(ratios), None).layouts(length)
-
-
-def losses_at_once(model, ids, ratios):
-    with chunks_at_once(model):
-        hidden = read_at_once(model, model._beacon.site, ids, layouts_of(model, ratios, ids.shape[1]))
-        logits = model.base_forward(inputs_embeds=torch.zeros_like(hidden[:, :1])).logits
-    return hidden, logits
+CONFIG = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3)
+RATIOS = (4, 2, 8, 4)
+CASES = [(family, attention) for family in FAMILIES for attention in ("sdpa", "eager")]
+CASES = [(family, attention) for family, attention in CASES if attention == "eager" or family not in EAGER_ONLY]
 
 
 def gradients(model, loss):
@@ -37,22 +30,106 @@ def hidden_chunk_by_chunk(model, ids, ratios):
     return torch.cat(seen, dim=1)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "attention"), CASES)
 def test_all_chunks_at_once_equal_the_loop_over_chunks(family, attention):
-    model = with_beacons(
-        family, BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3), attention=attention
-    ).train()
-    if family in EAGER_ONLY and attention == "sdpa":
-        pytest.skip("the family has no sdpa")
+    model = with_beacons(family, CONFIG, attention=attention).train()
     ids = random_ids(4 * CHUNK + 5, batch=2)
-    ratios = (4, 2, 8, 4)
-    expected = hidden_chunk_by_chunk(model, ids, ratios)
+    expected = hidden_chunk_by_chunk(model, ids, RATIOS)
     with chunks_at_once(model):
-        got = read_at_once(model, model._beacon.site, ids, layouts_of(model, ratios, ids.shape[1]))
+        got = model.hidden_states(ids, RATIOS)
         weights = torch.randn_like(got)
         ours = gradients(model, (got * weights).sum())
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     theirs = gradients(model, (expected * weights).sum())
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, atol=1e-4 * float(gradient.abs().max()), rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_gradient_checkpointing_gives_the_same_gradients(attention):
+    model = with_beacons("gemma3_text", CONFIG, attention=attention).train()
+    ids = random_ids(4 * CHUNK + 5)
+    with chunks_at_once(model):
+        plain = gradients(model, model.hidden_states(ids, RATIOS).square().sum())
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        again = gradients(model, model.hidden_states(ids, RATIOS).square().sum())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, atol=1e-5 * float(gradient.abs().max()), rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_within_the_block_everything_else_stays_as_it_was(attention):
+    model = with_beacons("mistral", CONFIG, attention=attention)
+    ids = random_ids(3 * CHUNK + 2)
+    mask = torch.ones_like(ids)
+    calls = {
+        "base": lambda: model(ids[:, :CHUNK], attention_mask=mask[:, :CHUNK]).logits,
+        "beacons": lambda: model(ids, beacon_ratio=4).logits,
+        "generate": lambda: model.generate(ids, attention_mask=mask, beacon_ratio=4, max_new_tokens=3, do_sample=False),
+    }
+    outside = {name: call() for name, call in calls.items()}
+    with chunks_at_once(model):
+        assert model.config._attn_implementation == PREFIX + attention
+        for name, call in calls.items():
+            assert torch.equal(call(), outside[name]), name
+    assert model.config._attn_implementation == attention
+
+
+def test_the_block_is_left_as_it_was_found_after_an_error_too():
+    model = with_beacons("llama", CONFIG)
+    with (
+        pytest.raises(RatioError, match="ratio names 1 chunks, but the text of 40 tokens closes 2"),
+        chunks_at_once(model),
+    ):
+        model.hidden_states(random_ids(40), (4,))
+    assert model.config._attn_implementation == "eager"
+
+
+def test_chunks_of_another_size_equal_those_of_a_model_made_for_them():
+    model = with_beacons("llama", CONFIG)
+    other = with_beacons("llama", BeaconConfig(chunk_size=2 * CHUNK, ratios=(2, 4, 8), num_sinks=3))
+    ids = random_ids(70)
+    with chunks_at_once(model):
+        got = model.hidden_states(ids, (4, 2), chunk_size=2 * CHUNK)
+    with chunks_at_once(other):
+        expected = other.hidden_states(ids, (4, 2))
+    assert torch.equal(got, expected)
+
+
+def test_a_text_of_one_chunk_is_read_as_the_base_reads_it():
+    model = with_beacons("llama", CONFIG)
+    ids = random_ids(CHUNK)
+    with chunks_at_once(model):
+        got = model.hidden_states(ids, ())
+    with model.beacon_disabled():
+        expected = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_that_cannot_be_handed_a_chunk_is_refused_by_name():
+    model = with_beacons("llama", CONFIG)
+    model.config._attn_implementation = "flex_attention"
+    refused = pytest.raises(UnsupportedError, match=r"attn_implementation \(flex_attention\) cannot read all chunks")
+    with refused, chunks_at_once(model):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("ids", "ratios", "options", "error", "text"),
+    [
+        (torch.tensor([[1, 97]]), (), {}, InputError, r"Token ids must be within 0\.\.96; got 97"),
+        (torch.zeros((1, 0), dtype=torch.long), (), {}, InputError, "The text is empty"),
+        (random_ids(40), (3, 3), {}, RatioError, r"ratio \(3\) must divide chunk_size"),
+        (
+            random_ids(40),
+            (4, 4),
+            {"chunk_size": 12},
+            ConfigError,
+            r"chunk_size \(12\) must be divisible by every ratio",
+        ),
+    ],
+)
+def test_bad_input_is_refused(ids, ratios, options, error, text):
+    model = with_beacons("llama", CONFIG)
+    with chunks_at_once(model), pytest.raises(error, match=text):
+        model.hidden_states(ids, ratios, **options)
