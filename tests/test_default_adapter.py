@@ -1,0 +1,44 @@
+"""The adapter that ships: on a text nobody trained on, beacons are worth more than no context at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from activation_beacon import load
+from activation_beacon.books import read_demo_book
+from activation_beacon.hub import default_adapter_folder
+from activation_beacon.training.settings import TrainingSettings
+
+CHUNKS = 3
+
+
+def test_the_recipe_of_the_adapter_is_beside_it_and_leaves_the_demo_book_out():
+    folder = default_adapter_folder()
+    settings = TrainingSettings.from_dict(json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
+    assert "gutenberg/25519" in settings.exclude
+    assert settings.config.ratios == (2, 4, 8, 16, 32)
+    assert sum(path.stat().st_size for path in Path(folder).iterdir()) < 40e6
+
+
+@pytest.mark.default_model
+@pytest.mark.slow
+def test_beacons_close_part_of_the_gap_between_a_chunk_alone_and_the_whole_text():
+    model, tokenizer = load("default")
+    size = model.beacon_config.chunk_size
+    ids = torch.tensor([tokenizer(read_demo_book(), verbose=False)["input_ids"][: CHUNKS * size]])
+    counts = torch.arange(CHUNKS * size - 1) % size != size - 1  # a chunk's first token has no prediction when alone
+    counts[: size - 1] = False
+    with torch.no_grad(), model.beacon_disabled():
+        full = model(ids, labels=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].neg()
+        pieces = [model(piece).logits[0, :-1] for piece in ids.split(size, dim=1)]
+    alone = torch.full_like(full, torch.nan)
+    for number, logits in enumerate(pieces):
+        first = number * size
+        targets = ids[0, first + 1 : first + size]
+        alone[first : first + size - 1] = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    with torch.no_grad():
+        beacons = model(ids, labels=ids, beacon_ratio=8, logits_to_keep=1).nll[0]
+    means = [float(nll[counts].mean()) for nll in (full, beacons, alone)]
+    assert means[0] < means[1] < means[2] - 0.2 * (means[2] - means[0]), means
