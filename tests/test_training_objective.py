@@ -69,6 +69,15 @@ def test_the_loss_in_slices_equals_that_of_all_logits(model, objective, monkeypa
         torch.testing.assert_close(parameter.grad, 2 * gradients[name], rtol=1e-3, atol=2e-4 * scale, msg=name)
 
 
+def test_texts_without_targets_cost_nothing_under_every_objective(model):
+    ids = random_ids(2 * CHUNK + 9, batch=2)
+    with chunks_at_once(model):
+        got = losses(model, ids, torch.zeros_like(ids, dtype=torch.bool), RATIOS, objective=Objective(1.0, 0.5, 2.0))
+        got.total.backward()
+    assert float(got.total.detach()) == 0.0
+    assert all(not parameter.grad.any() for _, parameter in model.beacon_parameters())
+
+
 def test_a_head_that_is_known_passes_the_check(model):
     check_head(model)
 

@@ -18,16 +18,21 @@ from pathlib import Path
 from test_training_trainer import settings, Texts
 from activation_beacon import attach
 from activation_beacon.training.processes import processes
-from activation_beacon.training.trainer import Trainer
+from activation_beacon.training.trainer import Trainer, _Clock as Clock
 from families import tiny
 
 folder, steps, changes = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
+changes_of_clock = changes.pop("unlike_clocks", False)
 with processes() as group:
     run = settings(Path(folder), stage={"steps": 3, "batch_size": 4, "micro_batch_size": 1}, **changes)
     trainer = Trainer(attach(tiny("llama"), run.config), run, [Texts()], dev=(Texts(), 2), group=group)
     trainer.resume()
     trainer.report = lambda line: trainer.stop("enough") if line["step"] == steps else None
-    trainer.run()
+    if changes_of_clock:
+        Clock.fall = property(lambda clock: 0.9 / (1 + group.rank))
+    trainer.run(max_minutes=60 if changes_of_clock else None)
+    total = sum(float(tensor.double().sum()) for tensor in trainer.adapter_tensors().values())
+    Path(folder, f"sum-{group.rank}").write_text(repr(total))
 """
 
 
@@ -83,3 +88,10 @@ def test_a_run_of_two_processes_is_resumed_and_may_be_finished_by_one(alone, tmp
     assert [line["step"] for line in lines] == [1, 2, 3]
     for name, tensor in alone[0].items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_processes_whose_clocks_differ_keep_the_same_weights(tmp_path):
+    run(2, tmp_path, unlike_clocks=True)
+    sums = [(tmp_path / f"sum-{rank}").read_text() for rank in range(2)]
+    assert sums[0] == sums[1]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from activation_beacon import BeaconConfig, attach
-from activation_beacon.errors import MismatchError, TrainingError
+from activation_beacon.errors import ConfigError, MismatchError, TrainingError
 from activation_beacon.training.checkpoints import checkpoints
+from activation_beacon.training.processes import Processes
 from activation_beacon.training.sampling import Sample
 from activation_beacon.training.settings import Stage, TrainingSettings
 from activation_beacon.training.trainer import Trainer
@@ -206,6 +207,21 @@ def test_time_that_is_over_ends_the_run_with_a_low_learning_rate(tmp_path, monke
     assert rates[0] == max(rates)
     assert rates[-1] < 0.15 * max(rates)
     assert outcome.checkpoint.is_dir()
+
+
+def test_a_run_that_was_asked_to_stop_is_not_finished_though_its_time_ends_meanwhile(tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+    run.report = lambda line: run.stop("asked to")
+    minutes = iter([False, True])  # over only while the checkpoint is written
+    monkeypatch.setattr("activation_beacon.training.trainer._Clock.is_over", property(lambda clock: next(minutes)))
+    outcome = run.run(max_minutes=1)
+    assert (outcome.is_finished, outcome.why) == (False, "asked to")
+
+
+def test_texts_of_an_update_are_shared_evenly_by_the_processes(tmp_path):
+    run = settings(tmp_path, stage={"batch_size": 3})
+    with pytest.raises(ConfigError, match=r"Stage 1: batch_size \(3\) .* number of processes \(2\)\. Use 4\."):
+        Trainer(attach(tiny("llama"), run.config), run, [Texts()], group=Processes(rank=0, count=2))
 
 
 def test_stages_follow_one_another_each_with_its_own_texts_and_chunks(tmp_path):

@@ -1,8 +1,9 @@
 """What is written down of a run: one line of JSON for each update."""
 
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ from activation_beacon.training.processes import Processes
 
 
 class StepTotals:
-    """Sums over the batches of one update."""
+    """Sums over the batches of one update.
 
-    def __init__(self) -> None:
+    Args:
+        ratios: that are drawn from; the same in all processes.
+    """
+
+    def __init__(self, ratios: Sequence[int]) -> None:
         self.nll = 0.0
         self.num_targets = 0
         self.divergence: float | None = None
-        self.by_ratio: dict[int, list[float]] = {}
+        self.by_ratio = {ratio: [0.0, 0.0] for ratio in sorted(ratios)}  # sum of nats, tokens
 
     def add(self, result: Losses, batch: Batch) -> None:
         """Add a batch. A chunk's tokens count for the ratio of the chunk before."""
@@ -34,18 +39,16 @@ class StepTotals:
         for number, ratio in enumerate(batch.ratios, 1):
             last = nll.shape[1] if number == len(batch.ratios) else (number + 1) * batch.chunk_size - 1
             piece = nll[:, number * batch.chunk_size - 1 : last]
-            sums = self.by_ratio.setdefault(ratio, [0.0, 0.0])
+            sums = self.by_ratio[ratio]
             sums[0] += float(piece.nansum())
             sums[1] += float(piece.isfinite().sum())
 
     def line(self, group: Processes, device: torch.device) -> dict[str, Any]:
         """Means over all processes: loss in nats per token, by ratio too."""
-        ratios = sorted(self.by_ratio) if group.count == 1 else [2**power for power in range(1, 11)]
-        sums = [self.nll, self.num_targets, self.divergence or 0.0]
-        for ratio in ratios:
-            sums += self.by_ratio.get(ratio, [0.0, 0.0])
+        sums = [self.nll, self.num_targets, self.divergence or 0.0, *itertools.chain(*self.by_ratio.values())]
         nll, count, divergence, *rest = group.sum(*sums, device=device)
-        by_ratio = {str(r): rest[2 * i] / rest[2 * i + 1] for i, r in enumerate(ratios) if rest[2 * i + 1]}
+        found = zip(self.by_ratio, rest[::2], rest[1::2], strict=True)
+        by_ratio = {str(ratio): nats / tokens for ratio, nats, tokens in found if tokens}
         line: dict[str, Any] = {"loss": nll / count if count else 0.0, "loss_by_ratio": by_ratio}
         if self.divergence is not None:
             line["divergence"] = divergence / max(count, 1)

@@ -159,7 +159,7 @@ def _context_weights(
     model: Any, alone: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, strength: float
 ) -> torch.Tensor:
     """Weights (n,) with mean 1: larger for tokens that the context helps to predict."""
-    pieces = []
+    pieces = [targets.new_zeros(0, dtype=torch.float32)]  # a batch may have no target at all
     for slot in _slices(model, len(targets)):
         nll = [
             nn.functional.cross_entropy(head(model, states[slot]).float(), targets[slot], reduction="none")

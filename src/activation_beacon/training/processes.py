@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 from torch import distributed, nn
 
 from activation_beacon.training.settings import Wrapper
+
+PATIENCE = datetime.timedelta(hours=6)  # the others wait while the first process tokenises
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def processes() -> Iterator[Processes]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield Processes(distributed.get_rank(), distributed.get_world_size(), local_rank)
     finally:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from activation_beacon.at_once import chunks_at_once
-from activation_beacon.errors import TrainingError
+from activation_beacon.errors import ConfigError, TrainingError
 from activation_beacon.training import checkpoints
 from activation_beacon.training.batches import Batch, step_batches
 from activation_beacon.training.checkpoints import Progress
@@ -36,6 +36,12 @@ LAST_SHARE = 0.02  # of the time that is left for saving
 FALL_SHARE = 0.3  # of the time in which the learning rate falls
 
 Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class _Ending:
+    why: str
+    is_finished: bool
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ class Trainer:
         self.report = report
         self.folder = Path(settings.output)
         self.device = model.get_input_embeddings().weight.device
+        _check_shares(settings, self.group)
         check_head(model)
         model.train()
         if settings.gradient_checkpointing:
@@ -130,10 +137,13 @@ class Trainer:
             tensors = own or checkpoints.read_adapter(found[-1])
             for name, parameter in self.parameters.items():
                 fill(parameter, tensors[name])
-            names = {parameter: name for name, parameter in self.parameters.items()}
             state = checkpoints.read_tensors(found[-1], checkpoints.OPTIMIZER_FILE)
-            checkpoints.restore_optimizers(self.optimizers, names, state)
+            checkpoints.restore_optimizers(self.optimizers, self._names, state)
         return self.progress
+
+    @property
+    def _names(self) -> dict[nn.Parameter, str]:
+        return {parameter: name for name, parameter in self.parameters.items()}
 
     def run(self, *, max_minutes: float | None = None) -> Outcome:
         """Train until all steps are made, `stop` was called, or the time is over.
@@ -146,7 +156,7 @@ class Trainer:
         """
         clock = _Clock(max_minutes)
         log = MetricsLog(self.folder / "metrics.jsonl", self.progress.step) if self.group.is_first else None
-        why = "all steps are made"
+        ending = _Ending("all steps are made", is_finished=True)
         with chunks_at_once(self.model), _Ahead(self._batches, self.settings.num_steps) as ahead:
             while self.progress.step < self.settings.num_steps:
                 line = self._step(clock, ahead)
@@ -155,22 +165,22 @@ class Trainer:
                 self._tell(line, log)
                 if self._is_due(self.settings.save_every):
                     self.save()
-                if ending := self._ending(clock):
-                    why = ending
+                if (early := self._ending(clock)) is not None:
+                    ending = early
                     break
             checkpoint = self.save()
-        is_finished = self.progress.step >= self.settings.num_steps or clock.is_over
-        return Outcome(self.progress, is_finished, checkpoint, why)
+        is_finished = ending.is_finished or self.progress.step >= self.settings.num_steps
+        return Outcome(self.progress, is_finished, checkpoint, ending.why)
 
     def _is_due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.settings.num_steps
 
-    def _ending(self, clock: "_Clock") -> str | None:
+    def _ending(self, clock: "_Clock") -> "_Ending | None":
         """Why to end now, if there is a reason; the same in all processes."""
         if self.group.any(clock.is_over, device=self.device):
-            return f"{clock.minutes:g} minutes are over"
+            return _Ending(f"{clock.minutes:g} minutes are over", is_finished=True)
         if self.group.any(self.stopping is not None, device=self.device):
-            return self.stopping or "another process was asked to stop"
+            return _Ending(self.stopping or "another process was asked to stop", is_finished=False)
         return None
 
     def _tell(self, line: dict[str, Any], log: MetricsLog | None) -> None:
@@ -190,10 +200,10 @@ class Trainer:
             sum(batch.num_tokens for batch in batches),
             device=self.device,
         )
-        totals = StepTotals()
+        totals = StepTotals(self.settings.config.ratios)
         for batch in self._synchronised(batches):
             self._accumulate(batch, stage, num_targets, totals)
-        rate = min(stage.rate((step + 1) / stage.steps), stage.learning_rate * clock.fall)
+        rate = min(stage.rate((step + 1) / stage.steps), stage.learning_rate * self._fall(clock))
         norm = self._update(rate, stage.max_grad_norm)
         line = totals.line(self.group, self.device)
         self._check(line["loss"], norm)
@@ -217,6 +227,12 @@ class Trainer:
             "seconds": self.progress.seconds,
             "memory_bytes": peak_memory(self.device),
         }
+
+    def _fall(self, clock: "_Clock") -> float:
+        """What the first process's clock leaves of the learning rate: weights must not drift apart."""
+        if clock.minutes is None:
+            return 1.0
+        return self.group.sum(clock.fall if self.group.is_first else 0.0, device=self.device)[0]
 
     def _batches(self, step: int) -> list[Batch]:
         """What this process reads for one update: a function of the run's step, made ahead in a thread."""
@@ -272,7 +288,7 @@ class Trainer:
         return float(norm)
 
     def _check(self, loss: float, norm: float) -> None:
-        """Stop a run that has gone wrong; its weights are those of before this step.
+        """Stop a run that has gone wrong. A step without a finite loss and gradient has changed no weights.
 
         Raises:
             TrainingError: with the step, the values and the last good checkpoint.
@@ -305,8 +321,8 @@ class Trainer:
         """Write a checkpoint; the other processes wait."""
         adapter = self.adapter_tensors()
         own = {name: whole(parameter.detach()) for name, parameter in self.parameters.items()} if self.low_rank else {}
-        names = {parameter: name for name, parameter in self.parameters.items()}
-        state = {name: whole(value) for name, value in checkpoints.optimizer_tensors(self.optimizers, names).items()}
+        tensors = checkpoints.optimizer_tensors(self.optimizers, self._names)
+        state = {name: whole(value) for name, value in tensors.items()}
         folder = self.folder / "checkpoints"
         path = folder / f"step-{self.progress.step:07d}"
         if self.group.is_first:
@@ -324,9 +340,10 @@ class Trainer:
         if self.dev is None:
             return {}
         sampler, count = self.dev
+        count += -count % self.group.count  # every process reads as many: with fsdp, weights are gathered by all
         chunk_size, found = self.settings.config.chunk_size, {}
         for ratio in self.settings.config.ratios:
-            totals = StepTotals()
+            totals = StepTotals((ratio,))
             stage = Stage(steps=1, batch_size=count, micro_batch_size=1)
             for batch in step_batches(
                 stage, sampler, 0, chunk_size=chunk_size, ratios=(ratio,), seed=0, rank=self.group.rank,
@@ -390,6 +407,15 @@ class _Clock:
             return False
         left = 60 * self.minutes * (1 - LAST_SHARE) - (time.monotonic() - self.start)
         return left < self.longest_step
+
+
+def _check_shares(settings: TrainingSettings, group: Processes) -> None:
+    for number, stage in enumerate(settings.stages, 1):
+        if stage.batch_size % group.count:
+            raise ConfigError(
+                f"Stage {number}: batch_size ({stage.batch_size}) must be divisible by the number of processes ({group.count}). "
+                f"Use {stage.batch_size + -stage.batch_size % group.count}."
+            )
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
