@@ -12,69 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import activation_beacon
-from activation_beacon import BeaconCache, BeaconConfig, ChatPrompt, attach, load
+from activation_beacon import BeaconCache, ChatPrompt, load
 from activation_beacon.cli import app
+from saved_models import CHUNK, byte_tokenizer, save_adapter, save_base
 
 torch.set_num_threads(1)  # threads that wait for one another make models as small as these slower
 
 BEACON = [sys.executable, "-m", "activation_beacon"]
 ROOT = Path(__file__).parents[1]
-CHUNK, POSITIONS = 32, 640
 TEXT = "The lion said nothing at all to the tiger, and went to sleep under a tree.\n" * 12
-SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 UNTRAINED = "untrained: this adapter's beacons have not been trained; do not trust what is said of a compressed text."
-
-
-# --- a tiny model on disk --------------------------------------------------------------------------------------------
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte, and a chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", chat_template=TEMPLATE)
-
-
-def save_base(folder: Path, *, seed: int) -> Path:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=256 + len(SPECIAL),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
-        bos_token_id=None,
-        eos_token_id=256,
-        pad_token_id=256,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def save_adapter(folder: Path, base: Path, *, seed: int, training: dict | None = None) -> Path:
-    model, _ = activation_beacon.load_pretrained_base(str(base))
-    attach(model, BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), base_model=str(base), training=training))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in model.beacon_parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -245,13 +195,13 @@ def test_several_texts_make_one_context_with_a_blank_line_between(run):
     result = run("compress", "a.txt", "-", "b.txt", *args, stdin="in between")
     good(result)
     ids = BeaconCache.load("out.beacon").token_ids[0]
-    assert tiny_tokenizer().decode(ids) == "one\n\nin between\n\ntwo"
+    assert byte_tokenizer().decode(ids) == "one\n\nin between\n\ntwo"
     assert "The text fits one chunk of 32 tokens: it is kept raw, without beacons." in result.stderr
 
 
 def test_plain_leaves_the_chat_template_out(run):
     good(run("compress", "{files}/text.txt", "-o", "out.beacon", "--model", "{files}/adapter", "--plain"))
-    assert tiny_tokenizer().decode(BeaconCache.load("out.beacon").token_ids[0]) == TEXT
+    assert byte_tokenizer().decode(BeaconCache.load("out.beacon").token_ids[0]) == TEXT
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])
@@ -301,7 +251,7 @@ def greedy_answer(files: Path, context: BeaconCache, ids: list[int], count: int)
 
 def test_ask_streams_the_answer_that_the_library_gives(run, files):
     result = run("ask", "{files}/adapter.beacon", "Who?", "--model", "{files}/adapter", "--max-new-tokens", "9")
-    ids = ChatPrompt(tiny_tokenizer()).question("Who?")
+    ids = ChatPrompt(byte_tokenizer()).question("Who?")
     assert good(result) == greedy_answer(files, saved(files, "adapter.beacon"), ids, 9) + "\n"
     notices = result.stderr.splitlines()
     assert notices[0] == UNTRAINED
@@ -312,7 +262,7 @@ def test_ask_plain_lets_the_question_follow_the_text(run, files):
     args = ("--model", "{files}/adapter", "--plain")
     good(run("compress", "{files}/text.txt", "-o", "out.beacon", *args))
     out = good(run("ask", "out.beacon", "And then", *args, "--max-new-tokens", "5"))
-    ids = tiny_tokenizer()("And then")["input_ids"]
+    ids = byte_tokenizer()("And then")["input_ids"]
     assert out == greedy_answer(files, BeaconCache.load("out.beacon"), ids, 5) + "\n"
 
 
@@ -338,13 +288,13 @@ def test_chat_reads_nothing_twice_and_equals_the_whole_conversation(run, files):
     args = ("chat", "{files}/adapter.beacon", "--model", "{files}/adapter", "--max-new-tokens", "6")
     result = run(*args, stdin="Who?\nWhy?\n/info\n/save talk.beacon\n/quit\nnever read\n")
     first, second, *info = good(result).splitlines()
-    prompt, start = ChatPrompt(tiny_tokenizer()), saved(files, "adapter.beacon")
+    prompt, start = ChatPrompt(byte_tokenizer()), saved(files, "adapter.beacon")
     assert first == greedy_answer(files, start, prompt.question("Who?"), 6)
-    encoded = tiny_tokenizer()(first)["input_ids"]
+    encoded = byte_tokenizer()(first)["input_ids"]
     ids = [*prompt.question("Who?"), *encoded, *prompt.follow_up("Why?")]
     assert second == greedy_answer(files, start, ids, 6)
     talk = BeaconCache.load("talk.beacon")
-    assert talk.token_ids[0].tolist() == [*start.token_ids[0].tolist(), *ids, *tiny_tokenizer()(second)["input_ids"]]
+    assert talk.token_ids[0].tolist() == [*start.token_ids[0].tolist(), *ids, *byte_tokenizer()(second)["input_ids"]]
     assert info[0].startswith(
         f"BeaconCache: {talk.tokens_seen - 1:,} tokens seen"
     )  # the last is read with what follows
@@ -496,7 +446,7 @@ def unknown_architecture(files: Path) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
     MambaForCausalLM(MambaConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1)).save_pretrained("mamba")
-    tiny_tokenizer().save_pretrained("mamba")
+    byte_tokenizer().save_pretrained("mamba")
 
 
 def no_tokenizer(files: Path) -> None:

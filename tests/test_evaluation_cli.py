@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 import activation_beacon
 from activation_beacon import BeaconConfig, attach, detach
 from activation_beacon.cli import app
-from evaluation_models import CHUNK, STORY, beacon_model, byte_tokenizer
+from evaluation_models import STORY, beacon_model
 from families import beacon_tensors
+from saved_models import CHUNK, byte_tokenizer
 
 pytest.importorskip("matplotlib")
 
@@ -114,11 +115,12 @@ def test_multi_turn_shows_every_turn(run):
         ((*LM, "--ratios", "3"), "ratio (3) must divide chunk_size (32). Use 2, 4, 8."),
         ((*LM, "--methods", "best"), "The task lm has no method 'best'. Use some of full, alone, recent, beacons."),
         ((*LM, "--length", "99999"), "The task lm has no sample of 99999 tokens. Use a shorter length, or longer texts."),
-        ((*LM, "--field", "body"), "docs.jsonl, line 1 has no text in \"body\". Its fields: id, text."),
-        (("lm", "no.jsonl", "-o", "out"), "no.jsonl does not exist. Name a file of documents."),
+        ((*LM, "--field", "body"), "docs.jsonl, line 1: there is no field \"body\" (fields: id, text). Mend or remove it, or"),
+        (("lm", "no.jsonl", "-o", "out"), "There is no file, folder or glob 'no.jsonl'. Name one, or a hub data set"),
         ((*NEEDLES, "--kinds", "hay"), "There is no needle of kind 'hay'. Use some of sentence, number, uuid."),
-        ((*NEEDLES, "--background", "no.txt"), "no.txt does not exist. Name a file of documents."),
-        (("report", "nowhere"), "nowhere holds no results (run.json is missing). Name a folder of `beacon eval`."),
+        ((*NEEDLES, "--background", "no.txt"), "There is no file, folder or glob 'no.txt'. Name one, or a hub data set"),
+        ((*LM, "--on-error", "cry"), "--on-error must be skip or stop; got 'cry'."),
+            (("report", "nowhere"), "nowhere holds no results (run.json is missing). Name a folder of `beacon eval`."),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_is_one_line(run, args, message):

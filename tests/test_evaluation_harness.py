@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from activation_beacon.errors import InputError, RatioError
-from evaluation_models import CHUNK, OWN, STORY, beacon_model, byte_prompt, byte_tokenizer
+from evaluation_models import OWN, STORY, beacon_model, byte_prompt
 from families import tiny
+from saved_models import CHUNK, byte_tokenizer
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")
@@ -195,7 +196,7 @@ def test_more_samples_begin_with_the_same_ones_in_any_process():
     assert more[: len(few)] == few
     assert len({sample.context for sample in more}) == len(more)
     code = (
-        "from evaluation_models import byte_tokenizer; import json\n"
+        "from saved_models import byte_tokenizer; import json\n"
         "from activation_beacon.evaluation.ruler import ruler_samples\n"
         f"print(json.dumps([s.context for s in ruler_samples(byte_tokenizer(), {LENGTH}, tasks={NAMES!r}, count=1)]))"
     )

@@ -7,7 +7,7 @@ import pytest
 from activation_beacon.errors import InputError
 from activation_beacon.evaluation import samples as samples_module
 from activation_beacon.evaluation.multi_turn import multi_turn_samples
-from activation_beacon.evaluation.needles import DEPTHS, KINDS, hide, make_needle, needle_samples, window
+from activation_beacon.evaluation.needles import DEPTHS, KINDS, make_needle, needle_samples, window
 from activation_beacon.evaluation.samples import answer_sample
 from evaluation_models import STORY, beacon_model, byte_prompt, ids_of
 
@@ -24,23 +24,6 @@ def model():
 @pytest.fixture(scope="module")
 def needles():
     return list(needle_samples(PROMPT, BACKGROUND, LENGTH))
-
-
-@pytest.mark.parametrize(
-    ("text", "depth", "expected"),
-    [
-        ("One. Two. Three.", 0.0, "N. One. Two. Three."),
-        ("One. Two. Three.", 0.3, "One. N. Two. Three."),
-        ("One. Two. Three.", 0.6, "One. Two. N. Three."),
-        ("One. Two. Three.", 1.0, "One. Two. Three. N."),
-        ('He said "No!" Then he left', 0.5, 'He said "No!" N. Then he left'),
-        ("no boundary here", 0.4, "N. no boundary here"),
-        ("3.14 is not one. Yes", 0.1, "N. 3.14 is not one. Yes"),
-        ("", 0.5, "N."),
-    ],
-)
-def test_a_statement_is_hidden_at_the_nearest_sentence_boundary(text, depth, expected):
-    assert hide(text, "N.", depth) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,10 +1,11 @@
 """Packed questions and reading back: what is asked about is there, once, within the length."""
 
 import json
+import re
 
 import pytest
 
-from activation_beacon.errors import FileFormatError, InputError
+from activation_beacon.errors import InputError
 from activation_beacon.evaluation.packed_qa import Passage, packed_samples, read_passages
 from activation_beacon.evaluation.reconstruction import CUE_WORDS, WORDS, reconstruction_samples
 from activation_beacon.evaluation.samples import answer_sample
@@ -101,12 +102,8 @@ def test_records_of_one_context_become_one_passage(tmp_path):
 def test_records_that_are_no_questions_are_named(tmp_path, row):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    with pytest.raises(FileFormatError) as error:
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))}, line 1: .* Mend or remove it"):
         read_passages([path])
-    assert str(error.value) == (
-        f"{path}, line 1 is no question: it needs texts in context, question, and answer (or a list in answers). "
-        f"Its fields: {', '.join(sorted(row))}."
-    )
 
 
 def test_nothing_to_ask_about_is_refused():

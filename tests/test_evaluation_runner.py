@@ -13,7 +13,8 @@ from activation_beacon.evaluation.results import Key, Results
 from activation_beacon.evaluation.runner import Plan, run_task
 from activation_beacon.evaluation.samples import Question, Sample
 from activation_beacon.evaluation.tasks import Answering, LanguageModelling, multi_turn, needles, other_context
-from evaluation_models import CHUNK, STORY, beacon_model, byte_prompt, byte_tokenizer, ids_of
+from evaluation_models import STORY, beacon_model, byte_prompt, ids_of
+from saved_models import CHUNK, byte_tokenizer
 
 MODEL = {"base": "a", "adapter": "b"}
 

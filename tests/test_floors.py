@@ -13,7 +13,7 @@ FLOORS = [
     {"config"},
     {"plan"},
     {"files", "fingerprint", "projection", "rope", "entries"},
-    {"batch", "cache"},
+    {"batch", "cache", "data"},
     {"adapt"},
     {"attachment", "forward"},
     {"at_once"},

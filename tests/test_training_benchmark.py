@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -8,6 +7,7 @@ from activation_beacon import BeaconConfig
 from activation_beacon.cli import app
 from activation_beacon.training.benchmark import WAYS, measure
 from families import with_beacons
+from saved_models import save_adapter, save_base
 
 
 def test_every_way_is_measured_at_every_length_and_leaves_the_model_as_it_was():
@@ -26,35 +26,20 @@ def test_every_way_is_measured_at_every_length_and_leaves_the_model_as_it_was():
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory) -> Path:
-    from activation_beacon import detach
-    from evaluation_models import beacon_model, byte_tokenizer
-
+def options(tmp_path_factory) -> list[str]:
+    """The command for a tiny model."""
     folder = tmp_path_factory.mktemp("bench")
-    model = beacon_model()
-    model.save_pretrained(folder / "adapter")
-    detach(model).save_pretrained(folder / "base")
-    byte_tokenizer().save_pretrained(folder / "base")
-    return folder
+    base = save_base(folder / "base")
+    return ["bench", "training", "--model", str(save_adapter(folder / "adapter", base, seed=1)), "--base", str(base)]
 
 
-def test_the_command_prints_a_table_or_one_json_object(adapter):
-    args = [
-        "bench",
-        "training",
-        "--model",
-        str(adapter / "adapter"),
-        "--base",
-        str(adapter / "base"),
-        "--lengths",
-        "96,64",
-    ]
-    table = CliRunner().invoke(app, [*args, "--repeats", "1"])
+def test_the_command_prints_a_table_or_one_json_object(options):
+    table = CliRunner().invoke(app, [*options, "--lengths", "96,64", "--repeats", "1"])
     assert table.exit_code == 0, table.output
     lines = table.stdout.splitlines()
     assert lines[0].split() == ["tokens", "way", "tokens/s", "of", "the", "loop", "share", "of", "peak", "memory"]
     assert [line.split()[0] for line in lines[1:]] == ["64"] * 3 + ["96"] * 3
-    result = CliRunner().invoke(app, [*args, "--repeats", "1", "--json"])
+    result = CliRunner().invoke(app, [*options, "--lengths", "96,64", "--repeats", "1", "--json"])
     assert len(json.loads(result.stdout)["measured"]) == 6
 
 
@@ -65,17 +50,7 @@ def test_the_command_prints_a_table_or_one_json_object(adapter):
         ("32,64", "Error: --lengths (32) must exceed the chunk (32): there is nothing to train on before."),
     ],
 )
-def test_lengths_that_make_no_sense_are_refused(adapter, lengths, text):
-    args = [
-        "bench",
-        "training",
-        "--model",
-        str(adapter / "adapter"),
-        "--base",
-        str(adapter / "base"),
-        "--lengths",
-        lengths,
-    ]
-    result = CliRunner().invoke(app, args)
+def test_lengths_that_make_no_sense_are_refused(options, lengths, text):
+    result = CliRunner().invoke(app, [*options, "--lengths", lengths])
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == text

@@ -10,9 +10,9 @@ import torch
 from activation_beacon.errors import ConfigError, InputError
 from activation_beacon.evaluation import needles as evaluated
 from activation_beacon.training import needle_words
-from activation_beacon.training.needles import KINDS, Needles, Reconstruction, find_cue, hide, make_needle
+from activation_beacon.training.needles import KINDS, Needles, Reconstruction, find_cue, make_needle
 from activation_beacon.training.sampling import num_chunks
-from training_texts import MARKED, UNMARKED, answers_of, letter_tokenizer, store_of_texts, text_of
+from training_texts import MARKED, UNMARKED, answers_of, letter_tokenizer, store_of_texts, text_of, text_with
 
 CHUNK, LENGTH = 1024, 8192
 SHAPES = {
@@ -21,12 +21,6 @@ SHAPES = {
     "word": r"[a-z]+-[a-z]+",
     "sentence": r"[a-z]+( [A-Za-z]+){3,}",
 }
-
-
-def text_with(number: int, length: int) -> str:
-    """Sentences that say where they stand."""
-    sentences = (f"Sentence {place} of {number} is here.{' ' if place % 7 else chr(10) * 2}" for place in range(length))
-    return "".join(sentences)[:length]
 
 
 @pytest.fixture(scope="module")
@@ -101,42 +95,6 @@ def test_no_word_list_is_shared_with_the_evaluation():
     for name in ("ACTS", "PLACES", "TIMES", "CITIES"):
         assert not set(getattr(needle_words, name)) & set(getattr(evaluated, name))
     assert not set(needle_words.NOUNS) & set(evaluated.THINGS)
-
-
-# --- hiding -----------------------------------------------------------------------------------------------------------
-
-PROSE = 'One is here. "Two?" he said. Three!\n\nFour (is it?) five.'
-
-
-@pytest.mark.parametrize(
-    ("text", "depth", "expected"),
-    [
-        (PROSE, 0, f"N. {PROSE}"),
-        (PROSE, 1, f"{PROSE} N."),
-        (PROSE, 0.2, 'One is here. N. "Two?" he said. Three!\n\nFour (is it?) five.'),
-        (PROSE, 0.35, 'One is here. "Two?" N. he said. Three!\n\nFour (is it?) five.'),
-        (PROSE, 0.5, 'One is here. "Two?" he said. N. Three!\n\nFour (is it?) five.'),
-        (PROSE, 0.66, 'One is here. "Two?" he said. Three!\n\nN.\n\nFour (is it?) five.'),
-        ("no sentence", 0.4, "N. no sentence"),
-        ("no sentence", 0.6, "no sentence N."),
-        ("wrapped\nlines. And\nmore", 0.5, "wrapped\nlines. N. And\nmore"),
-        ("    a = 1\n    b = 2\n\n    c = 3", 0.6, "    a = 1\n    b = 2\n\n    N.\n\n    c = 3"),
-        ("", 0.5, "N."),
-    ],
-)
-def test_a_statement_stands_at_the_boundary_nearest_to_its_depth(text, depth, expected):
-    assert hide(text, "N.", depth) == expected
-
-
-def test_nothing_of_the_text_is_changed_and_no_boundary_is_nearer():
-    text = text_with(1, 3000)
-    boundaries = [0, len(text), *(match.end() for match in re.finditer(r"here\.\s+", text) if match.end() < len(text))]
-    for step in range(201):
-        hidden = hide(text, "NEEDLE.", step / 200)
-        before, after = hidden.split("NEEDLE.")
-        assert (before + after.lstrip()).strip() == text.strip()
-        place = len(before) if after else len(text)
-        assert abs(place - step / 200 * len(text)) == min(abs(other - step / 200 * len(text)) for other in boundaries)
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ import re
 import pytest
 import torch
 
+from activation_beacon.data.sources import ReadReport
 from activation_beacon.errors import ConfigError, InputError
 from activation_beacon.training.conversations import Turn
 from activation_beacon.training.questions import PackedQuestions, QuestionGroup, read_groups
 from activation_beacon.training.sampling import num_chunks
-from activation_beacon.training.sources import ReadReport
 from training_texts import MARKED, UNMARKED, answers_of, letter_tokenizer, text_of
 
 CHUNK, LENGTH = 128, 1024

@@ -7,15 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from activation_beacon import load
 from activation_beacon.cli import app
 from activation_beacon.training.checkpoints import checkpoints
-from evaluation_models import byte_tokenizer
+from saved_models import CHUNK, save_base
 
-CHUNK = 32
 BEACON = [sys.executable, "-m", "activation_beacon"]
 TEXT = "The lion said nothing at all to the tiger, and went to sleep under a tree. " * 20
 
@@ -23,12 +21,7 @@ TEXT = "The lion said nothing at all to the tiger, and went to sleep under a tre
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("training")
-    config = LlamaConfig(
-        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=640, bos_token_id=None, eos_token_id=256, pad_token_id=256,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(root / "base")
-    byte_tokenizer().save_pretrained(root / "base")
+    save_base(root / "base")
     lines = [{"id": f"d{number}", "text": f"{number}. {TEXT}"} for number in range(12)]
     (root / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (root / "broken.jsonl").write_text(

@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from activation_beacon.data.sources import ReadReport
 from activation_beacon.errors import ConfigError, FileFormatError, InputError, StorageError
 from activation_beacon.training import token_store
-from activation_beacon.training.sources import ReadReport
 from activation_beacon.training.token_store import BuildProgress, TokenStore, build_token_store, tokenizer_fingerprint
 
 WORDS = ["[UNK]", "[BOS]", "one", "two", "three", "four", "five"]

@@ -33,6 +33,12 @@ def text_of(ids) -> str:
     return "".join([*LETTERS, *MARKS][number] for number in ids)
 
 
+def text_with(number: int, length: int) -> str:
+    """Sentences that say where they stand."""
+    sentences = (f"Sentence {place} of {number} is here.{' ' if place % 7 else chr(10) * 2}" for place in range(length))
+    return "".join(sentences)[:length]
+
+
 def answers_of(sample) -> list[str]:
     """The runs of targets, as text."""
     runs, before = [], False

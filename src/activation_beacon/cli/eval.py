@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ Methods = Annotated[
     str, typer.Option("--methods", help="What to compare, such as full,beacons; see docs/evaluation.md.")
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Samples of each length at most.")]
+OnErrorOption = Annotated[str, typer.Option("--on-error", help="skip or stop at a broken record.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of what is drawn.")]
 Background = Annotated[
     list[Path] | None,
@@ -59,7 +60,11 @@ class Wanted:
 
 def lm(
     documents: Annotated[
-        list[Path], typer.Argument(metavar="FILE", help="Documents: .txt, or .jsonl (.gz, .zst) with a field of text.")
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="Documents: files (.txt, .md, .jsonl, .gz, .zst, .parquet), folders, globs, hub data sets.",
+        ),
     ],
     out: Out,
     model: options.Model = "default",
@@ -68,7 +73,8 @@ def lm(
     length: Annotated[str, typer.Option("--length", help="Tokens of a text; several, such as 8192,32768.")] = "8192",
     limit: Limit = 8,
     methods: Methods = LM_METHODS,
-    field: Annotated[str, typer.Option("--field", help="Where a line's text stands.")] = "text",
+    field: Annotated[str, typer.Option("--field", help="Where a record's text stands.")] = "text",
+    on_error: OnErrorOption = "stop",
     device: options.Device = None,
     dtype: options.DtypeOption = None,
     json: options.Json = False,
@@ -80,12 +86,13 @@ def lm(
     as the base model has positions. The gap closed is (alone - beacons) / (alone - full).
     """
     wanted = _wanted(out, methods, ratios, length, limit, json=json)
-    _check_files(documents, field)
+    handling = _on_error(on_error)
+    _check_files(documents, field, handling)
 
     def make(loaded: Loaded) -> "Task":
         from activation_beacon.evaluation.tasks import LanguageModelling
 
-        return LanguageModelling(loaded.tokenizer, documents, field=field)
+        return LanguageModelling(loaded.tokenizer, documents, field=field, on_error=handling)
 
     _evaluate(make, wanted, model=model, base=base, device=device, dtype=dtype)
 
@@ -153,8 +160,11 @@ def multi_turn(
 
 def qa(
     files: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILE", help="Records (.jsonl) with context, question, and answer or answers."),
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="Records with context, question, and answer or answers; files as for lm.",
+        ),
     ],
     out: Out,
     model: options.Model = "default",
@@ -164,6 +174,7 @@ def qa(
     limit: Limit = 20,
     methods: Methods = METHODS,
     seed: Seed = 0,
+    on_error: OnErrorOption = "stop",
     device: options.Device = None,
     dtype: options.DtypeOption = None,
     json: options.Json = False,
@@ -176,12 +187,13 @@ def qa(
     wanted = _wanted(out, methods, ratios, length, limit, json=json)
     from activation_beacon.evaluation.packed_qa import read_passages
 
-    read_passages(files)  # says now what is wrong with them
+    handling = _on_error(on_error)
+    read_passages(files, on_error=handling)  # says now what is wrong with them
 
     def make(loaded: Loaded) -> "Task":
         from activation_beacon.evaluation.tasks import packed_qa
 
-        return packed_qa(loaded.prompt, files, seed=seed)
+        return packed_qa(loaded.prompt, files, seed=seed, on_error=handling)
 
     _evaluate(make, wanted, model=model, base=base, device=device, dtype=dtype)
 
@@ -275,12 +287,18 @@ def _lengths(text: str) -> tuple[int, ...]:
     return lengths
 
 
-def _check_files(paths: list[Path], field: str = "text") -> None:
+def _on_error(text: str) -> Any:
+    if text not in ("skip", "stop"):
+        raise InputError(f"--on-error must be skip or stop; got {text!r}.")
+    return text
+
+
+def _check_files(paths: Sequence[str | Path], field: str = "text", on_error: Any = "stop") -> None:
     """Refuse now a file that could not be read once the model is there."""
     from activation_beacon.evaluation.documents import read_documents
 
     for path in paths:
-        next(read_documents([path], field=field), None)
+        next(read_documents([path], field=field, on_error=on_error), None)
 
 
 def _check_plots() -> None:

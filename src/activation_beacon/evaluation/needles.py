@@ -1,11 +1,11 @@
 """Needle in a haystack: a sentence, a number or a UUID hidden in background text, asked for after the text has been read."""
 
 import random
-import re
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from activation_beacon.data.hiding import hide
 from activation_beacon.errors import InputError
 from activation_beacon.evaluation.samples import Question, Sample, fitted
 from activation_beacon.prompts import ChatPrompt
@@ -14,7 +14,6 @@ KINDS = ("sentence", "number", "uuid")
 DEPTHS = 10
 STRIDE = 7  # of ten depths it takes 0, 3, 6, 9, 2, 5, 8, 1, 4, 7
 MAX_NEW_TOKENS = {"sentence": 40, "number": 24, "uuid": 48}
-BOUNDARY = re.compile(r"[.!?][\"'”’)]*\s+")
 
 CITIES = ("Lisbon", "Kyoto", "Oslo", "Quito", "Dakar", "Perth", "Riga", "Tunis", "Hanoi", "Lima", "Split", "Cork")
 ACTS = ("eat a warm sandwich", "fly a paper kite", "read old letters", "paint small boats", "count the swallows")
@@ -52,15 +51,6 @@ def make_needle(kind: str, rng: random.Random) -> Needle:
     else:
         raise InputError(f"There is no needle of kind {kind!r}. Use some of {', '.join(KINDS)}.")
     return Needle(statement, Question(asked, (answer,), max_new_tokens=MAX_NEW_TOKENS[kind]))
-
-
-def hide(text: str, statement: str, depth: float) -> str:
-    """The text with a statement at the sentence boundary that is nearest to `depth` (0 its beginning, 1 its end)."""
-    target = depth * len(text)
-    places = [0, *(match.end() for match in BOUNDARY.finditer(text)), len(text)]
-    place = min(places, key=lambda place: abs(place - target))
-    before, after = text[:place].rstrip(), text[place:].lstrip()
-    return " ".join(part for part in (before, statement, after) if part)
 
 
 def needle_samples(

@@ -4,10 +4,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from activation_beacon.errors import FileFormatError, InputError
-from activation_beacon.evaluation.documents import read_records
+from activation_beacon.data.sources import OnError, questions
+from activation_beacon.errors import InputError
 from activation_beacon.evaluation.samples import SLACK, Question, Sample
 from activation_beacon.prompts import ChatPrompt
 
@@ -26,24 +25,21 @@ class Passage:
     questions: tuple[tuple[str, tuple[str, ...]], ...]
 
 
-def read_passages(paths: Sequence[str | Path]) -> list[Passage]:
-    """Passages of .jsonl files with `context`, `question` and `answer` (or `answers`); equal contexts become one.
+def read_passages(sources: Sequence[str | Path], *, on_error: OnError = "stop") -> list[Passage]:
+    """Passages of records with `context`, `question` and `answer` (or `answers`); equal contexts become one.
 
     Records without a context are passed over.
 
     Raises:
-        StorageError, FileFormatError: as `read_records` does, or for a record without question or answer.
+        StorageError, FileFormatError, InputError: as `data.sources.questions` does.
     """
     found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     names: dict[str, str] = {}
-    for name in paths:
-        path = Path(name)
-        for number, record in read_records(path):
-            context, question, answers = _fields(record, path, number)
-            if context.strip():
-                names.setdefault(context, str(record.get("id", f"{path.name}:{number}")))
-                found.setdefault(context, []).append((question, answers))
-    return [Passage(names[context], context, tuple(questions)) for context, questions in found.items()]
+    for question in questions(sources, on_error=on_error):
+        if question.context:
+            names.setdefault(question.context, question.id)
+            found.setdefault(question.context, []).append((question.question, question.answers))
+    return [Passage(names[context], context, tuple(asked)) for context, asked in found.items()]
 
 
 def packed_samples(
@@ -101,15 +97,3 @@ def _question(text: str, answers: tuple[str, ...]) -> Question:
 def _ids(prompt: ChatPrompt, text: str) -> list[int]:
     ids: list[int] = prompt.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
-
-
-def _fields(record: dict[str, Any], path: Path, number: int) -> tuple[str, str, tuple[str, ...]]:
-    context, question = record.get("context", ""), record.get("question")
-    answers = record.get("answers") or [record.get("answer")]
-    is_text = all(isinstance(text, str) for text in (context, question, *answers))
-    if not is_text or not isinstance(answers, list) or not str(question).strip():
-        raise FileFormatError(
-            f"{path}, line {number} is no question: it needs texts in context, question, and answer (or a list in answers). "
-            f"Its fields: {', '.join(sorted(record)) or 'none'}."
-        )
-    return context, str(question), tuple(answers)

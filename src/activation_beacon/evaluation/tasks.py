@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from activation_beacon.data.sources import OnError
 from activation_beacon.errors import InputError
 from activation_beacon.evaluation import language_modelling
 from activation_beacon.evaluation.documents import Text, prefix_ids, read_documents, texts
@@ -60,25 +61,27 @@ class LanguageModelling:
 
     Args:
         tokenizer: of the base model.
-        paths: files of documents.
-        field: where a line's text stands.
+        paths: files, folders, globs or hub data sets of documents.
+        field: where a record's text stands.
+        on_error: what becomes of a record without one.
     """
 
     name = "lm"
     quality = "nats"
     methods = {"full": False, "alone": False, "recent": False, "beacons": True}  # noqa: RUF012 - a constant
 
-    def __init__(self, tokenizer: Any, paths: Sequence[str | Path], *, field: str = "text") -> None:
+    def __init__(
+        self, tokenizer: Any, paths: Sequence[str | Path], *, field: str = "text", on_error: OnError = "stop"
+    ) -> None:
         self.tokenizer = tokenizer
-        self.paths = [Path(path) for path in paths]
-        self.field = field
-        self.settings = {"documents": [path.name for path in self.paths], "field": field}
+        self.paths = list(paths)
+        self.field, self.on_error = field, on_error
+        self.settings = {"documents": [Path(path).name for path in paths], "field": field, "on_error": on_error}
 
     def samples(self, length: int) -> Iterator[Text]:
         """Texts of exactly so many tokens, one of each document that is long enough."""
-        found = texts(
-            read_documents(self.paths, field=self.field), self.tokenizer, length=length, prefix=self._prefix()
-        )
+        documents = read_documents(self.paths, field=self.field, on_error=self.on_error)
+        found = texts(documents, self.tokenizer, length=length, prefix=self._prefix())
         seen: dict[str, int] = {}
         for text in found:
             seen[text.id] = seen.get(text.id, 0) + 1
@@ -179,14 +182,18 @@ def reconstruction(
     return Answering("reconstruction", prompt, make, {"background": source, "seed": seed})
 
 
-def packed_qa(prompt: ChatPrompt, paths: Sequence[str | Path], *, seed: int = 0) -> Answering:
+def packed_qa(
+    prompt: ChatPrompt, paths: Sequence[str | Path], *, seed: int = 0, on_error: OnError = "stop"
+) -> Answering:
     """The task "qa"; see `packed_qa.packed_samples`."""
-    passages = read_passages(paths)
+    passages = read_passages(paths, on_error=on_error)
 
     def make(length: int) -> Iterator[Sample]:
         return packed_samples(prompt, passages, length, seed=seed)
 
-    return Answering("qa", prompt, make, {"files": [Path(path).name for path in paths], "seed": seed})
+    return Answering(
+        "qa", prompt, make, {"files": [Path(path).name for path in paths], "seed": seed, "on_error": on_error}
+    )
 
 
 def ruler(prompt: ChatPrompt, *, names: Sequence[str] = (), count: int = 10, seed: int = 0) -> Answering:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from activation_beacon.data.hiding import hide
 from activation_beacon.errors import ConfigError
 from activation_beacon.training.conversations import Conversations, Turn
 from activation_beacon.training.needle_words import (
@@ -27,8 +28,6 @@ from activation_beacon.training.token_store import TokenStore
 
 KINDS = ("word", "number", "uuid", "sentence", "multi")
 VALUE_KINDS = ("word", "number", "uuid")
-CLOSING = "\"'”’)]"
-BOUNDARY = re.compile(rf"(?<=[.!?])[{re.escape(CLOSING)}]*\s+|\n[ \t]*\n\s*")  # a sentence's end, or a blank line
 MOST_TURNS = 4
 MULTI_KEYS = (3, 8)
 ANSWER_TOKENS = (100, 300)
@@ -65,22 +64,6 @@ def make_needle(kind: str, rng: random.Random) -> Needle:
         statement, question = rng.choice(VALUE_FORMS)
         return _value_needle(kind, statement, question, _key(rng), rng.choice(SUBJECTS[kind]), rng)
     raise ConfigError(f"There is no needle of kind {kind!r}. Use some of {', '.join(KINDS)}.")
-
-
-def hide(text: str, needle: str, depth: float) -> str:
-    """The text with a statement at the sentence boundary that is nearest to `depth` (0 its beginning, 1 its end).
-
-    Args:
-        text: to hide it in; nothing of it is changed.
-        needle: the statement.
-        depth: from 0 to 1.
-    """
-    target = depth * len(text)
-    inner = ((match.end(), match.group()) for match in BOUNDARY.finditer(text) if match.end() < len(text))
-    place, gap = min([(0, " "), (len(text), " "), *inner], key=lambda found: abs(found[0] - target))
-    if place == len(text):
-        return f"{text} {needle}" if text else needle
-    return f"{text[:place]}{needle}{gap.lstrip(CLOSING)}{text[place:]}"
 
 
 def find_cue(text: str, rng: random.Random) -> tuple[str, int]:

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from activation_beacon.data.data_files import Source
+from activation_beacon.data.sources import OnError, Question, ReadReport, questions
 from activation_beacon.errors import ConfigError, InputError
 from activation_beacon.training.conversations import Conversations, Turn
-from activation_beacon.training.data_files import Source
 from activation_beacon.training.sampling import LEAST_CHUNKS, Sample, check_sizes, drawn_length, random_of
-from activation_beacon.training.sources import OnError, Question, ReadReport, questions
 
 GAP = "\n\n"
 MOST_TURNS = 4

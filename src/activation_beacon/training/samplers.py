@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from activation_beacon.training.data_files import data_files
+from activation_beacon.data.data_files import data_files
 from activation_beacon.training.processes import Processes
 from activation_beacon.training.sampling import DocumentSampler, MixedSampler, Sampler
 from activation_beacon.training.settings import Stage, TrainingSettings

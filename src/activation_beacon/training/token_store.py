@@ -18,10 +18,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from activation_beacon.data.data_files import Source, data_files, list_sources
+from activation_beacon.data.sources import OnError, ReadReport, documents
 from activation_beacon.errors import ConfigError, FileFormatError, InputError, StorageError
 from activation_beacon.files import build_folder, reason
-from activation_beacon.training.data_files import Source, data_files, list_sources
-from activation_beacon.training.sources import OnError, ReadReport, documents
 
 STORE_FORMAT = "activation-beacon tokens"
 STORE_VERSION = 1

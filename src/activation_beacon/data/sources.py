@@ -1,4 +1,4 @@
-"""Where training texts come from: files, folders and hub data sets, read as a stream, record by record.
+"""Where texts come from: files, folders and hub data sets, read as a stream, record by record.
 
 Knows nothing of tokens. A bad record is skipped or stops the reading, as the caller chose, and is named by file and line
 either way; a source that does not exist or has an unknown format always stops it.
@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from activation_beacon.errors import ConfigError, InputError, StorageError
-from activation_beacon.files import reason
-from activation_beacon.training.data_files import (
+from activation_beacon.data.data_files import (
     BadRecord,
     Source,
     blocks,
@@ -23,6 +21,8 @@ from activation_beacon.training.data_files import (
     list_sources,
     needed_package,
 )
+from activation_beacon.errors import ConfigError, InputError, StorageError
+from activation_beacon.files import reason
 
 OnError = Literal["skip", "stop"]
 
@@ -113,7 +113,7 @@ class _Intake:
     def refuse(self, place: str, bad: BadRecord) -> None:
         if self.on_error == "stop":
             raise InputError(
-                f'{place}: {bad.detail}. Mend or remove it, or have bad records skipped (on_error "skip").'
+                f"{place}: {bad.detail}. Mend or remove it, or have bad records skipped (--on-error skip)."
             )
         self.report.skip(bad.why, place)
 
@@ -214,7 +214,7 @@ def _wanted(
 
 
 def _records(source: Source, intake: _Intake, text_field: str) -> Iterator[Record]:
-    readers = {".txt": _read_text, ".jsonl": _read_lines, ".parquet": _read_parquet}
+    readers = {".txt": _read_text, ".md": _read_text, ".jsonl": _read_lines, ".parquet": _read_parquet}
     files = data_files(source)
     if not files:
         yield from _read_hub(str(source))

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from activation_beacon.data import data_files
+from activation_beacon.data.sources import Question, ReadReport, documents, questions, read_records
 from activation_beacon.errors import ConfigError, FileFormatError, InputError, StorageError, UnsupportedError
-from activation_beacon.training import data_files
-from activation_beacon.training.sources import Question, ReadReport, documents, questions, read_records
 
 zstandard = pytest.importorskip("zstandard")
 
 ROWS = [{"id": f"d{number}", "text": f"Text {number}: größer – ok.\nSecond line."} for number in range(5)]
-WAY_OUT = 'Mend or remove it, or have bad records skipped (on_error "skip").'
+WAY_OUT = "Mend or remove it, or have bad records skipped (--on-error skip)."
 
 
 def jsonl(rows=ROWS) -> bytes:
@@ -83,7 +83,7 @@ def test_a_text_file_is_one_document(tmp_path, name, pack):
 
 
 def test_parquet_is_read_row_by_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("activation_beacon.training.sources.ROWS", 2)
+    monkeypatch.setattr("activation_beacon.data.sources.ROWS", 2)
     path, report = put_parquet(tmp_path / "a.parquet", [*ROWS, {"id": "d5", "text": None}]), ReadReport()
     assert list(documents(path, report=report)) == [(row["id"], row["text"]) for row in ROWS]
     assert report.summary() == f"5 records read, 1 skipped: 1 wrong type ({path}, row 6)."

@@ -1,4 +1,4 @@
-"""Which files a source of training texts names, and their contents as blocks and lines. Knows nothing of records."""
+"""Which files a source of texts names, and their contents as blocks and lines. Knows nothing of records."""
 
 import glob
 import importlib
@@ -14,6 +14,7 @@ from activation_beacon.files import reason
 Source = str | Path
 
 FORMATS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+BY_NAME_ONLY = (".md",)  # in a folder of texts, such a file is about them
 PACKINGS = (".gz", ".zst")
 BLOCK = 1 << 18
 MAX_WINDOW = 1 << 27  # zstandard refuses windows of more than 8 MiB unless told
@@ -66,15 +67,16 @@ def data_files(source: Source) -> list[Path]:
 
 
 def file_kind(path: Path) -> str:
-    """.txt, .jsonl or .parquet, whether packed or not.
+    """.txt, .md, .jsonl or .parquet, whether packed or not.
 
     Raises:
         FileFormatError: if the format is not known.
     """
     packing = path.suffix if path.suffix in PACKINGS else ""
     kind = path.with_suffix("").suffix if packing else path.suffix
-    if kind + packing not in FORMATS:
-        raise FileFormatError(f"{path} has a format that is not known. Known are {', '.join(FORMATS)}.")
+    if kind + packing not in FORMATS + BY_NAME_ONLY:
+        known = ", ".join(FORMATS + BY_NAME_ONLY)
+        raise FileFormatError(f"{path} has a format that is not known. Known are {known}.")
     return kind
 
 
