@@ -7,10 +7,12 @@ import typer
 
 from activation_beacon.cli import options
 from activation_beacon.cli.console import bytes_text, notice, print_json
-from activation_beacon.cli.models import load_model
+from activation_beacon.cli.models import Loaded, load_model
 from activation_beacon.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from activation_beacon.bench.cost import Compression, ModelShape
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed and memory on this machine.")
@@ -59,6 +61,67 @@ def training(
             f"{each.length:>8,}  {each.way:<13}{each.tokens_per_second:>9,.0f}{factor:>12.2f}x{each.share_of_peak:>14.0%}"
             f"{bytes_text(each.memory_bytes):>13}"
         )
+
+
+OBJECTIVES_EPILOG = options.examples(
+    "beacon bench objectives", "beacon bench objectives texts.jsonl.zst --texts 20 --length 2048 --chunk-size 256"
+)
+
+
+@bench.command("objectives", epilog=OBJECTIVES_EPILOG)
+def objectives(
+    sources: Annotated[
+        list[str] | None, typer.Argument(metavar="[SOURCE]...", help="Texts, as for `beacon eval lm`; the demo's book.")
+    ] = None,
+    length: Annotated[int, typer.Option("--length", min=4, help="Tokens of a text.")] = 1024,
+    chunk_size: Annotated[int, typer.Option("--chunk-size", min=2, help="Chunks to read them in.")] = 128,
+    texts: Annotated[int, typer.Option("--texts", min=2, help="How many.")] = 10,
+    model: options.Model = "default",
+    base: options.Base = None,
+    device: options.Device = None,
+    dtype: options.DtypeOption = None,
+    json: options.Json = False,
+) -> None:
+    """Measure how far the gradients of different texts agree, objective by objective.
+
+    The more they agree, the fewer texts a training run needs. What costs more seconds a text has to agree more.
+    """
+    loaded = load_model(model, base=base, device=device, dtype=dtype)
+    rows = _rows_of(loaded, sources or [], length, texts)
+    if length <= chunk_size or any(chunk_size % ratio for ratio in loaded.config.ratios):
+        raise InputError(
+            f"--chunk-size ({chunk_size}) must be less than --length ({length}), and every ratio must divide it."
+        )
+    from activation_beacon.training.agreement import measure
+
+    found = []
+    for each in measure(loaded.model, rows, chunk_size=chunk_size):
+        found.append(each)
+        notice(f"{each.objective}: {each.cosine:.3f}, {each.seconds_per_text:.1f} s a text")
+    if json:
+        print_json({"model": model, "length": length, "measured": [dataclasses.asdict(each) for each in found]})
+        return
+    typer.echo(f"{'objective':<16}{'cosine of two texts':>20}{'seconds a text':>16}")
+    for each in found:
+        typer.echo(f"{each.objective:<16}{each.cosine:>20.3f}{each.seconds_per_text:>16.1f}")
+
+
+def _rows_of(loaded: Loaded, sources: list[str], length: int, count: int) -> list["torch.Tensor"]:
+    """The first tokens of so many documents, or as many windows of the demo's book: (1, length) each."""
+    import torch
+
+    from activation_beacon import books
+    from activation_beacon.evaluation.documents import read_documents
+    from activation_beacon.evaluation.documents import texts as cut
+
+    if sources:
+        rows = [text.ids for text in cut(read_documents(sources), loaded.tokenizer, length=length, limit=count)]
+    else:
+        ids = loaded.tokenizer(books.read_demo_book(), add_special_tokens=False, verbose=False)["input_ids"]
+        rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:count]
+    if len(rows) < 2:
+        raise InputError(f"There are not two texts of {length} tokens. Name more texts, or lower --length.")
+    return [torch.tensor([row], device=loaded.model.device) for row in rows]
 
 
 PLAN_EPILOG = options.examples(
