@@ -1,5 +1,6 @@
 """`beacon eval`: how good compressed contexts are, task by task, into a folder that can be continued."""
 
+import importlib.metadata
 import importlib.util
 import sys
 import time
@@ -257,6 +258,48 @@ def ruler(
     _evaluate(make, wanted, model=model, base=base, device=device, dtype=dtype)
 
 
+def harness(
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK", help="Tasks or groups of lm-eval, such as arc_easy.")],
+    out: Out,
+    model: options.Model = "default",
+    base: options.Base = None,
+    ratios: Annotated[str, typer.Option("--ratios", help="Ratios, and none for the base model.")] = "none,4,8",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Samples of each task at most.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples before a question.")] = None,
+    include: Annotated[Path | None, typer.Option("--include", metavar="DIR", help="Further tasks (YAML).")] = None,
+    device: options.Device = None,
+    dtype: options.DtypeOption = None,
+    json: options.Json = False,
+) -> None:
+    """Any of lm-eval's tasks: short contexts (arc_easy, hellaswag, mmlu, gsm8k), longbench, longbench2, infinitebench.
+
+    Their data come from the hub. Prompts of up to a chunk are the base model's own business, so that their scores are
+    equal at every ratio; longer ones are compressed on the way in. Here the question is part of the prompt.
+    """
+    _check_plots()
+    if include is not None and not include.is_dir():
+        raise InputError(f"--include ({include}) is no folder. Name one that holds tasks as YAML files.")
+    chosen = [part.strip() for part in ratios.split(",")]
+    for ratio in options.parse_ratios(",".join(each for each in chosen if each.isdecimal()) or "2"):
+        check_ratio(model, ratio)
+    if wrong := [each for each in chosen if not each.isdecimal() and each not in ("none", "auto")]:
+        raise InputError(f'--ratios must be ints, "auto" or "none", such as none,4,8; got {wrong[0]!r}.')
+    loaded = load_model(model, base=base, device=device, dtype=dtype)
+    warn_untrained(loaded.config)
+    from activation_beacon.evaluation.harness_tasks import HarnessResults, run_tasks
+    from activation_beacon.evaluation.results import Results
+
+    results = Results(out, _facts(loaded))
+    settings = {"limit": limit, "num_fewshot": num_fewshot, "lm_eval": importlib.metadata.version("lm-eval")}
+    lines = HarnessResults(out, settings)
+    with _progress() as progress:
+        run_tasks(
+            loaded.model, loaded.tokenizer, tasks, chosen, lines, limit=limit, num_fewshot=num_fewshot,
+            include=include, progress=progress,
+        )  # fmt: skip
+    _finish(results, as_json=json, task="harness", facts={"harness": lines.lines, **trained_fields(loaded.config)})
+
+
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of results.")],
     json: options.Json = False,
@@ -410,6 +453,13 @@ for command, lines in (
     (
         ruler,
         ("beacon eval ruler -o out", "beacon eval ruler --length 4096 --tasks niah_single_1,ruler_vt --limit 5 -o out"),
+    ),
+    (
+        harness,
+        (
+            "beacon eval harness arc_easy hellaswag --ratios none,8 --limit 100 -o out",
+            "beacon eval harness longbench2 --ratios 4,8,16 -o out",
+        ),
     ),
     (reconstruction, ("beacon eval reconstruction --ratios 2,4,8 -o out",)),
     (report, ("beacon eval report out",)),

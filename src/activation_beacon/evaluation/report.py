@@ -16,6 +16,7 @@ from activation_beacon.evaluation.blocks import (
     markdown_of,
     page_of,
 )
+from activation_beacon.evaluation.harness_tasks import HarnessResults
 from activation_beacon.evaluation.metrics import Estimate
 from activation_beacon.evaluation.results import Results
 from activation_beacon.evaluation.summary import Record, Row
@@ -40,7 +41,7 @@ def write_report(folder: str | Path) -> tuple[Path, Path]:
         InputError: if no sample is finished, or matplotlib is not installed.
     """
     results = Results(folder)
-    if not results.records:
+    if not results.records and not HarnessResults(folder).lines:
         raise InputError(f"{folder} has no finished sample yet. Run `beacon eval` on, then ask for the report.")
     pictures = results.folder / PICTURES
     try:
@@ -61,6 +62,8 @@ def tables(results: Results, task: str | None = None) -> list[Block]:
         records = results.of_task(name) if task in (None, name) else []
         for length in summary.lengths_of(records):
             blocks += [Heading(3, f"{name}, {length:,} tokens"), *_tables_of(records, length, facts["quality"])]
+    if task in (None, "harness"):
+        blocks += _harness_blocks(results.folder)
     return blocks
 
 
@@ -104,7 +107,19 @@ def _blocks(results: Results, pictures: Path) -> list[Block]:
         records = results.of_task(name)
         if records:
             blocks += _task_blocks(name, task, records, pictures)
-    return blocks
+    return blocks + _harness_blocks(results.folder)
+
+
+def _harness_blocks(folder: Path) -> list[Block]:
+    found = HarnessResults(folder)
+    if not found.lines:
+        return []
+    settings = ", ".join(f"{name} {value}" for name, value in found.lines[0]["facts"].items() if value is not None)
+    return [
+        Heading(2, "Tasks of lm-eval"),
+        Paragraph(f"As lm-eval scores them, ± standard error; {settings}."),
+        found.table(),
+    ]
 
 
 def _task_blocks(name: str, task: dict[str, Any], records: Sequence[Record], pictures: Path) -> list[Block]:

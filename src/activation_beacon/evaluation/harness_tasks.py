@@ -1,0 +1,205 @@
+"""lm-eval's tasks by name, at several ratios, into a folder that can be continued: short contexts, LongBench and the rest.
+
+What lm-eval measures is kept as it says it, metric by metric; nothing is scored here.
+"""
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from activation_beacon.errors import FileFormatError, InputError, MismatchError, StorageError
+from activation_beacon.evaluation.blocks import Table
+from activation_beacon.files import reason
+
+FILE = "harness.jsonl"
+BASE = "none"  # the ratio that stands for the base model alone
+
+Progress = Callable[[int, int, str], None]
+Line = dict[str, Any]
+
+
+class HarnessResults:
+    """The lines of a folder's `harness.jsonl`: one for each metric of a task at a ratio.
+
+    Args:
+        folder: made when the first line is written.
+        facts: the settings; lines made with others are not mixed with these.
+
+    Raises:
+        FileFormatError: if a line is damaged.
+        MismatchError: if the folder holds lines made with other settings.
+    """
+
+    def __init__(self, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
+        self.path = Path(folder) / FILE
+        self.facts = None if facts is None else json.loads(json.dumps(facts))
+        self.lines = list(self._read())
+        for line in self.lines:
+            theirs = line["facts"]
+            if self.facts is not None and theirs != self.facts:
+                name = next(key for key in sorted({*theirs, *self.facts}) if theirs.get(key) != self.facts.get(key))
+                raise MismatchError(
+                    f"{self.path} holds results with {name} {theirs.get(name)!r}; this run has {self.facts.get(name)!r}. "
+                    "Choose another folder, or the same settings."
+                )
+
+    def has(self, name: str, ratio: str) -> bool:
+        """Whether a task is finished at a ratio."""
+        return any((line["asked"], line["ratio"]) == (name, ratio) for line in self.lines)
+
+    def add(self, lines: Sequence[Line]) -> None:
+        """Append the lines of one task at one ratio; they are on disk when this returns.
+
+        Raises:
+            StorageError: if they cannot be written.
+        """
+        found = [{**line, "facts": self.facts} for line in lines]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in found))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(
+                f"{self.path} cannot be written: {reason(error)}. Free space and run it again."
+            ) from error
+        self.lines += found
+
+    def table(self) -> Table:
+        """A row for each metric, a column for each ratio: value, and its standard error where lm-eval gives one."""
+        ratios = sorted({line["ratio"] for line in self.lines}, key=lambda text: int(text) if text.isdecimal() else 0)
+        rows: dict[tuple[str, str], dict[str, str]] = {}
+        for line in self.lines:
+            error = "" if line["stderr"] is None else f" ± {line['stderr']:.3f}"
+            rows.setdefault((line["task"], line["metric"]), {})[line["ratio"]] = f"{line['value']:.3f}{error}"
+        header = ["task", *("base" if ratio == BASE else f"x{ratio}" for ratio in ratios)]
+        return Table(
+            header,
+            [[f"{task}, {metric}", *(row.get(ratio, "-") for ratio in ratios)] for (task, metric), row in rows.items()],
+        )
+
+    def _read(self) -> Iterator[Line]:
+        if not self.path.is_file():
+            return
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):  # cut short by a crash
+            os.truncate(self.path, len(whole))
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise FileFormatError(f"{self.path}, line {number} is not JSON. Remove that line.") from error
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    ratios: Sequence[str],
+    results: HarnessResults,
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    include: Path | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Run what is not finished yet.
+
+    Args:
+        model: with beacons attached.
+        tokenizer: of its base.
+        names: of tasks or groups of lm-eval.
+        ratios: as text; "none" for the base model alone, "auto" for what fits.
+        results: of the folder.
+        limit: samples of each task at most.
+        num_fewshot: examples before each question; None for the task's own number.
+        include: folder of further tasks (YAML).
+        progress: called with the runs finished, all runs, and the next one's name.
+
+    Raises:
+        InputError: for a task that lm-eval does not know.
+        StorageError: if a task's data cannot be had.
+    """
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if include is None else str(include))
+    _check_names(manager, names)
+    runs = [(name, ratio) for ratio in ratios for name in names]
+    for number, (name, ratio) in enumerate(runs):
+        if progress is not None:
+            progress(number, len(runs), f"{name} {_label(ratio)}")
+        if not results.has(name, ratio):
+            results.add(_run(model, tokenizer, name, ratio, manager, limit, num_fewshot))
+
+
+def _label(ratio: str) -> str:
+    return "base" if ratio == BASE else f"x{ratio}" if ratio.isdecimal() else ratio
+
+
+def _check_names(manager: Any, names: Sequence[str]) -> None:
+    known = set(manager.all_tasks)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f" Is it {', '.join(close)}?" if close else " `lm-eval ls tasks` lists them."
+            raise InputError(f"lm-eval has no task {name!r}.{hint}")
+
+
+def _run(
+    model: Any, tokenizer: Any, name: str, ratio: str, manager: Any, limit: int | None, num_fewshot: int | None
+) -> list[Line]:
+    """One task at one ratio: a line for each metric of it, and of the tasks of a group."""
+    import lm_eval
+
+    from activation_beacon.evaluation.harness import BeaconLM
+
+    lm = BeaconLM(model, beacon_ratio=ratio, tokenizer=tokenizer)
+    try:
+        with redirect_stdout(sys.stderr):  # tasks print
+            found = lm_eval.simple_evaluate(
+                lm, tasks=[name], task_manager=manager, limit=limit, num_fewshot=num_fewshot, log_samples=False
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        if not _is_about_data(error):
+            raise
+        raise StorageError(
+            f"The data of {name} cannot be had: {reason(error)}. lm-eval takes them from the hub: check the network, or "
+            "fetch them before and set HF_DATASETS_OFFLINE=1."
+        ) from error
+    return [
+        {"asked": name, "ratio": ratio, "task": task, **line, "samples": _count(found, task)}
+        for task, values in found["results"].items()
+        for line in _metrics(values)
+    ]
+
+
+def _is_about_data(error: Exception) -> bool:
+    """Whether it came from fetching: lm-eval's data sets raise errors of many kinds there."""
+    modules = set()
+    trace = error.__traceback__
+    while trace is not None:
+        modules.add(str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0])
+        trace = trace.tb_next
+    return bool(modules & {"datasets", "huggingface_hub"})
+
+
+def _metrics(values: Mapping[str, Any]) -> Iterator[Line]:
+    for key, value in values.items():
+        metric, _, kind = key.partition(",")
+        if not isinstance(value, int | float) or metric.endswith("_stderr") or not kind:
+            continue
+        error = values.get(f"{metric}_stderr,{kind}")
+        stderr = float(error) if isinstance(error, int | float) else None
+        yield {"metric": metric if kind == "none" else f"{metric} ({kind})", "value": float(value), "stderr": stderr}
+
+
+def _count(found: Mapping[str, Any], task: str) -> int | None:
+    counts = found.get("n-samples", {}).get(task)
+    return None if counts is None else int(counts["effective"])
