@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from activation_beacon import BeaconConfig
-from activation_beacon.at_once import PREFIX, chunks_at_once
+from activation_beacon.adapt import AT_ONCE
+from activation_beacon.at_once import chunks_at_once
 from activation_beacon.errors import ConfigError, InputError, RatioError, UnsupportedError
 from families import EAGER_ONLY, FAMILIES, random_ids, with_beacons
 
@@ -69,7 +70,7 @@ def test_within_the_block_everything_else_stays_as_it_was(attention):
     }
     outside = {name: call() for name, call in calls.items()}
     with chunks_at_once(model):
-        assert model.config._attn_implementation == PREFIX + attention
+        assert model.config._attn_implementation == AT_ONCE + attention
         for name, call in calls.items():
             assert torch.equal(call(), outside[name]), name
     assert model.config._attn_implementation == attention

@@ -12,7 +12,7 @@ FLOORS = [
     {"errors"},
     {"config"},
     {"plan"},
-    {"files", "fingerprint", "projection", "rope", "entries"},
+    {"causal", "entries", "files", "fingerprint", "projection", "rope"},
     {"batch", "cache", "data"},
     {"adapt"},
     {"attachment", "forward"},

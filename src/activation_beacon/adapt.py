@@ -20,6 +20,8 @@ from activation_beacon.rope import LayerRope, rotary_layout
 TESTED_FAMILIES = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "granite", "olmo2", "smollm3", "gpt_oss"}
 )
+FULL_ATTENTION = "full_attention"
+AT_ONCE = "beacon_chunks_with_"  # before the name of the attention that it hands chunks to, see at_once
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
 FUSED_NAMES = {"qkv_proj": "qkv", "query_key_value": "qkv"}
 OUTPUT_NAMES = ("o_proj", "dense", "out_proj")
@@ -54,10 +56,12 @@ class DecoderSite:
     Attributes:
         layers: one site for each layer.
         max_positions: positions that the base was made for; None where it has no limit.
+        is_plainly_causal: whether every layer is known to see all entries before a slot, and nothing else.
     """
 
     layers: tuple[LayerSite, ...]
     max_positions: int | None
+    is_plainly_causal: bool = False
 
     @property
     def ropes(self) -> tuple[LayerRope | None, ...]:
@@ -90,10 +94,16 @@ def find_decoder(model: PreTrainedModel, projections: Sequence[str]) -> DecoderS
         _layer_site(model, config, layer, index, rotary, projections)
         for index, layer in enumerate(layers[: config.num_hidden_layers])
     )
-    site = DecoderSite(sites, _max_positions(config))
+    site = DecoderSite(sites, _max_positions(config), _is_plainly_causal(config))
     if config.model_type not in TESTED_FAMILIES and next(model.parameters()).device.type != "meta":
         check_keys_move(model, site)
     return site
+
+
+def understands_told_masks(model: Any, site: DecoderSite) -> bool:
+    """Whether a `causal.LowerRight` may stand for the mask of a pass: it must reach torch's own attention as it is."""
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    return site.is_plainly_causal and str(attention).removeprefix(AT_ONCE) == "sdpa"
 
 
 def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, distance: int = 7, tolerance: float = 2e-2) -> None:
@@ -226,6 +236,13 @@ def _layer_rope(
     return LayerRope(rotary, frequencies, layout, type(attention).__module__)
 
 
+def _is_plainly_causal(config: Any) -> bool:
+    """Unknown families may add what they like to a causal mask; known ones cut a window out of it."""
+    layer_types = getattr(config, "layer_types", None)
+    is_windowed = set(layer_types) != {FULL_ATTENTION} if layer_types else bool(getattr(config, "sliding_window", None))
+    return config.model_type in TESTED_FAMILIES and not is_windowed
+
+
 def _max_positions(config: Any) -> int | None:
     limit = getattr(config, "max_position_embeddings", None)
     original = _rope_settings(config).get("original_max_position_embeddings")
@@ -250,7 +267,7 @@ def _refuse_known_obstacles(model: PreTrainedModel, config: Any) -> None:
     if getattr(config, "kv_lora_rank", None):
         raise _unsupported(model, "multi-head latent attention keeps no keys that could be compressed one by one")
     layer_types = set(getattr(config, "layer_types", None) or ())
-    if strange := sorted(layer_types - {"full_attention", "sliding_attention"}):
+    if strange := sorted(layer_types - {FULL_ATTENTION, "sliding_attention"}):
         raise _unsupported(
             model, f"its layers are of type {', '.join(strange)}, which keep no keys and values for every token"
         )

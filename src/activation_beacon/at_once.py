@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from activation_beacon.adapt import DecoderSite
+from activation_beacon.adapt import AT_ONCE, DecoderSite
 from activation_beacon.errors import UnsupportedError
 from activation_beacon.forward import BaseModel, interleave
 from activation_beacon.plan import ChunkLayout
@@ -26,7 +26,6 @@ from activation_beacon.rope import KeyMover
 
 # B batch · T tokens of a text · N slots of all chunks and the tail · H query heads · K kv heads · D head dim · M model dim
 
-PREFIX = "beacon_chunks_with_"
 WITH_MASKS = ("eager", "sdpa")  # attention that takes the mask that it is given
 WITHOUT_MASKS = ("flash_attention_2", "flash_attention_3")  # causal from the lower right by itself
 
@@ -147,7 +146,7 @@ def chunks_at_once(model: Any) -> Iterator[None]:
             f"attn_implementation ({before}) cannot read all chunks in one pass. Use one of {known}, or read chunk by chunk."
         )
     _register(before)
-    config._attn_implementation = PREFIX + before
+    config._attn_implementation = AT_ONCE + before
     try:
         yield
     finally:
@@ -189,7 +188,7 @@ def read_at_once(
 
 def _register(implementation: str) -> None:
     """Register our attention over the base's own, with the base's own masks for all other passes."""
-    name = PREFIX + implementation
+    name = AT_ONCE + implementation
 
     def attend(
         module: nn.Module,

@@ -12,9 +12,10 @@ import torch
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-from activation_beacon.adapt import DecoderSite
+from activation_beacon.adapt import DecoderSite, understands_told_masks
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
+from activation_beacon.causal import LowerRight
 from activation_beacon.entries import BeaconLayer, ChunkLayer, Quantized, merge, take
 from activation_beacon.plan import ChunkLayout, Row, RowReading, TextPlanner, closing_rounds
 from activation_beacon.rope import KeyMover
@@ -26,6 +27,10 @@ Progress = Callable[[int, int], None]
 
 class BaseModel(Protocol):
     """What reading needs of an attached model."""
+
+    @property
+    def config(self) -> Any:
+        """The base's configuration."""
 
     @property
     def beacon_embedding(self) -> torch.Tensor:
@@ -164,7 +169,11 @@ class _Reader:
             layout.raw_slots,
             inputs_embeds=interleave(self.model, ids, layout),
             position_ids=_positions(lengths, slots),
-            attention_mask=_padding_mask(lengths, [layout.num_slots] * len(lengths), layout.num_slots, ids.device),
+            attention_mask=self._mask(
+                _padding_mask(lengths, [layout.num_slots] * len(lengths), layout.num_slots, ids.device),
+                max(lengths),
+                layout.num_slots,
+            ),
             past_key_values=memory,
             use_cache=True,
             beacon_slots=torch.tensor(layout.beacon_slots, device=ids.device),
@@ -210,7 +219,9 @@ class _Reader:
                 range(width),
                 input_ids=ids,
                 position_ids=_positions([n - offset for n, offset in zip(lengths, offsets, strict=True)], slots),
-                attention_mask=_tail_mask(num_slots, lengths, counts, width, left, ids.device),
+                attention_mask=self._mask(
+                    _tail_mask(num_slots, lengths, counts, width, left, ids.device), num_slots, width
+                ),
                 past_key_values=cache,
                 use_cache=True,
                 **self.wanted.options,
@@ -239,6 +250,16 @@ class _Reader:
         )
 
     # --- what both share ---
+
+    def _mask(self, padding: torch.Tensor | None, num_held: int, num_slots: int) -> torch.Tensor | None:
+        """The mask that a pass is given: told where that is understood, else what padding there is.
+
+        Without a memory, or for one slot, the base makes no mask either. Gradients do not flow through told masks.
+        """
+        is_mask_needed = num_held > 0 and num_slots > 1 and not torch.is_grad_enabled()
+        if padding is not None or not is_mask_needed or not understands_told_masks(self.model, self.site):
+            return padding
+        return LowerRight.on(self.ids.device)
 
     def _text(self, members: Sequence[int], starts: Sequence[int], width: int) -> torch.Tensor:
         """Ids (B, width) of each member's text from its start on; padded where the text ends before or starts after."""

@@ -1,0 +1,83 @@
+"""Causal attention to a memory and, behind it, to the pass's own slots, without a mask of all their pairs.
+
+A pass of T slots on S held entries needs a mask that is causal from the lower right. Written out, it takes T x (S + T)
+elements, half of the own pairs are computed in vain, and on a GPU the flash kernel is lost. `LowerRight` stands in the
+mask's place through the base's own forward and is understood where attention is computed: by torch's own causal bias on a
+GPU; on a CPU by two calls of the flash kernel, one to the memory and one to the own slots, whose outputs are weighted by the
+sums of their exponentials. That is exact, not an approximation.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
+
+# B batch · H query heads · K kv heads · T slots of the pass · S held entries · D head dim
+
+_flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the public call does not return the sums
+
+
+class LowerRight(torch.Tensor):
+    """A mask (1, 1, 1, 1) that says "causal from the lower right", whatever the number of queries and keys is."""
+
+    @classmethod
+    def on(cls, device: torch.device) -> "LowerRight":
+        """Such a mask; four dimensions, so that transformers takes it for one that the caller has prepared."""
+        return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer for attention what the mask says; everything else is done to the tensor of one element."""
+        if func is nn.functional.scaled_dot_product_attention:
+            return attend(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,  # noqa: ARG001 - it is what brought us here
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` of the last T of S + T slots: queries (B, H, T, D), keys and values (B, K, S + T, D)."""
+    assert not is_causal, "a mask is given"
+    size, total = query.shape[-2], key.shape[-2]
+    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
+    if size == total:
+        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+    if can_be_split(query, key, value, dropout_p):
+        return _in_two_parts(query, key, value, scale)
+    if query.device.type == "cuda":
+        mask: torch.Tensor = causal_lower_right(size, total)
+    else:
+        mask = torch.ones(size, total, dtype=torch.bool, device=query.device).tril(diagonal=total - size)
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+
+
+def can_be_split(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float) -> bool:
+    """Whether the flash kernel for CPUs computes this, and gives the sums of exponentials with a right gradient (none)."""
+    tensors = (query, key, value)
+    return (
+        query.device.type == "cpu"
+        and torch.backends.cuda.flash_sdp_enabled()  # `sdpa_kernel` sets it for every device
+        and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and query.shape[-1] == value.shape[-1]
+        and dropout_p == 0
+        and all(tensor.stride(-1) == 1 for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    )
+
+
+def _in_two_parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+    held = key.shape[-2] - query.shape[-2]
+    own, own_sums = _flash_on_cpu(query, key[:, :, held:], value[:, :, held:], is_causal=True, scale=scale)
+    memory, memory_sums = _flash_on_cpu(query, key[:, :, :held], value[:, :, :held], scale=scale)
+    share = torch.sigmoid(memory_sums - own_sums)[..., None]  # sums (B, H, T) are logarithms
+    return torch.lerp(own, memory, share.to(own.dtype))

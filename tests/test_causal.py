@@ -1,0 +1,118 @@
+"""A mask that is told: the same attention as with the mask written out, wherever it is computed and whoever asks."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from activation_beacon import BeaconConfig, forward
+from activation_beacon.causal import LowerRight, can_be_split
+from families import random_ids, with_beacons
+
+CHUNK = 16
+CONFIG = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3)
+HEADS = [(4, 4), (6, 2)]
+SIZES = [(0, 8), (5, 8), (8, 8), (3, 40), (300, 20)]
+
+
+def drawn(heads, size, held, dtype=torch.float32):
+    query = torch.randn(2, heads[0], size, 16, dtype=dtype)
+    key, value = torch.randn(2, 2, heads[1], held + size, 16, dtype=dtype)
+    return query, key, value
+
+
+def attention(query, key, value, mask, **options):
+    options = {"scale": 0.3, "enable_gqa": query.shape[1] != key.shape[1], **options}
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+
+
+def written_out(query, key):
+    size, total = query.shape[2], key.shape[2]
+    return torch.ones(size, total, dtype=torch.bool).tril(total - size)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("held", "size"), SIZES)
+@torch.no_grad()
+def test_told_and_written_out_masks_give_the_same_attention(heads, held, size):
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float64, 0)):
+        tensors = drawn(heads, size, held, dtype)
+        told = attention(*tensors, LowerRight.on(torch.device("cpu")))
+        assert type(told) is torch.Tensor
+        torch.testing.assert_close(told, attention(*tensors, written_out(*tensors[:2])), rtol=0, atol=tolerance)
+
+
+def test_gradients_take_the_written_out_mask():
+    tensors = [tensor.requires_grad_() for tensor in drawn((4, 2), 8, 5)]
+    assert not can_be_split(*tensors, 0.0)
+    weights = torch.randn(2, 4, 8, 16)
+    told = torch.autograd.grad((attention(*tensors, LowerRight.on(torch.device("cpu"))) * weights).sum(), tensors)
+    expected = torch.autograd.grad((attention(*tensors, written_out(*tensors[:2])) * weights).sum(), tensors)
+    for gradient, other in zip(told, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_caller_who_rules_the_flash_kernel_out_is_obeyed():
+    tensors = drawn((4, 2), 8, 5)
+    assert can_be_split(*tensors, 0.0)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert not can_be_split(*tensors, 0.0)
+
+
+def masks_of_passes(model, read):
+    """What the attention modules are given as mask in each pass."""
+    seen = []
+    first = model._beacon.site.layers[0].attention
+    handle = first.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    try:
+        read(model)
+    finally:
+        handle.remove()
+    return ["none" if mask is None else "told" if isinstance(mask, LowerRight) else "written" for mask in seen]
+
+
+def compress(model):
+    return model.compress(random_ids(3 * CHUNK + 5, batch=2), ratio=4)
+
+
+def compress_ragged(model):
+    return model.compress([random_ids(3 * CHUNK + 5)[0].tolist(), random_ids(2 * CHUNK)[0].tolist()], ratio=4)
+
+
+def read_with_gradients(model):
+    return model(random_ids(2 * CHUNK + 5), beacon_ratio=4)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "read", "masks"),
+    [
+        ("llama", "sdpa", compress, ["none", "told", "told", "told"]),
+        ("mistral-full", "sdpa", compress, ["none", "told", "told", "told"]),
+        ("llama", "sdpa", compress_ragged, ["none", "told", "told", "written"]),
+        ("llama", "sdpa", read_with_gradients, ["none", "written", "written"]),
+        ("llama", "eager", compress, ["written"] * 4),
+        ("mistral", "sdpa", compress, ["none", "written", "written", "written"]),
+    ],
+)
+def test_masks_are_told_where_they_are_understood(family, attention, read, masks):
+    model = with_beacons(family, CONFIG, attention=attention)
+    seen = masks_of_passes(model, read)
+    if read is compress_ragged:  # the longer text's last chunk is closed alone
+        assert seen[0] == "none"
+        assert seen.count("told") >= 1
+        assert seen[-1] == "written"
+    else:
+        assert seen == masks
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "granite", "olmo2", "smollm3", "mistral-full"])
+def test_a_text_read_with_told_masks_is_the_same_cache(family, monkeypatch):
+    model = with_beacons(family, CONFIG, attention="sdpa")
+    told = compress(model)
+    monkeypatch.setattr(forward, "understands_told_masks", lambda *args: False)
+    for layer, expected in zip(told.layers, compress(model).layers, strict=True):
+        torch.testing.assert_close(layer.keys, expected.keys, rtol=0, atol=1e-4)
+        torch.testing.assert_close(layer.values, expected.values, rtol=0, atol=1e-4)
