@@ -2,7 +2,7 @@
 
 An ordinary transformers cache, held by the caller: the base model appends to it and attends to all of it. Rows of a batch
 stand at the right end of the slots, with nothing but padding before them, so that position = slot - padding; how many of
-a row's entries are sinks, beacons and tail is kept in integers (`rows`). Tensors are replaced, never written into: a fork
+a row's entries are sinks, beacons and tail is kept in integers (`rows`). Slots once filled are never written again: a fork
 shares them at no cost.
 """
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from activation_beacon.room import Room
+
 # B batch · K kv heads · S slots · P stored slots · T slots of a pass · D head dim · G group of a quantised vector
 
 GROUP = 32
@@ -116,10 +118,14 @@ class Quantized:
 
 
 class BeaconLayer(DynamicLayer):
-    """One layer's entries: floats in `keys` and `values` (B, K, S, D), after quantised ones if there are any."""
+    """One layer's entries: floats in `keys` and `values` (B, K, S, D), after quantised ones if there are any.
+
+    Without gradients, what is appended goes into room behind them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.room: Room | None = None
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.stored: tuple[Quantized, Quantized] | None = None
@@ -156,8 +162,27 @@ class BeaconLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append new entries (B, K, T, D); returns all entries, dense."""
-        super().update(key_states, value_states)
+        if self._takes_room(key_states, value_states):
+            self._append(key_states, value_states)
+        else:
+            super().update(key_states, value_states)
         return self.entries()
+
+    def _takes_room(self, *new: torch.Tensor) -> bool:
+        """Whether copying into a larger tensor gives what concatenation gives: gradients and other dtypes need the latter."""
+        held = (self.keys, self.values)
+        return not torch.is_grad_enabled() and all(
+            old is not None and old.dim() == 4 and old.dtype == states.dtype and old.device == states.device
+            for old, states in zip(held, new, strict=True)
+        )
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        assert self.keys is not None, "an empty layer keeps what it is given"
+        assert self.values is not None
+        num_new = key_states.shape[2]
+        if self.room is None or not self.room.can_append_to(self.keys, self.values, num_new):
+            self.room = Room(self.keys, self.values, num_new)
+        self.keys, self.values = self.room.append(key_states, value_states)
 
     def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all slots (B, K, S, D), dense."""
