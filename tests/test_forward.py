@@ -444,3 +444,56 @@ def test_peak_memory_of_a_long_text_grows_by_its_beacons():
     mask = 5 * (chunk_size + chunk_size // ratio) * beacons  # of one pass: floats and, for a moment, booleans
     assert grown <= held + one_layer + ids + mask
     assert peaks[long] < long * per_entry  # which the text would hold uncompressed
+
+
+# --- the last layer ----------------------------------------------------------------------------------------------------
+
+
+def calls(module, read):
+    seen = []
+    handle = module.register_forward_pre_hook(lambda *_: seen.append(True))
+    try:
+        return read(), len(seen)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("family", TESTED)
+@torch.no_grad()
+def test_of_the_last_layer_a_closed_chunk_takes_keys_and_values_only(family):
+    model, ids = with_beacons(family, config(num_sinks=2)), random_ids(3 * CHUNK + 5, batch=2)
+    layer = model.get_decoder().layers[-1]
+    cache, num_calls = calls(layer.mlp, lambda: model.compress(ids, ratio=4))
+    assert num_calls == 1  # the tail's pass
+    assert calls(model.get_decoder().layers[-2].mlp, lambda: model.compress(ids, ratio=4))[1] == 4
+    handle = layer.register_forward_hook(lambda *_: None)  # someone waits for the layer's end
+    waited_for, num_calls = calls(layer.mlp, lambda: model.compress(ids, ratio=4))
+    handle.remove()
+    assert num_calls == 4
+    same_cache(cache, waited_for, 0)
+
+
+@pytest.mark.parametrize("attribute", ["forward", "_compiled_call_impl"])
+@torch.no_grad()
+def test_a_last_layer_that_another_library_has_wrapped_is_run_to_its_end(attribute):
+    model, ids = with_beacons("llama", config()), random_ids(2 * CHUNK + 5)
+    expected = model.compress(ids, ratio=4)
+    mlp = model.get_decoder().layers[-1].mlp
+    calls_seen = []
+    inner = mlp.forward
+
+    def wrapped(hidden):
+        calls_seen.append(True)
+        return inner(hidden)
+
+    setattr(mlp, attribute, wrapped)
+    same_cache(model.compress(ids, ratio=4), expected, 0)
+    assert len(calls_seen) == 3
+
+
+@torch.no_grad()
+def test_losses_of_every_token_need_the_last_layer_of_every_chunk():
+    model, ids = with_beacons("llama", config()), random_ids(2 * CHUNK + 5)
+    layer = model.get_decoder().layers[-1]
+    assert calls(layer.mlp, lambda: model(ids, labels=ids, beacon_ratio=4))[1] == 3
+    assert calls(layer.mlp, lambda: model(ids, beacon_ratio=4, logits_to_keep=1))[1] == 1

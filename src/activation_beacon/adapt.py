@@ -106,6 +106,19 @@ def understands_told_masks(model: Any, site: DecoderSite) -> bool:
     return site.is_plainly_causal and str(attention).removeprefix(AT_ONCE) == "sdpa"
 
 
+def can_end_early(decoder: Any, site: DecoderSite) -> bool:
+    """Whether a pass of the decoder may be left from within its last layer, because nobody waits for the layer's end.
+
+    Hooks do (FSDP gathers and frees weights in them), and so may compiled modules and a `forward` that another library
+    has put on an instance (accelerate offloads weights there).
+    """
+    last = decoder.layers[len(site.layers) - 1]
+    is_waited_for = bool(decoder._forward_hooks or last._forward_hooks)
+    return not is_waited_for and all(
+        "forward" not in vars(module) and module._compiled_call_impl is None for module in (decoder, *last.modules())
+    )
+
+
 def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, distance: int = 7, tolerance: float = 2e-2) -> None:
     """Compare moved keys with the model's own at the new position, in every layer.
 

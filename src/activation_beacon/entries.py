@@ -256,6 +256,10 @@ class BeaconLayer(DynamicLayer):
         return self.keys.nbytes + self.values.nbytes + sum(part.num_bytes for part in self.stored or ())
 
 
+class PassEnded(Exception):  # noqa: N818 - nothing went wrong
+    """Raised in the last layer of a pass when all that is wanted of the pass has been kept."""
+
+
 class ChunkLayer(DynamicLayer):
     """One layer during the pass that reads a chunk: lends the memory, and keeps the new entries to itself.
 
@@ -263,19 +267,33 @@ class ChunkLayer(DynamicLayer):
         memory: makes the keys and values (B, K, m, D) that stand before the chunk; called when the layer is reached, so
             that copies of one layer at a time are alive. None where nothing is held.
         length: m.
+        ends_pass: whether nothing is wanted of the pass beyond this layer's keys and values.
     """
 
-    def __init__(self, memory: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None, length: int) -> None:
+    def __init__(
+        self,
+        memory: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None,
+        length: int,
+        *,
+        ends_pass: bool = False,
+    ) -> None:
         super().__init__()
         self.memory = memory
         self.length = length
+        self.ends_pass = ends_pass
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the chunk's entries (B, K, T, D); returns memory and chunk, to attend to."""
+        """Keep the chunk's entries (B, K, T, D); returns memory and chunk, to attend to.
+
+        Raises:
+            PassEnded: where it `ends_pass`.
+        """
         self.keys, self.values = key_states, value_states
+        if self.ends_pass:
+            raise PassEnded
         if self.memory is None:
             return key_states, value_states
         keys, values = self.memory()

@@ -4,6 +4,7 @@ A reading is planned in integers (`plan`), then executed in passes: one for each
 the tail. Every pass calls the base's own forward on a cache; no modeling code is copied.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,11 +13,11 @@ import torch
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-from activation_beacon.adapt import DecoderSite, understands_told_masks
+from activation_beacon.adapt import DecoderSite, can_end_early, understands_told_masks
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import LowerRight
-from activation_beacon.entries import BeaconLayer, ChunkLayer, Quantized, merge, take
+from activation_beacon.entries import BeaconLayer, ChunkLayer, PassEnded, Quantized, merge, take
 from activation_beacon.plan import ChunkLayout, Row, RowReading, TextPlanner, closing_rounds
 from activation_beacon.rope import KeyMover
 
@@ -163,9 +164,11 @@ class _Reader:
         ids = self._text(members, starts, cache.config.chunk_size)
         lengths = [cache.rows[row].memory_length for row in members]
         memory = _memory_view(cache, members, max(lengths))
+        wanted = self._first_wanted(members, starts)
+        memory.layers[-1].ends_pass = wanted is None and can_end_early(self.model.get_decoder(), self.site)
         slots = torch.arange(layout.num_slots, device=ids.device)
         output = self._call_base(
-            self._first_wanted(members, starts),
+            wanted,
             layout.raw_slots,
             inputs_embeds=interleave(self.model, ids, layout),
             position_ids=_positions(lengths, slots),
@@ -272,7 +275,8 @@ class _Reader:
     def _call_base(self, wanted: list[int] | None, slots: Sequence[int], **inputs: Any) -> ModelOutput | None:
         """Run the base; with its head only at those of `slots` that are wanted."""
         if wanted is None:
-            self.model.get_decoder()(**inputs)
+            with contextlib.suppress(PassEnded):
+                self.model.get_decoder()(**inputs)
             return None
         if wanted == list(range(len(slots))) and list(slots) == wanted and "beacon_slots" not in inputs:
             return self.model.base_forward(**inputs, logits_to_keep=0)

@@ -9,7 +9,18 @@ import typer
 from typer.core import TyperGroup
 
 from activation_beacon import __version__
-from activation_beacon.cli import ask, bench, chat, compress, demo, export_official, import_official, inspect, train
+from activation_beacon.cli import (
+    ask,
+    bench,
+    bench_speed,
+    chat,
+    compress,
+    demo,
+    export_official,
+    import_official,
+    inspect,
+    train,
+)
 from activation_beacon.cli import eval as evaluation
 from activation_beacon.cli.console import notice, one_line
 from activation_beacon.cli.options import examples
@@ -87,6 +98,7 @@ for command, lines in (
     (export_official.export_official, ("beacon export-official my-adapter qwen-2-7b-instruct for-their-code",)),
 ):
     app.command(name=command.__name__.replace("_", "-"), epilog=examples(*lines))(command)
+bench_speed.add_to(bench.bench)
 app.add_typer(bench.bench, name="bench")
 
 app.add_typer(evaluation.app)

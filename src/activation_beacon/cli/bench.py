@@ -37,7 +37,7 @@ def training(
 
     The share is that of the speed of a large matrix product on the same hardware.
     """
-    sizes = _lengths(lengths)
+    sizes = parse_lengths(lengths)
     loaded = load_model(model, base=base, device=device, dtype=dtype)
     shortest = loaded.config.chunk_size
     if sizes[0] <= shortest:
@@ -151,7 +151,7 @@ def plan(
 
     if shape not in SHAPES:
         raise InputError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}.")
-    known, sizes = SHAPES[shape], _lengths(lengths)
+    known, sizes = SHAPES[shape], parse_lengths(lengths)
     ways = [None, *options.parse_ratios(ratios)]
     rows = [
         _planned(known, length, ratio, chunk_size=chunk_size, new_tokens=new_tokens, element_bytes=element_bytes)
@@ -209,8 +209,12 @@ def _planned(
     }
 
 
-def _lengths(text: str) -> list[int]:
-    try:
+def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
+    """What an option with a list of numbers asks for: each once, smallest first.
+
+    Raises:
+        InputError: if it is not a list of ints of at least 1.
+    """
+    if all(part.strip().isdecimal() and int(part) for part in text.split(",")):
         return sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise InputError(f"--lengths must be ints such as 2048,4096; got {text!r}.") from None
+    raise InputError(f"{option} must be ints such as 2048,4096; got {text!r}.")

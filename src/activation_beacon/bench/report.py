@@ -1,0 +1,179 @@
+"""What the runs say: medians, ratios to full attention pair by pair, and the computed bounds beside them."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from activation_beacon.bench import cost
+from activation_beacon.bench.cost import Compression, ModelShape
+from activation_beacon.bench.measure import Cell, Run
+
+HEAD = ("tokens", "texts", "way", "first token", "", "a token", "", "total", "", "bound", "cache", "", "peak")
+WIDTHS = (9, 6, 7, 13, 8, 11, 8, 11, 8, 8, 12, 8, 12)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of reading one text: medians over its repeats, in seconds and bytes.
+
+    Ratios, above 1 where beacons are better, are medians over repeats of full attention's value to this one's in the same
+    repeat; None where full attention was not run. Bounds are what operations (reading, total) and bytes (writing) give.
+    """
+
+    length: int
+    batch_size: int
+    ratio: int | None
+    repeats: int
+    first_token_s: float
+    step_s: float
+    slowest_step_s: float
+    total_s: float
+    cache_bytes: int
+    peak_bytes: int | None
+    first_token_speedup: float | None
+    step_speedup: float | None
+    total_speedup: float | None
+    cache_factor: float | None
+    first_token_bound: float
+    step_bound: float
+    total_bound: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def summary(
+    runs: Mapping[Cell, Run], shape: ModelShape, *, num_new: int, chunk_size: int, element_bytes: int
+) -> list[Row]:
+    """One row for each text and way, in the order of the runs."""
+    groups: dict[tuple[int, int, int | None], dict[int, Run]] = {}
+    for cell, run in runs.items():
+        groups.setdefault((cell.length, cell.batch_size, cell.ratio), {})[cell.repeat] = run
+    rows = []
+    for (length, batch_size, ratio), repeats in sorted(
+        groups.items(), key=lambda item: (*item[0][:2], item[0][2] or 0)
+    ):
+        full = groups.get((length, batch_size, None), {})
+        bounds = _bounds(shape, length, Compression(ratio, chunk_size), num_new, batch_size, element_bytes)
+        rows.append(_row(length, batch_size, ratio, repeats, full, bounds))
+    return rows
+
+
+def _row(
+    length: int,
+    batch_size: int,
+    ratio: int | None,
+    repeats: Mapping[int, Run],
+    full: Mapping[int, Run],
+    bounds: Mapping[str, float],
+) -> Row:
+    names = ("first_token_s", "step_s", "slowest_step_s", "total_s")
+    medians = {name: statistics.median(getattr(run, name) for run in repeats.values()) for name in names}
+    pairs = [(full[number], run) for number, run in repeats.items() if number in full]
+
+    def speedup(name: str) -> float | None:
+        return statistics.median(getattr(a, name) / getattr(b, name) for a, b in pairs) if pairs else None
+
+    peaks = [run.peak_bytes for run in repeats.values() if run.peak_bytes is not None]
+    return Row(
+        length,
+        batch_size,
+        ratio,
+        len(repeats),
+        cache_bytes=next(iter(repeats.values())).cache_bytes,
+        peak_bytes=max(peaks) if peaks else None,
+        first_token_speedup=speedup("first_token_s"),
+        step_speedup=speedup("step_s"),
+        total_speedup=speedup("total_s"),
+        cache_factor=speedup("cache_bytes"),
+        **medians,
+        **bounds,
+    )
+
+
+def _bounds(
+    shape: ModelShape, length: int, how: Compression, num_new: int, batch_size: int, element_bytes: int
+) -> dict[str, float]:
+    full = cost.FULL_ATTENTION
+    weights = cost.decode_bytes(shape, 0, full, element_bytes)
+
+    def step_bytes(way: Compression) -> int:
+        return weights + batch_size * shape.cache_bytes(way.entries(length), element_bytes)
+
+    return {
+        "first_token_bound": cost.prefill_flops(shape, length, full) / cost.prefill_flops(shape, length, how),
+        "step_bound": step_bytes(full) / step_bytes(how),
+        "total_bound": cost.end_to_end_speedup(shape, length, num_new, how),
+    }
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Lines of text; behind each time stands how many times faster than full attention it is."""
+    lines = [_line(HEAD)]
+    for row in rows:
+        way = "full" if row.ratio is None else f"x{row.ratio}"
+        times = ((row.first_token_s, row.first_token_speedup), (row.step_s, row.step_speedup))
+        cells = [f"{row.length:,}", str(row.batch_size), way]
+        for seconds, speedup in (*times, (row.total_s, row.total_speedup)):
+            cells += [_seconds(seconds), _factor(speedup)]
+        cells += [_factor(row.total_bound), _mebibytes(row.cache_bytes), _factor(row.cache_factor)]
+        lines.append(_line([*cells, "-" if row.peak_bytes is None else _mebibytes(row.peak_bytes)]))
+    return lines
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s"
+
+
+def _factor(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _mebibytes(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """A picture: how many times faster than full attention, and how much smaller, over the length; dashed the bounds.
+
+    Needs matplotlib.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from activation_beacon.files import whole_file
+
+    panels = {
+        "first token": ("first_token_speedup", "first_token_bound"),
+        "a token": ("step_speedup", "step_bound"),
+        "total": ("total_speedup", "total_bound"),
+    }
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), dpi=130, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    batch = min(row.batch_size for row in rows)
+    for axis, (title, (measured, bound)) in zip(axes, panels.items(), strict=True):
+        for number, ratio in enumerate(sorted({row.ratio for row in rows if row.ratio})):
+            line = [row for row in rows if row.ratio == ratio and row.batch_size == batch]
+            found = [row for row in line if getattr(row, measured) is not None]
+            colour = f"C{number}"
+            axis.plot(
+                [row.length for row in found],
+                [getattr(row, measured) for row in found],
+                "o-",
+                color=colour,
+                label=f"x{ratio}",
+            )
+            axis.plot([row.length for row in line], [getattr(row, bound) for row in line], "--", color=colour)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set(title=title, xlabel="tokens", ylabel="times faster than full attention")
+        axis.legend()
+    with whole_file(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))

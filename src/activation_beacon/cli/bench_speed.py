@@ -1,0 +1,257 @@
+"""`beacon bench speed`, `chunks` and `idle`: beacons beside full attention, on this machine."""
+
+import json as json_format
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from activation_beacon.cli import options
+from activation_beacon.cli.bench import parse_lengths
+from activation_beacon.cli.console import notice, seconds_text
+from activation_beacon.cli.models import load_model
+from activation_beacon.errors import CapacityError, InputError
+
+if TYPE_CHECKING:
+    from activation_beacon.bench.records import Records
+
+Shape = Annotated[
+    str | None,
+    typer.Option("--shape", help="Random weights of a known shape, instead of a model; see `beacon bench plan`."),
+]
+ChunkSize = Annotated[int, typer.Option("--chunk-size", min=2, help="Tokens of a chunk, with --shape.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; by default all.")]
+
+SPEED_EPILOG = options.examples(
+    "beacon bench speed --lengths 4096,8192 --ratios 8",
+    "beacon bench speed --lengths 4096,8192,16384,32768 --ratios 8 --enough 150 -o speed-cpu",
+    "beacon bench speed --shape qwen2-7b --device cuda --dtype bfloat16 --lengths 32768,131072 -o speed-gpu",
+)
+
+
+def speed(
+    lengths: Annotated[str, typer.Option("--lengths", help="Tokens of the texts.")] = "4096,8192,16384",
+    ratios: Annotated[str, typer.Option("--ratios", help="Tokens per beacon.")] = "8",
+    batch_sizes: Annotated[str, typer.Option("--batch-sizes", help="Texts read side by side.")] = "1",
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens written after the first.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs of each, after some that do not count.")] = 3,
+    enough: Annotated[
+        float | None, typer.Option("--enough", min=0.0, help="No further repeat of a text after so many seconds.")
+    ] = None,
+    full_up_to: Annotated[
+        int | None, typer.Option("--full-up-to", min=0, help="Run full attention up to so many tokens only.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to keep runs in, and to go on from; gets a picture too."),
+    ] = None,
+    model: options.Model = "default",
+    base: options.Base = None,
+    shape: Shape = None,
+    chunk_size: ChunkSize = 1024,
+    device: options.Device = None,
+    dtype: options.DtypeOption = None,
+    threads: Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Time reading and writing with beacons and with full attention, in turn, on random tokens.
+
+    For each text: seconds to the first token, for each token more, and in total; the cache, and the memory held at most.
+    Factors compare with full attention in the same repeat; the bound is what counting operations gives for the total.
+    The last line is one JSON object.
+    """
+    from activation_beacon.bench import measure, report
+    from activation_beacon.bench.cost import ModelShape
+    from activation_beacon.bench.records import Records
+
+    sizes, batches, ways = (
+        parse_lengths(lengths),
+        parse_lengths(batch_sizes, "--batch-sizes"),
+        options.parse_ratios(ratios),
+    )
+    name, attached = _model(model, base, shape, chunk_size, device, dtype, threads)
+    chunk_size = attached.beacon_config.chunk_size
+    records = Records(output, {**_setting(name, attached), "new_tokens": new_tokens})
+    notice("warming up")
+    measure.warm_up(attached, ways)
+    for number, cells in enumerate(_texts(sizes, batches, ways, full_up_to)):
+        began = time.perf_counter()
+        for repeat in range(repeats):
+            if repeat and enough is not None and time.perf_counter() - began > enough:
+                break
+            for cell in cells:
+                _run(attached, cell._replace(repeat=repeat), new_tokens, records)
+        notice(f"{number + 1} of {len(sizes) * len(batches)} texts done")
+    rows = report.summary(
+        records.runs,
+        ModelShape.of(attached.config.get_text_config(decoder=True)),
+        num_new=new_tokens,
+        chunk_size=chunk_size,
+        element_bytes=attached.dtype.itemsize,
+    )
+    if not json:
+        typer.echo("\n".join(report.table(rows)))
+    if output is not None and rows:
+        _draw(output / "speed.png", rows)
+    _print_line({**records.setting, "rows": [row.to_dict() for row in rows]})
+
+
+def _texts(sizes: list[int], batches: list[int], ways: tuple[int, ...], full_up_to: int | None) -> list[list[Any]]:
+    """The cells of each text, full attention first."""
+    from activation_beacon.bench.measure import cells
+
+    return [
+        [cell for cell in cells([size], [batch], ways, 0) if cell.ratio or full_up_to is None or size <= full_up_to]
+        for size in sizes
+        for batch in batches
+    ]
+
+
+def _run(model: Any, cell: Any, new_tokens: int, records: "Records") -> None:
+    from activation_beacon.bench import measure
+
+    if cell in records.runs:
+        return
+    way = "full attention" if cell.ratio is None else f"ratio {cell.ratio}"
+    try:
+        found = measure.run(model, cell, new_tokens)
+    except CapacityError as error:
+        notice(f"{cell.length:,} tokens, {way}: {error}")
+        return
+    records.add(cell, found)
+    notice(f"{cell.length:,} tokens, {cell.batch_size} texts, {way}: {seconds_text(found.total_s)}")
+
+
+def _draw(path: Path, rows: Any) -> None:
+    from importlib.util import find_spec
+
+    from activation_beacon.bench import report
+
+    if find_spec("matplotlib") is None:
+        notice("no picture: it needs matplotlib (pip install 'activation-beacon[eval]')")
+        return
+    report.draw(path, rows)
+
+
+CHUNKS_EPILOG = options.examples("beacon bench chunks --chunks 64 --ratio 16")
+
+
+def chunks(
+    num_chunks: Annotated[int, typer.Option("--chunks", min=2, help="Chunks of the text.")] = 64,
+    ratio: Annotated[int, typer.Option("--ratio", min=2, help="Tokens per beacon.")] = 16,
+    model: options.Model = "default",
+    base: options.Base = None,
+    shape: Shape = None,
+    chunk_size: ChunkSize = 1024,
+    device: options.Device = None,
+    dtype: options.DtypeOption = None,
+    threads: Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Time each chunk of one long text: linear, but for attention to the beacons held, which the bound counts."""
+    from activation_beacon.bench import measure
+    from activation_beacon.bench.cost import Compression, ModelShape
+
+    name, attached = _model(model, base, shape, chunk_size, device, dtype, threads)
+    chunk_size = attached.beacon_config.chunk_size
+    measure.warm_up(attached, [ratio])
+    seconds = measure.chunk_seconds(attached, num_chunks, ratio)
+    sizes = ModelShape.of(attached.config.get_text_config(decoder=True))
+    passes = list(Compression(ratio, chunk_size).passes(num_chunks * chunk_size + 1))[:num_chunks]
+    flops = [sizes.token_flops(n) + sizes.attention_flops(n * held + n * (n + 1) // 2) for n, held in passes]
+    if not json:
+        typer.echo(f"{'chunk':>6}{'held':>9}{'seconds':>10}{'of the first':>14}{'on paper':>10}")
+        for number in sorted({0, *range(7, num_chunks, 8), num_chunks - 1}):
+            typer.echo(
+                f"{number + 1:>6}{passes[number][1]:>9,}{seconds[number]:>10.3f}"
+                f"{seconds[number] / seconds[0]:>13.2f}x{flops[number] / flops[0]:>9.2f}x"
+            )
+    _print_line({**_setting(name, attached), "ratio": ratio, "seconds": seconds, "flops": flops})
+
+
+IDLE_EPILOG = options.examples("beacon bench idle", "beacon bench idle --length 1024 --repeats 20")
+
+
+def idle(
+    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of the text, at most a chunk.")] = 512,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens written after the first.")] = 32,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Pairs that count, after one that does not.")] = 10,
+    model: options.Model = "default",
+    base: options.Base = None,
+    shape: Shape = None,
+    chunk_size: ChunkSize = 1024,
+    device: options.Device = None,
+    dtype: options.DtypeOption = None,
+    threads: Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Time a short text on the bare base model and with beacons attached, in turn: what they cost when idle."""
+    from activation_beacon.bench import measure
+
+    name, attached = _model(model, base, shape, chunk_size, device, dtype, threads)
+    if length + new_tokens > attached.untouched_length:
+        raise InputError(
+            f"--length and --new-tokens ({length + new_tokens}) must not exceed {attached.untouched_length}: "
+            "longer texts are compressed."
+        )
+    found = measure.idle_pairs(attached, length, new_tokens, repeats)
+    factors = {what: measure.median_factor(found, what) for what in ("first_token_s", "step_s")}
+    if not json:
+        for what, factor in factors.items():
+            typer.echo(f"{what:<15}{factor:>8.3f} of the base's")
+    _print_line({**_setting(name, attached), "length": length, "repeats": repeats, "of_base": factors})
+
+
+def add_to(bench: typer.Typer) -> None:
+    """Put the commands of this file under `beacon bench`."""
+    for command, epilog in ((speed, SPEED_EPILOG), (chunks, CHUNKS_EPILOG), (idle, IDLE_EPILOG)):
+        bench.command(command.__name__, epilog=epilog)(command)
+
+
+def _model(
+    name: str,
+    base: str | None,
+    shape: str | None,
+    chunk_size: int,
+    device: str | None,
+    dtype: options.Dtype | None,
+    threads: int | None,
+) -> tuple[str, Any]:
+    """The model to be measured and what to call it."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if shape is None:
+        loaded = load_model(name, base=base, device=device, dtype=dtype)
+        return name, loaded.model.eval()
+    from activation_beacon.bench.cost import SHAPES
+    from activation_beacon.bench.shapes import random_model
+
+    if shape not in SHAPES:
+        raise InputError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}.")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = getattr(torch, "float32" if dtype is None else str(dtype))
+    return shape, random_model(shape, chunk_size=chunk_size, device=where, dtype=kind)
+
+
+def _setting(name: str, model: Any) -> dict[str, Any]:
+    """What a measurement depends on, in plain values."""
+    import torch
+    import transformers
+
+    device = model.get_input_embeddings().weight.device
+    return {
+        "model": name,
+        "chunk_size": model.beacon_config.chunk_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _print_line(values: dict[str, Any]) -> None:
+    typer.echo(json_format.dumps(values))

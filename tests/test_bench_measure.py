@@ -1,0 +1,207 @@
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from activation_beacon import BeaconConfig, BeaconModel, detach
+from activation_beacon.bench import measure, report, shapes
+from activation_beacon.bench.cost import FULL_ATTENTION, Compression, ModelShape, decode_bytes, end_to_end_speedup
+from activation_beacon.bench.measure import Cell, Run
+from activation_beacon.bench.records import FILE, Records
+from activation_beacon.cli import app
+from activation_beacon.errors import CapacityError, MismatchError
+from evaluation_models import beacon_model, byte_tokenizer
+from families import with_beacons
+
+CHUNK = 16
+TINY = ModelShape(2, 8, 2, 1, 4, 16, 10)
+
+
+def model(**overrides):
+    return with_beacons("llama", BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8)), attention="sdpa", **overrides)
+
+
+def made(total_s, *, step_s=1.0, cache_bytes=100):
+    return Run(total_s / 2, step_s, 2 * step_s, total_s, cache_bytes, 1000)
+
+
+def test_cells_put_full_attention_beside_each_ratio():
+    found = list(measure.cells([8, 16], [1, 2], [2, 4], 5))
+    assert found[:3] == [Cell(8, 1, None, 5), Cell(8, 1, 2, 5), Cell(8, 1, 4, 5)]
+    assert [(cell.length, cell.batch_size) for cell in found[::3]] == [(8, 1), (8, 2), (16, 1), (16, 2)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_both_ways_are_run_to_the_same_end(batch_size):
+    attached = model()
+    full = measure.run(attached, Cell(5 * CHUNK, batch_size, None, 0), 3)
+    beacons = measure.run(attached, Cell(5 * CHUNK, batch_size, 4, 0), 3)
+    per_entry = ModelShape.of(attached.config).cache_bytes(1, 4)
+    assert full.cache_bytes == batch_size * (5 * CHUNK + 3) * per_entry
+    assert beacons.cache_bytes == batch_size * (5 * CHUNK // 4 + 3) * per_entry
+    for run in (full, beacons):
+        assert 0 < run.step_s <= run.slowest_step_s < run.total_s
+        assert run.first_token_s < run.total_s
+        assert run.peak_bytes is None or run.peak_bytes > run.cache_bytes
+
+
+def test_a_text_that_does_not_fit_is_refused_before_it_is_read():
+    with pytest.raises(CapacityError, match="the base model has 64"):
+        measure.run(model(max_position_embeddings=64), Cell(20 * CHUNK, 1, 8, 0), 3)
+
+
+def test_each_chunk_of_a_long_text_is_timed():
+    seconds = measure.chunk_seconds(model(), 6, 4)
+    assert len(seconds) == 6
+    assert min(seconds) > 0
+
+
+def test_pairs_of_bare_and_attached_leave_the_model_attached():
+    attached = model()
+    pairs = measure.idle_pairs(attached, 5, 3, 2)
+    assert len(pairs) == 2
+    assert pairs[0][0].cache_bytes == pairs[0][1].cache_bytes
+    assert isinstance(attached, BeaconModel)
+    assert measure.median_factor([(made(4), made(2)), (made(1), made(3)), (made(1), made(1))], "total_s") == 1
+
+
+def test_factors_are_taken_pair_by_pair_and_bounds_stand_beside_them():
+    runs = {
+        Cell(64, 1, None, 0): made(8, cache_bytes=800),
+        Cell(64, 1, 4, 0): made(4),
+        Cell(64, 1, None, 1): made(90, cache_bytes=800),  # a slow spell, which both ways meet
+        Cell(64, 1, 4, 1): made(30),
+        Cell(64, 1, 4, 2): made(1),
+        Cell(128, 1, 4, 0): made(4),
+    }
+    full, beacons, alone = report.summary(runs, TINY, num_new=3, chunk_size=16, element_bytes=2)
+    assert (full.ratio, full.repeats, full.total_s, full.total_speedup, full.total_bound) == (None, 2, 49, 1, 1)
+    assert (beacons.ratio, beacons.repeats, beacons.total_s, beacons.total_speedup) == (4, 3, 4, 2.5)
+    assert beacons.cache_factor == 8
+    assert beacons.total_bound == end_to_end_speedup(TINY, 64, 3, Compression(4, 16))
+    by_bytes = decode_bytes(TINY, 64, FULL_ATTENTION, 2) / decode_bytes(TINY, 64, Compression(4, 16), 2)
+    assert beacons.step_bound == pytest.approx(by_bytes)
+    assert (alone.length, alone.total_speedup, alone.peak_bytes) == (128, None, 1000)
+
+
+def test_the_table_has_a_line_for_each_way():
+    runs = {Cell(64, 1, None, 0): made(8), Cell(64, 1, 4, 0): made(4, step_s=0.5)}
+    head, full, beacons = report.table(report.summary(runs, TINY, num_new=3, chunk_size=16, element_bytes=2))
+    assert head.split() == ["tokens", "texts", "way", "first", "token", "a", "token", "total", "bound", "cache", "peak"]
+    assert full.split()[:6] == ["64", "1", "full", "4.00", "s", "1.00x"]
+    assert beacons.split()[:9] == ["64", "1", "x4", "2.00", "s", "2.00x", "500.0", "ms", "2.00x"]
+
+
+def test_a_picture_is_drawn(tmp_path):
+    runs = {Cell(n, 1, ratio, 0): made(n * (1 if ratio else 2)) for n in (32, 64) for ratio in (None, 4)}
+    report.draw(tmp_path / "speed.png", report.summary(runs, TINY, num_new=3, chunk_size=16, element_bytes=2))
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- records -----------------------------------------------------------------------------------------------------------
+
+
+def test_finished_runs_are_found_again_and_a_line_cut_short_is_dropped(tmp_path):
+    records = Records(tmp_path, {"model": "a"})
+    records.add(Cell(8, 1, None, 0), made(3))
+    records.add(Cell(8, 1, 2, 0), made(2))
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"cell": {"len')
+    again = Records(tmp_path, {"model": "a"})
+    assert again.runs == records.runs
+    again.add(Cell(8, 1, 4, 0), made(1))
+    assert Records(tmp_path, {"model": "a"}).runs == again.runs
+
+
+def test_runs_of_another_setting_are_not_mixed_in(tmp_path):
+    Records(tmp_path, {"model": "a", "threads": 2})
+    with pytest.raises(MismatchError, match=r"holds runs with threads 2; this one has 4\. Choose another --output"):
+        Records(tmp_path, {"model": "a", "threads": 4})
+
+
+# --- commands ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    attached = beacon_model()
+    attached.save_pretrained(folder / "adapter")
+    detach(attached).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    return ["--model", str(folder / "adapter"), "--base", str(folder / "base"), "--device", "cpu"]
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, ["bench", *map(str, args)])
+
+
+def test_speed_prints_a_table_and_one_json_line_and_goes_on_where_it_stood(options, tmp_path):
+    args = ["speed", *options, "--lengths", "96,64", "--ratios", "4", "--new-tokens", "2", "-o", tmp_path]
+    result = invoke(*args, "--repeats", "1")
+    assert result.exit_code == 0, result.output
+    *table, line = result.stdout.splitlines()
+    assert [row.split()[:3] for row in table[1:]] == [[n, "1", way] for n in ("64", "96") for way in ("full", "x4")]
+    values = json.loads(line)
+    assert [(row["length"], row["ratio"]) for row in values["rows"]] == [(64, None), (64, 4), (96, None), (96, 4)]
+    assert values["threads"] == torch.get_num_threads()
+    assert (tmp_path / "speed.png").exists()
+    before = (tmp_path / FILE).read_text()
+    again = json.loads(invoke(*args, "--repeats", "2", "--json").stdout)
+    assert [row["repeats"] for row in again["rows"]] == [2] * 4
+    assert (tmp_path / FILE).read_text().startswith(before)
+
+
+def test_speed_leaves_full_attention_out_where_it_takes_too_long(options):
+    args = ["--lengths", "64,96", "--ratios", "4", "--new-tokens", "1", "--repeats", "5", "--enough", "0"]
+    values = json.loads(invoke("speed", *options, *args, "--full-up-to", "64", "--json").stdout)
+    assert [(row["length"], row["ratio"], row["repeats"]) for row in values["rows"]] == [
+        (64, None, 1),
+        (64, 4, 1),
+        (96, 4, 1),
+    ]
+
+
+def test_chunks_and_idle_print_their_numbers(options):
+    result = invoke("chunks", *options, "--chunks", "9", "--ratio", "4")
+    assert result.exit_code == 0, result.output
+    *table, line = result.stdout.splitlines()
+    assert [row.split()[0] for row in table[1:]] == ["1", "8", "9"]
+    assert len(json.loads(line)["seconds"]) == 9
+    values = json.loads(
+        invoke("idle", *options, "--length", "8", "--new-tokens", "2", "--repeats", "1", "--json").stdout
+    )
+    assert set(values["of_base"]) == {"first_token_s", "step_s"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["speed", "--shape", "gpt-5"], "--shape must be one of smollm2-135m, llama-2-7b, llama-3-8b, qwen2-7b"),
+        (["speed", "--batch-sizes", "0"], "--batch-sizes must be ints such as"),
+        (["speed", "--lengths", "many"], "--lengths must be ints such as 2048,4096; got 'many'."),
+    ],
+)
+def test_bad_options_are_refused(args, message):
+    result = invoke(*args)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_idle_refuses_a_text_that_would_be_compressed(options):
+    result = invoke("idle", *options, "--length", "40")
+    assert result.exit_code == 1
+    assert "--length and --new-tokens (72) must not exceed 32: longer texts are compressed." in result.stderr
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2-7b"])
+def test_a_random_model_has_the_shape_that_it_is_named_for(name, monkeypatch):
+    known = shapes.SHAPES[name]
+    few = {"num_layers": 2, "intermediate_size": 32, "vocab_size": 50, "hidden_size": 16, "head_dim": 4}
+    small = ModelShape(**{**vars(known), **few})
+    monkeypatch.setitem(shapes.SHAPES, name, small)
+    attached = shapes.random_model(name, chunk_size=64, device="cpu", dtype=torch.bfloat16)
+    assert ModelShape.of(attached.config) == small
+    assert attached.dtype == torch.bfloat16
+    assert attached.compress(torch.randint(0, 50, (1, 200)), ratio=8).num_beacons == 3 * 8
