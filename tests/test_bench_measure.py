@@ -48,7 +48,7 @@ def test_both_ways_are_run_to_the_same_end(batch_size):
 
 def test_a_text_that_does_not_fit_is_refused_before_it_is_read():
     with pytest.raises(CapacityError, match="the base model has 64"):
-        measure.run(model(max_position_embeddings=64), Cell(20 * CHUNK, 1, 8, 0), 3)
+        measure.run(model(max_position_embeddings=64), Cell(40 * CHUNK, 1, 8, 0), 3)
 
 
 def test_each_chunk_of_a_long_text_is_timed():
@@ -198,7 +198,13 @@ def test_idle_refuses_a_text_that_would_be_compressed(options):
 @pytest.mark.parametrize("name", ["smollm2-135m", "qwen2-7b"])
 def test_a_random_model_has_the_shape_that_it_is_named_for(name, monkeypatch):
     known = shapes.SHAPES[name]
-    few = {"num_layers": 2, "intermediate_size": 32, "vocab_size": 50, "hidden_size": 16, "head_dim": 4}
+    few = {
+        "num_layers": 2,
+        "intermediate_size": 32,
+        "vocab_size": 50,
+        "hidden_size": 4 * known.num_heads,
+        "head_dim": 4,
+    }
     small = ModelShape(**{**vars(known), **few})
     monkeypatch.setitem(shapes.SHAPES, name, small)
     attached = shapes.random_model(name, chunk_size=64, device="cpu", dtype=torch.bfloat16)

@@ -80,6 +80,13 @@ def test_what_is_taken_back_is_not_written_over_in_a_copy():
     assert torch.equal(layer.keys, torch.cat((keys[:, :, :-2], entries(2, 9)[0]), dim=2))
 
 
+@torch.no_grad()
+def test_reading_a_text_leaves_no_slot_to_spare():
+    layer, _ = grown([30, 1, 200])
+    assert layer.room is None
+    assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
+
+
 def test_gradients_flow_through_what_is_appended():
     layer, _ = grown([5])
     new = [tensor.requires_grad_() for tensor in entries(2, 3)]

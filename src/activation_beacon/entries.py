@@ -120,7 +120,7 @@ class Quantized:
 class BeaconLayer(DynamicLayer):
     """One layer's entries: floats in `keys` and `values` (B, K, S, D), after quantised ones if there are any.
 
-    Without gradients, what is appended goes into room behind them.
+    Without gradients, what decoding appends goes into room behind them; a text that is read leaves no room.
     """
 
     def __init__(self) -> None:
@@ -162,27 +162,27 @@ class BeaconLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append new entries (B, K, T, D); returns all entries, dense."""
-        if self._takes_room(key_states, value_states):
-            self._append(key_states, value_states)
-        else:
+        self.room = self._room_for(key_states, value_states)
+        if self.room is None:
             super().update(key_states, value_states)
+        else:
+            self.keys, self.values = self.room.append(key_states, value_states)
         return self.entries()
 
-    def _takes_room(self, *new: torch.Tensor) -> bool:
-        """Whether copying into a larger tensor gives what concatenation gives: gradients and other dtypes need the latter."""
-        held = (self.keys, self.values)
-        return not torch.is_grad_enabled() and all(
-            old is not None and old.dim() == 4 and old.dtype == states.dtype and old.device == states.device
-            for old, states in zip(held, new, strict=True)
-        )
+    def _room_for(self, *new: torch.Tensor) -> Room | None:
+        """Room behind the entries held: what there is, or new room for a single entry, as decoding brings them.
 
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        assert self.keys is not None, "an empty layer keeps what it is given"
-        assert self.values is not None
-        num_new = key_states.shape[2]
-        if self.room is None or not self.room.can_append_to(self.keys, self.values, num_new):
-            self.room = Room(self.keys, self.values, num_new)
-        self.keys, self.values = self.room.append(key_states, value_states)
+        None where they have to be concatenated, which lets gradients through, joins dtypes, and leaves no slot to spare.
+        """
+        if torch.is_grad_enabled() or self.keys is None or self.values is None:
+            return None
+        for held, states in zip((self.keys, self.values), new, strict=True):
+            if held.dim() != states.dim() or held.dtype != states.dtype or held.device != states.device:
+                return None
+        num_new = new[0].shape[2]
+        if self.room is not None and self.room.can_append_to(self.keys, self.values, num_new):
+            return self.room
+        return Room(self.keys, self.values, num_new) if num_new == 1 else None
 
     def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all slots (B, K, S, D), dense."""

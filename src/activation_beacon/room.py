@@ -20,6 +20,9 @@ class Room:
         keys: (B, K, S, D) that are held; copied.
         values: as keys.
         num_new: slots that will be appended next.
+
+    Attributes:
+        filled: views (B, K, S, D) of all that is filled.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, num_new: int) -> None:
@@ -27,7 +30,7 @@ class Room:
         size = needed + max(LEAST_SPARE, needed // GROWTH)
         size += -size % ALIGNED
         self._whole = tuple(held.new_empty((*held.shape[:2], size, held.shape[3])) for held in (keys, values))
-        self._filled = (self._whole[0][:, :, :0], self._whole[1][:, :, :0])
+        self.filled = (self._whole[0][:, :, :0], self._whole[1][:, :, :0])
         self.append(keys, values)
 
     @property
@@ -37,9 +40,9 @@ class Room:
 
     def can_append_to(self, keys: torch.Tensor | None, values: torch.Tensor | None, num_new: int) -> bool:
         """Whether these very tensors are all that is filled, and `num_new` slots more have a place here."""
-        is_filled = keys is self._filled[0] and values is self._filled[1]
+        is_filled = keys is self.filled[0] and values is self.filled[1]
         is_locked = self._whole[0].is_inference() and not torch.is_inference_mode_enabled()
-        return is_filled and not is_locked and self._filled[0].shape[2] + num_new <= self.num_slots
+        return is_filled and not is_locked and self.filled[0].shape[2] + num_new <= self.num_slots
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Fill the next slots with (B, K, T, D).
@@ -47,9 +50,9 @@ class Room:
         Returns:
             Views (B, K, S + T, D) of all that is filled.
         """
-        start = self._filled[0].shape[2]
+        start = self.filled[0].shape[2]
         stop = start + keys.shape[2]
         for whole, new in zip(self._whole, (keys, values), strict=True):
             whole[:, :, start:stop].copy_(new)
-        self._filled = (self._whole[0][:, :, :stop], self._whole[1][:, :, :stop])
-        return self._filled
+        self.filled = (self._whole[0][:, :, :stop], self._whole[1][:, :, :stop])
+        return self.filled
