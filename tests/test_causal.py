@@ -116,3 +116,14 @@ def test_a_text_read_with_told_masks_is_the_same_cache(family, monkeypatch):
     for layer, expected in zip(told.layers, compress(model).layers, strict=True):
         torch.testing.assert_close(layer.keys, expected.keys, rtol=0, atol=1e-4)
         torch.testing.assert_close(layer.values, expected.values, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_on_a_gpu_the_flash_kernel_runs_and_gives_the_same_attention():
+    query, key, value = (tensor.cuda() for tensor in drawn((4, 4), 128, 300, torch.bfloat16))
+    with torch.profiler.profile() as profile:
+        told = attention(query, key, value, LowerRight.on(query.device))
+    assert "aten::_flash_attention_forward" in {event.name for event in profile.events()}
+    expected = attention(query, key, value, written_out(query, key).cuda())
+    torch.testing.assert_close(told, expected, rtol=0, atol=2e-2)
