@@ -54,7 +54,7 @@ def attend(
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     if can_be_split(query, key, value, dropout_p):
         return _in_two_parts(query, key, value, scale)
-    if query.device.type == "cuda":
+    if query.device.type == "cuda" and query.dtype == key.dtype == value.dtype:
         mask: torch.Tensor = causal_lower_right(size, total)
     else:
         mask = torch.ones(size, total, dtype=torch.bool, device=query.device).tril(diagonal=total - size)
@@ -68,6 +68,9 @@ def can_be_split(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dr
         query.device.type == "cpu"
         and torch.backends.cuda.flash_sdp_enabled()  # `sdpa_kernel` sets it for every device
         and query.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and query.dtype
+        == key.dtype
+        == value.dtype  # under autocast they may differ, and the public call makes them alike
         and query.shape[-1] == value.shape[-1]
         and dropout_p == 0
         and all(tensor.stride(-1) == 1 for tensor in tensors)
