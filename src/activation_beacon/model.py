@@ -80,6 +80,11 @@ class BeaconModel(BeaconGeneration):
         """Tokens up to which no chunk is closed and outputs are the base model's."""
         return self._beacon.config.chunk_size + self._beacon.config.local_tokens
 
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the base model was made for; None where it has no limit."""
+        return self._beacon.site.max_positions
+
     def beacon_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names, as in the adapter's file, and parameters of all beacon weights: what is trained."""
         yield "embedding", self.beacon_embedding

@@ -1,0 +1,10 @@
+"""`beacon serve`: compress once, ask many, over HTTP.
+
+```
+reading  sampling  writing           one text read piece by piece; a token chosen; ids turned into text
+batch  engine                        answers on different contexts decoded together by one thread
+prefixes  memory  folder  library    caches cut and kept by bytes; contexts on disk; contexts by handle
+schema  prompting  answers           requests, their token ids, and what is sent back
+routes_*  app                        HTTP
+```
+"""

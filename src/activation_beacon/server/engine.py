@@ -1,0 +1,366 @@
+"""One thread that owns the model: reads texts chunk by chunk and, between two chunks, decodes all answers as one batch.
+
+A step is one piece of one text, or one token of every answer. While texts are being read, half of the time goes to answers:
+these wait for one chunk at most, and then get as much time as the chunk took.
+"""
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from activation_beacon.cache import BeaconCache
+from activation_beacon.errors import BeaconError, CapacityError
+from activation_beacon.server.batch import DecodeBatch, compact
+from activation_beacon.server.jobs import Answer, BusyError, ClosedError, Done, Failed, Job, LateError, Progress
+from activation_beacon.server.reading import Reading, closes_a_chunk, dense
+
+logger = logging.getLogger(__name__)
+
+OLDEST_EVERY = 4  # so many pieces go to the text with fewest pieces left, then one to the text that has waited longest
+
+
+class Observer(Protocol):
+    """Told of what the engine does; see `metrics`."""
+
+    def piece_read(self, seconds: float, num_tokens: int) -> None:
+        """A piece of a text has been read."""
+
+    def tokens_written(self, seconds: float, num_rows: int) -> None:
+        """A token has been decoded in each row."""
+
+
+@dataclass
+class Limits:
+    """How much the engine takes on.
+
+    Attributes:
+        max_rows: answers written, and texts read, at a time.
+        max_waiting: jobs that may wait for their turn; further ones are refused.
+        max_batch_bytes: keys and values of the batch, padding included; what would exceed it waits.
+    """
+
+    max_rows: int = 16
+    max_waiting: int = 64
+    max_batch_bytes: int = 8 * 2**30
+
+
+@dataclass(eq=False)
+class _Task:
+    """A text that is being read: a job's own, or the next token of an answer that closes a chunk."""
+
+    job: Job
+    reading: Reading
+    answer: Answer | None = None
+
+
+@dataclass
+class _Running:
+    """What is left of a job that has begun."""
+
+    answers: list[Answer] = field(default_factory=list)
+    num_open: int = 0
+    first_cache: BeaconCache | None = None
+
+
+class Engine:
+    """Runs jobs; see the module.
+
+    Args:
+        model: with beacons; nobody else may call it while the engine runs.
+        tokenizer: to decode with; the engine's own.
+        limits: how much it takes on.
+        observer: told of each step.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, limits: Limits | None = None, *, observer: Observer | None = None
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.limits = limits or Limits()
+        self.observer = observer
+        self.ends = _end_ids(model)
+        self._batch = DecodeBatch(model)
+        self._joining: list[tuple[Answer, BeaconCache]] = []
+        self._tasks: list[_Task] = []
+        self._running: dict[Job, _Running] = {}
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._changed = threading.Condition()
+        self._is_closing = False
+        self._debt = 0.0  # seconds that answers have waited for pieces and have not got back yet
+        self._num_picked = 0
+        self._thread = threading.Thread(target=self._run, name="beacon-engine", daemon=True)
+
+    # --- any thread ---
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; it is told of in events.
+
+        Raises:
+            BusyError: if too many wait already.
+            ClosedError: if the engine is shutting down.
+        """
+        with self._changed:
+            if self._is_closing:
+                raise ClosedError("The server is shutting down. Ask another one, or again after its restart.")
+            if len(self._waiting) >= self.limits.max_waiting:
+                raise BusyError(
+                    f"{len(self._waiting)} requests are waiting already, as many as may (max_waiting). Try again later."
+                )
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def stop(self, *, seconds: float = 0.0) -> None:
+        """End the thread; jobs get `seconds` to finish, and are then cancelled."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        if not self._thread.is_alive():
+            return
+        self._thread.join(seconds)
+        for job in [*self._running, *self._waiting]:
+            job.cancel()
+        with self._changed:
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Jobs that have begun and not ended."""
+        return len(self._running)
+
+    @property
+    def num_rows(self) -> int:
+        """Answers that are being decoded together."""
+        return len(self._batch) + len(self._joining)
+
+    # --- its own thread ---
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._running or self._is_closing):
+                    self._changed.wait()
+                if self._is_closing and not (self._waiting or self._running):
+                    return
+            try:
+                self.step()
+            except Exception as error:  # noqa: BLE001 - one bad step must not end the server
+                logger.exception("a step of the engine failed")
+                self._fail_all(error)
+
+    def step(self) -> None:
+        """Do one piece or one token of all answers."""
+        self._drop_unwanted()
+        self._admit()
+        is_turn_of_answers = self._debt > 0 or not self._tasks
+        if self.num_rows and is_turn_of_answers:
+            self._decode()
+        elif self._tasks:
+            self._read_piece(self._pick())
+
+    def _drop_unwanted(self) -> None:
+        for job in [job for job in (*self._waiting, *self._running) if job.is_cancelled or job.is_late]:
+            late = f"The request took longer than {job.seconds:g} s. Ask for less." if job.seconds else ""
+            self._end(job, LateError(late) if not job.is_cancelled else ClosedError("The request was cancelled."))
+
+    def _admit(self) -> None:
+        """Begin waiting jobs while there is room."""
+        while self._waiting:
+            rows = sum(running.num_open for running in self._running.values())
+            if rows and rows + self._waiting[0].num_rows > self.limits.max_rows:
+                return
+            with self._changed:
+                job = self._waiting.popleft()
+            self._begin(job)
+
+    def _begin(self, job: Job) -> None:
+        answers = [
+            Answer(job, number, sampling, self.tokenizer, self.ends) for number, sampling in enumerate(job.samplings)
+        ]
+        self._running[job] = _Running(answers, job.num_rows)
+        with self._blaming(job):
+            reading = Reading(self.model, dense(job.cache), job.ids, needs_logits=bool(answers))
+            job.emit(Progress(0, reading.num_pieces))
+            self._tasks.append(_Task(job, reading))
+
+    def _pick(self) -> _Task:
+        """The text that is done soonest, so that a question need not wait for a book; now and then the oldest."""
+        self._num_picked += 1
+        if self._num_picked % OLDEST_EVERY == 0:
+            return min(self._tasks, key=lambda task: task.job.started)
+        return min(self._tasks, key=lambda task: task.reading.num_left)
+
+    def _read_piece(self, task: _Task) -> None:
+        start = time.perf_counter()
+        with self._blaming(task.job):
+            before = task.reading.cache.tokens_seen
+            logits = task.reading.step()
+            seconds = time.perf_counter() - start
+            self._debt = seconds if self.num_rows else 0.0
+            if self.observer is not None:
+                self.observer.piece_read(seconds, task.reading.cache.tokens_seen - before)
+            if task.answer is None:
+                task.job.emit(Progress(task.reading.num_done, task.reading.num_pieces))
+            if task.reading.num_left == 0:
+                self._tasks.remove(task)
+                self._after_reading(task, logits)
+
+    def _after_reading(self, task: _Task, logits: torch.Tensor | None) -> None:
+        cache = task.reading.cache
+        if logits is None:
+            self._finish(task.job, cache)
+            return
+        for answer in self._running[task.job].answers if task.answer is None else [task.answer]:
+            answer.take(logits)
+            self._go_on(answer, cache.fork())
+
+    def _decode(self) -> None:
+        """One token for every answer; those that would close a chunk are read on apart."""
+        self._join()
+        if not len(self._batch):
+            return
+        start = time.perf_counter()
+        try:
+            logits = self._batch.step([answer.pending for answer in self._batch.keys])
+        except Exception as error:
+            for job in {answer.job for answer in self._batch.keys}:
+                self._end(job, error)
+            raise
+        num_rows = len(self._batch)
+        self._hand_out(logits)
+        seconds = time.perf_counter() - start
+        self._debt -= seconds
+        if self.observer is not None:
+            self.observer.tokens_written(seconds, num_rows)
+
+    def _hand_out(self, logits: torch.Tensor) -> None:
+        """Give each row its logits (B, V); rows that end, fail, or have a chunk to close leave."""
+        leaving: list[int] = []
+        failed: dict[Job, Exception] = {}
+        for index, answer in enumerate(self._batch.keys):
+            try:
+                answer.take(logits[index])
+                if answer.reason is None and not _must_read(answer, self._batch.closes_a_chunk, index):
+                    continue
+                self._go_on(answer, self._batch.row(index))
+            except Exception as error:  # noqa: BLE001 - one row's error must not end the others
+                failed[answer.job] = error
+            leaving.append(index)
+        self._batch.leave(leaving)
+        for job, error in failed.items():
+            logger.error("an answer failed", exc_info=error)
+            self._end(job, error)
+
+    def _go_on(self, answer: Answer, cache: BeaconCache) -> None:
+        """Let an answer end, read on, or join the batch, as its state wants it."""
+        place = (cache.config, cache.policy, self.model.max_positions, cache.rows[0])
+        must_read = answer.reason is None and _must_read(answer, closes_a_chunk, *place)
+        if answer.reason is not None:
+            self._ended(answer, cache)
+        elif must_read:
+            reading = Reading(self.model, cache, [answer.pending], needs_logits=True)
+            self._tasks.append(_Task(answer.job, reading, answer))
+        else:
+            self._joining.append((answer, cache))
+
+    def _join(self) -> None:
+        """Take into the batch whoever fits; one row always does."""
+        while self._joining:
+            answer, cache = self._joining[0]
+            if len(self._batch) and self._batch.num_bytes_with([cache]) > self.limits.max_batch_bytes:
+                return
+            fitting = [self._joining.pop(0)]
+            while self._joining:
+                caches = [each for _, each in (*fitting, self._joining[0])]
+                if self._batch.num_bytes_with(caches) > self.limits.max_batch_bytes:
+                    break
+                fitting.append(self._joining.pop(0))
+            self._batch.join([each for each, _ in fitting], [each for _, each in fitting])
+
+    # --- ends ---
+
+    def _ended(self, answer: Answer, cache: BeaconCache) -> None:
+        running = self._running[answer.job]
+        if answer.number == 0:
+            running.first_cache = cache
+        running.num_open -= 1
+        if running.num_open == 0 and running.first_cache is not None:
+            self._finish(answer.job, running.first_cache)
+
+    def _finish(self, job: Job, cache: BeaconCache) -> None:
+        self._running.pop(job, None)
+        job.emit(Done(cache))
+
+    def _end(self, job: Job, error: Exception) -> None:
+        """Drop a job wherever it stands."""
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+        self._running.pop(job, None)
+        self._tasks = [task for task in self._tasks if task.job is not job]
+        self._joining = [(answer, cache) for answer, cache in self._joining if answer.job is not job]
+        self._batch.leave([index for index, answer in enumerate(self._batch.keys) if answer.job is job])
+        job.emit(Failed(error))
+
+    def _blaming(self, job: Job) -> "_Blaming":
+        return _Blaming(lambda error: self._end(job, error))
+
+    def _fail_all(self, error: Exception) -> None:
+        for job in list(self._running):
+            self._end(job, error)
+        self._batch = DecodeBatch(self.model)
+
+
+def _must_read(answer: Answer, closes_a_chunk: Callable[..., bool], *place: Any) -> bool:
+    """Whether an answer's next token closes a chunk; one for which no place is left ends."""
+    try:
+        return closes_a_chunk(*place)
+    except CapacityError:
+        answer.end("length")
+        return True
+
+
+class _Blaming:
+    """Within the block an error ends one job, and nothing else."""
+
+    def __init__(self, end: Callable[[Exception], None]) -> None:
+        self.end = end
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _traceback: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        if not isinstance(error, BeaconError):
+            logger.error("a job failed", exc_info=error)
+        self.end(error)
+        return True
+
+
+def _end_ids(model: Any) -> frozenset[int]:
+    ends: int | Iterable[int] | None = model.generation_config.eos_token_id
+    if ends is None:
+        return frozenset()
+    return frozenset([ends] if isinstance(ends, int) else ends)

@@ -1,0 +1,119 @@
+"""Reading a text piece by piece, so that others wait for a chunk at most.
+
+A piece closes one chunk, or reads the tail. Pieces end where a chunk is due, so that the cache that comes of them is the one
+that reading at once would give; "auto" is decided for the whole text before its first piece.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from activation_beacon.cache import BeaconCache
+from activation_beacon.config import BeaconConfig
+from activation_beacon.plan import RatioPolicy, Row, TextPlanner
+
+# V vocabulary
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How a reading is cut.
+
+    Attributes:
+        restart: whether the text is read anew from its first token: "auto" has chosen another ratio.
+        stops: tokens of the text that have been read after each piece.
+        policy: under which the pieces are read: the text's own, with "auto" made the ratios that it chose.
+    """
+
+    restart: bool
+    stops: tuple[int, ...]
+    policy: RatioPolicy
+
+
+def cut(config: BeaconConfig, policy: RatioPolicy, max_positions: int | None, row: Row, num_new: int) -> Pieces:
+    """Cut the reading of `num_new` more tokens.
+
+    Raises:
+        RatioError, CapacityError: as the plan of reading them at once.
+    """
+    reading = TextPlanner(config, policy, max_positions).plan(row, num_new)
+    held = () if reading.restart else row.chunks
+    ratios = (*(chunk.ratio for chunk in held), *(layout.ratio for layout in reading.closings))
+    numbers = range(len(held) + 1, len(ratios) + 1)
+    stops = [number * config.chunk_size + config.local_tokens + 1 for number in numbers]
+    if not stops or stops[-1] < reading.stop:
+        stops.append(reading.stop)
+    is_settled = policy.ratio != "auto" or not reading.closings
+    return Pieces(reading.restart, tuple(stops), policy if is_settled else RatioPolicy(ratios, spans=policy.spans))
+
+
+def closes_a_chunk(config: BeaconConfig, policy: RatioPolicy, max_positions: int | None, row: Row) -> bool:
+    """Whether the next token cannot just be appended.
+
+    Raises:
+        CapacityError: if it does not fit.
+    """
+    reading = TextPlanner(config, policy, max_positions).plan(row, 1)
+    return bool(reading.closings) or reading.restart
+
+
+class Reading:
+    """One text on its way into a cache.
+
+    Args:
+        model: with beacons.
+        cache: of one row; the reading's own from now on. See `dense`.
+        ids: to be read on.
+        needs_logits: whether the last token's logits are wanted.
+
+    Raises:
+        RatioError, CapacityError: before anything is read.
+    """
+
+    def __init__(self, model: Any, cache: BeaconCache, ids: Sequence[int], *, needs_logits: bool) -> None:
+        self.model = model
+        self.needs_logits = needs_logits
+        self.policy = cache.policy
+        self.num_new = len(ids)
+        self.ids = [*cache.token_ids[0].tolist(), *ids]
+        pieces = cut(cache.config, cache.policy, model.max_positions, cache.rows[0], len(ids))
+        self.cache = model.new_cache() if pieces.restart else cache
+        self.cache.policy = pieces.policy
+        self.stops = pieces.stops
+        self.num_done = 0
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces in all."""
+        return len(self.stops)
+
+    @property
+    def num_left(self) -> int:
+        """Pieces that are still to be read."""
+        return len(self.stops) - self.num_done
+
+    @torch.no_grad()
+    def step(self) -> torch.Tensor | None:
+        """Read the next piece; logits (V,) after the last one, if they are wanted."""
+        stop = self.stops[self.num_done]
+        piece = torch.tensor([self.ids[self.cache.tokens_seen : stop]], device=self.model.device)
+        is_last = self.num_left == 1
+        logits = None
+        if is_last and self.needs_logits:
+            output = self.model(input_ids=piece, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            logits = output.logits[0, -1]
+        else:
+            self.model.compress(piece, cache=self.cache)
+        self.num_done += 1
+        if is_last:
+            self.cache.policy = self.policy
+        return logits
+
+
+def dense(context: BeaconCache) -> BeaconCache:
+    """A cache of its own that begins with the same contents, nothing of it quantised: batches are dense."""
+    cache = context.fork()
+    cache.layers = [layer.dense() for layer in cache.layers]
+    return cache
