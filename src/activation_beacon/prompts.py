@@ -4,6 +4,7 @@ So that a context can be compressed before the question is known, a chat templat
 with any tokenizer; one without a chat template gets a plain "Question: ... Answer:".
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from activation_beacon.errors import InputError
@@ -55,6 +56,22 @@ class ChatPrompt:
     def follow_up(self, text: str) -> list[int]:
         """Ids that end an answer, ask on, and open the next answer."""
         return self._ids(self._next + text + self._close)
+
+    def opens(self, ids: Sequence[int]) -> bool:
+        """Whether a text's first special tokens are those of the template's opening (which may hold a date)."""
+        special = set(self.tokenizer.get_added_vocab().values()) | set(self.tokenizer.all_special_ids)
+        expected = [token for token in self.opening("") if token in special]
+        found = (token for token in ids if token in special)
+        return all(token == next(found, None) for token in expected)
+
+    def is_in_answer(self, ids: Sequence[int]) -> bool:
+        """Whether a question has been asked in a text already: the ids that open an answer are among its own."""
+        first, second = self.question("a"), self.question("1")
+        length = 0
+        while length < min(len(first), len(second)) and first[-1 - length] == second[-1 - length]:
+            length += 1
+        closing, ids = first[len(first) - length :], list(ids)
+        return any(ids[start : start + length] == closing for start in range(len(ids) - length + 1))
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]

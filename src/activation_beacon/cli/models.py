@@ -139,13 +139,13 @@ def question_ids(loaded: Loaded, context: "BeaconCache", text: str, *, plain: bo
         ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     elif not context.token_ids.numel():
         ids = prompt.message(text)
-    elif not _opens_with_template(loaded, context):
+    elif not prompt.opens(context.token_ids[0].tolist()):
         raise InputError(
             "The context does not open with this model's chat template (it was compressed with --plain, or without "
             "ChatPrompt.opening). Ask with --plain: the question then follows the text as it is."
         )
     else:
-        ids = prompt.follow_up(text) if _is_in_answer(prompt, context) else prompt.question(text)
+        ids = prompt.follow_up(text) if prompt.is_in_answer(context.token_ids[0].tolist()) else prompt.question(text)
     check_question_fits(loaded, ids)
     return ids
 
@@ -161,24 +161,6 @@ def check_question_fits(loaded: Loaded, ids: Sequence[int]) -> None:
             f"The question has {len(ids):,} tokens; the base model reads {loaded.max_positions:,} at once. Put what is long "
             "into a text, compress it (beacon compress TEXT... -o FILE), and ask about it in fewer words."
         )
-
-
-def _opens_with_template(loaded: Loaded, context: "BeaconCache") -> bool:
-    """Whether the context's first special tokens are those of the template's opening (which may hold a date)."""
-    special = set(loaded.tokenizer.get_added_vocab().values()) | set(loaded.tokenizer.all_special_ids)
-    expected = [token for token in loaded.prompt.opening("") if token in special]
-    found = (token for token in context.token_ids[0].tolist() if token in special)
-    return all(token == next(found, None) for token in expected)
-
-
-def _is_in_answer(prompt: "ChatPrompt", context: "BeaconCache") -> bool:
-    """Whether a question has been asked already: the ids that open an answer are among the context's."""
-    first, second = prompt.question("a"), prompt.question("1")
-    length = 0
-    while length < min(len(first), len(second)) and first[-1 - length] == second[-1 - length]:
-        length += 1
-    closing, ids = first[len(first) - length :], context.token_ids[0].tolist()
-    return any(ids[start : start + length] == closing for start in range(len(ids) - length + 1))
 
 
 def _best_device() -> str:

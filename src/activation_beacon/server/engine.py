@@ -16,7 +16,7 @@ import torch
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import BeaconError, CapacityError
-from activation_beacon.server.batch import DecodeBatch, compact
+from activation_beacon.server.batch import DecodeBatch
 from activation_beacon.server.jobs import Answer, BusyError, ClosedError, Done, Failed, Job, LateError, Progress
 from activation_beacon.server.reading import Reading, closes_a_chunk, dense
 
@@ -165,7 +165,7 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception as error:  # noqa: BLE001 - one bad step must not end the server
+            except Exception as error:  # one bad step must not end the server
                 logger.exception("a step of the engine failed")
                 self._fail_all(error)
 
@@ -287,7 +287,7 @@ class Engine:
     def _join(self) -> None:
         """Take into the batch whoever fits; one row always does."""
         while self._joining:
-            answer, cache = self._joining[0]
+            cache = self._joining[0][1]
             if len(self._batch) and self._batch.num_bytes_with([cache]) > self.limits.max_batch_bytes:
                 return
             fitting = [self._joining.pop(0)]

@@ -1,0 +1,277 @@
+"""Requests for answers carried out: prompts put on their contexts, the engine's events made OpenAI's objects."""
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from activation_beacon.cache import BeaconCache
+from activation_beacon.errors import InputError
+from activation_beacon.plan import TextPlanner
+from activation_beacon.server.failures import NotFoundError, described
+from activation_beacon.server.jobs import Done, Ended, Piece, Progress
+from activation_beacon.server.reading import cut
+from activation_beacon.server.sampling import Chosen
+from activation_beacon.server.schema import ChatRequest, CompletionRequest
+from activation_beacon.server.shapes import ChatShape, CompletionShape, Shape
+from activation_beacon.server.state import Server
+from activation_beacon.server.work import Work
+
+MOST_ANSWERS = 128
+
+
+@dataclass
+class Asked:
+    """One prompt, where it begins to be read, and what came of it.
+
+    Attributes:
+        context_id: of the context that it stands on.
+        scope: see `Library.start`.
+        num_prompt: tokens of context and prompt.
+        cache, ids: where reading begins, and what is read.
+        work: the job.
+        grown: the cache at the end.
+        num_written: tokens of all its answers.
+    """
+
+    context_id: str | None
+    scope: Hashable
+    num_prompt: int
+    cache: BeaconCache
+    ids: list[int]
+    work: Work | None = None
+    grown: BeaconCache | None = None
+    num_written: int = 0
+
+
+@dataclass
+class Choice:
+    """One answer as it is gathered for a reply in one piece."""
+
+    text: str = ""
+    chosen: list[Chosen] = field(default_factory=list)
+    reason: str = "length"
+
+
+class Answers:
+    """One request for answers.
+
+    Args:
+        server: with the engine and the library.
+        request: checked already.
+    """
+
+    def __init__(self, server: Server, request: ChatRequest | CompletionRequest) -> None:
+        self.server = server
+        self.request = request
+        self.created = int(time.time())
+        self.started = time.monotonic()
+        self.shape: Shape
+        if isinstance(request, ChatRequest):
+            self.shape = ChatShape(server.prompting.tokenizer)
+        else:
+            self.shape = CompletionShape(server.prompting.tokenizer)
+        self.id = f"{self.shape.prefix}-{secrets.token_hex(12)}"
+        self.asked: list[Asked] = []
+
+    # --- before anything is sent ---
+
+    async def begin(self) -> None:
+        """Check the request and queue its jobs.
+
+        Raises:
+            BeaconError: if it cannot be served, now or at all.
+        """
+        request, server = self.request, self.server
+        request.check_can_be_served()
+        if request.model != server.settings.model_name:
+            raise NotFoundError(
+                f"There is no model {request.model[:100]!r} here. It is called {server.settings.model_name!r}."
+            )
+        prompts: list[Any] = [request.messages] if isinstance(request, ChatRequest) else request.prompts
+        if len(prompts) * self.num_answers > MOST_ANSWERS:
+            raise InputError(
+                f"The request asks for {len(prompts) * self.num_answers} answers; {MOST_ANSWERS} are allowed. Send several."
+            )
+        self.asked = [await self._placed(prompt) for prompt in prompts]
+        sampling = request.sampling(server.model, server.settings.max_tokens)
+        try:
+            for asked in self.asked:
+                asked.work = Work(
+                    server.engine,
+                    asked.cache,
+                    asked.ids,
+                    [sampling] * self.num_answers,
+                    seconds=server.settings.answer_s,
+                )
+        except BaseException:
+            self.cancel()
+            raise
+
+    @property
+    def num_answers(self) -> int:
+        """Answers to each prompt."""
+        return self.request.n or 1
+
+    def cancel(self) -> None:
+        """Nobody waits any more."""
+        for asked in self.asked:
+            if asked.work is not None:
+                asked.work.job.cancel()
+
+    async def _placed(self, prompt: Any) -> Asked:
+        """Put a prompt on its context, and find where reading can begin."""
+        library, request = self.server.library, self.request
+        scope: Hashable
+        if request.context is None:
+            ratio = self.server.settings.ratio if request.wanted_ratio is None else request.wanted_ratio
+            cache = self.server.model.new_cache(ratio=ratio)
+            scope = ("text", cache.policy)
+        elif request.wanted_ratio is not None:
+            raise InputError("A context has its own ratio: leave ratio out, or make the context anew with another one.")
+        else:
+            _, cache, scope = await library.opened(request.context)
+        ids = await asyncio.to_thread(self._ids, cache, prompt)
+        if not ids:
+            raise InputError("The prompt is empty: there is nothing to answer. Send at least one word.")
+        self._check_fits(cache, ids)
+        start, unread = library.start(scope, cache, ids)
+        return Asked(request.context, scope, cache.tokens_seen + len(ids), start, unread)
+
+    def _ids(self, cache: BeaconCache, prompt: Any) -> list[int]:
+        prompting = self.server.prompting
+        if isinstance(self.request, CompletionRequest):
+            ids = prompting.completion(prompt, is_first=cache.tokens_seen == 0)
+            size = self.server.model.get_input_embeddings().weight.shape[0]
+            if ids and max(ids) >= size:
+                raise InputError(
+                    f"Token ids must be within 0..{size - 1}; got {max(ids)}. Use the model's own tokenizer."
+                )
+            return ids
+        if self.request.context is None:
+            return prompting.conversation(prompt)
+        return prompting.on_context(cache.token_ids[0].tolist(), prompt)
+
+    def _check_fits(self, cache: BeaconCache, ids: list[int]) -> None:
+        """Refuse now what could not be read, or would break off before the answer is as long as was asked for.
+
+        Raises:
+            CapacityError: saying what would fit.
+        """
+        positions = self.server.model.max_positions
+        cut(cache.config, cache.policy, positions, cache.rows[0], len(ids))
+        if self.request.limit is not None:
+            planner = TextPlanner(cache.config, cache.policy, positions)
+            planner.plan(cache.rows[0], len(ids) + self.request.limit - 1)
+
+    # --- a reply in one piece ---
+
+    async def whole(self) -> dict[str, Any]:
+        """The reply, when all answers have been written."""
+        choices = [Choice() for _ in range(len(self.asked) * self.num_answers)]
+        async with contextlib.aclosing(self._heard()) as heard:
+            async for event, index in heard:
+                if isinstance(event, Piece):
+                    choices[index].text += event.text
+                    choices[index].chosen.append(event.chosen)
+                elif isinstance(event, Ended):
+                    choices[index].text += event.text
+                    choices[index].reason = event.reason
+        told = [
+            self.shape.choice(index, choice.text, choice.chosen, choice.reason, self.request.num_likeliest is not None)
+            for index, choice in enumerate(choices)
+        ]
+        return {**self._head(self.shape.whole_object), "choices": told, "usage": self.usage()}
+
+    # --- a stream ---
+
+    async def stream(self) -> AsyncIterator[str]:
+        """The reply as server-sent events; while the prompt is read, comments tell how far that is."""
+        head = self._head(self.shape.piece_object)
+        with_usage = self.request.stream_options is not None and self.request.stream_options.include_usage
+        if with_usage:
+            head["usage"] = None
+        with_logprobs = self.request.num_likeliest is not None
+        try:
+            for index in range(len(self.asked) * self.num_answers):
+                for choice in self.shape.first(index):
+                    yield _event({**head, "choices": [choice]})
+            async with contextlib.aclosing(self._heard()) as heard:
+                async for event, index in heard:
+                    if isinstance(event, Progress):
+                        yield f": {event.done} of {event.total} chunks read\n\n"
+                        continue
+                    for choice in self._pieces(event, index, with_logprobs):
+                        yield _event({**head, "choices": [choice]})
+            if with_usage:
+                yield _event({**head, "choices": [], "usage": self.usage()})
+            yield "data: [DONE]\n\n"
+        except Exception as error:  # noqa: BLE001 - the status has been sent: the error goes into the stream
+            yield _event(self.server.failed(error, described(error)[1]))
+
+    def _pieces(self, event: Piece | Ended, index: int, with_logprobs: bool) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Piece):
+            if event.text or with_logprobs:
+                yield self.shape.piece(index, event.text, event.chosen if with_logprobs else None)
+            return
+        if event.text:
+            yield self.shape.piece(index, event.text, None)
+        yield self.shape.last(index, event.reason)
+
+    # --- what both share ---
+
+    async def _heard(self) -> AsyncGenerator[tuple[Progress | Piece | Ended, int], None]:
+        """Events of all jobs with the index of the choice that they are about."""
+        is_first = True
+        try:
+            for number, asked in enumerate(self.asked):
+                assert asked.work is not None, "begin() comes first"
+                async with contextlib.aclosing(asked.work.events()) as events:
+                    async for event in events:
+                        if isinstance(event, Done):
+                            self._finished(asked, event.cache)
+                            continue
+                        if isinstance(event, Piece) and is_first:
+                            is_first = False
+                            self.server.metrics.first_token(time.monotonic() - self.started)
+                        if isinstance(event, Ended):
+                            asked.num_written += event.num_tokens
+                        local = event.number if isinstance(event, Piece | Ended) else 0
+                        yield event, number * self.num_answers + local  # type: ignore[misc]
+        finally:
+            self.cancel()
+
+    def _finished(self, asked: Asked, cache: BeaconCache) -> None:
+        asked.grown = cache
+        self.server.library.keep(asked.scope, cache)
+        self.server.metrics.answered(len(asked.ids), asked.num_prompt - len(asked.ids), asked.num_written)
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens as OpenAI counts them, and what the caches hold for them."""
+        prompt, written = sum(a.num_prompt for a in self.asked), sum(a.num_written for a in self.asked)
+        read = sum(len(asked.ids) for asked in self.asked)
+        grown = [asked.grown for asked in self.asked if asked.grown is not None]
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": written,
+            "total_tokens": prompt + written,
+            "prompt_tokens_details": {"cached_tokens": prompt - read},
+            "beacon": {
+                "tokens_read": read,
+                "beacons": sum(cache.num_beacons for cache in grown),
+                "cache_entries": sum(cache.cache_length for cache in grown),
+                "cache_bytes": sum(cache.cache_bytes for cache in grown),
+                "uncompressed_bytes": sum(cache.uncompressed_bytes for cache in grown),
+            },
+        }
+
+
+def _event(values: dict[str, Any]) -> str:
+    return f"data: {json.dumps(values, ensure_ascii=False)}\n\n"

@@ -1,0 +1,287 @@
+"""The folder of contexts: `ID.beacon` and, beside it, `ID.json` with its name and numbers. Any place that fsspec knows.
+
+A context is there when its `.beacon` file is; the numbers can be made anew from it. Several servers may share the folder.
+Nothing here runs the model. Ids are checked against one pattern before they become part of a path.
+"""
+
+import dataclasses
+import json
+import logging
+import re
+import secrets
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from activation_beacon.cache import BeaconCache
+from activation_beacon.errors import BeaconError, FileFormatError, InputError, StorageError
+from activation_beacon.files import reason, write_text
+
+logger = logging.getLogger(__name__)
+
+ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+CONTEXT, NUMBERS, DAMAGED = ".beacon", ".json", ".beacon.damaged"
+PART_AGE_S = 3600.0  # a half-written file of this age belongs to no writer any more
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What is known of a context without opening it.
+
+    Attributes:
+        id: its handle and the stem of its file.
+        name: what its maker called it.
+        created: seconds since 1970.
+        error: why it cannot be used; None for a good one.
+    """
+
+    id: str
+    name: str
+    created: int
+    tokens: int = 0
+    chunks: int = 0
+    ratios: tuple[int, ...] = ()
+    sinks: int = 0
+    beacons: int = 0
+    tail: int = 0
+    cache_length: int = 0
+    cache_bytes: int = 0
+    uncompressed_bytes: int = 0
+    quantized_bits: int | None = None
+    base_fingerprint: str = ""
+    adapter_fingerprint: str = ""
+    file_bytes: int = 0
+    error: str | None = None
+
+
+def new_id() -> str:
+    """A handle that nobody has."""
+    return f"ctx_{secrets.token_hex(12)}"
+
+
+def described(record: Record, cache: BeaconCache) -> Record:
+    """The record with a cache's numbers."""
+    return dataclasses.replace(
+        record,
+        tokens=cache.tokens_seen,
+        chunks=len(cache.ratios),
+        ratios=tuple(sorted(set(cache.ratios))),
+        sinks=cache.num_sinks,
+        beacons=cache.num_beacons,
+        tail=cache.tail_length,
+        cache_length=cache.cache_length,
+        cache_bytes=cache.cache_bytes,
+        uncompressed_bytes=cache.uncompressed_bytes,
+        quantized_bits=cache.quantized_bits,
+        base_fingerprint=cache.base_fingerprint,
+        adapter_fingerprint=cache.adapter_fingerprint,
+    )
+
+
+class Folder:
+    """Contexts on disk, or wherever fsspec reaches.
+
+    Args:
+        url: a folder, made if missing, such as `contexts` or `s3://bucket/contexts`.
+
+    Raises:
+        StorageError: if it cannot be made.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        try:
+            self.fs, root = fsspec.core.url_to_fs(url)
+            self.fs.makedirs(root, exist_ok=True)
+        except (OSError, ValueError, ImportError) as error:
+            raise StorageError(f"The folder of contexts {url} cannot be opened: {reason(error)}.") from error
+        self.root = str(root).rstrip("/")
+        protocols = self.fs.protocol if isinstance(self.fs.protocol, tuple | list) else (self.fs.protocol,)
+        self.is_local = "file" in protocols
+        self._records: dict[str, tuple[str, Record]] = {}  # by id, with the version that they describe
+        if self.is_local:
+            self._remove_old_parts()
+
+    # --- looking ---
+
+    def list(self) -> list[Record]:
+        """All contexts, newest first, damaged ones with the reason."""
+        names = [entry["name"].rsplit("/", 1)[-1] for entry in self._entries()]
+        ids = {name.removesuffix(end) for name in names for end in (CONTEXT, DAMAGED) if name.endswith(end)}
+        records = [self.find(each) for each in ids if ID.fullmatch(each)]
+        return sorted((each for each in records if each is not None), key=lambda each: (-each.created, each.id))
+
+    def _entries(self) -> Any:
+        self.fs.invalidate_cache(self.root)
+        return self.fs.ls(self.root, detail=True)
+
+    def find(self, context_id: str) -> Record | None:
+        """What is known of a context; None if there is none of that id."""
+        if not ID.fullmatch(context_id):
+            return None
+        version = self.version(context_id)
+        if version is None:
+            return self._damaged_record(context_id)
+        known = self._records.get(context_id)
+        if known is not None and known[0] == version:
+            return known[1]
+        record = self._read_numbers(context_id) or self._examined(context_id)
+        if record.error is None:
+            self._records[context_id] = (version, record)
+        return record
+
+    def version(self, context_id: str) -> str | None:
+        """Changes whenever the file does; None if there is none."""
+        try:
+            self.fs.invalidate_cache(self.root)
+            info = self.fs.info(self._path(context_id, CONTEXT))
+        except FileNotFoundError:
+            return None
+        return " ".join(
+            str(info.get(key, "")) for key in ("size", "mtime", "ino", "ETag", "etag", "created", "updated")
+        )
+
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.get("size") or 0 for entry in self._entries())
+
+    def _read_numbers(self, context_id: str) -> Record | None:
+        """The record beside a context; None where it is missing, damaged, or of another file."""
+        record = self._noted(context_id)
+        is_whole = record is not None and record.file_bytes == self.fs.info(self._path(context_id, CONTEXT))["size"]
+        return record if is_whole else None
+
+    def _noted(self, context_id: str) -> Record | None:
+        """What the file of numbers says, whatever has become of the context."""
+        try:
+            values = json.loads(self.fs.cat_file(self._path(context_id, NUMBERS)))
+            record = Record(**{**values, "ratios": tuple(values["ratios"])})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return record if record.id == context_id else None
+
+    def _examined(self, context_id: str) -> Record:
+        """The record of a context that comes without one, such as a file of `beacon compress`."""
+        record = Record(context_id, context_id, int(time.time()))
+        try:
+            return self._with_numbers(record, self.load(context_id))
+        except (FileFormatError, InputError):
+            return self._damaged_record(context_id) or dataclasses.replace(record, error="The file is damaged.")
+
+    def _damaged_record(self, context_id: str) -> Record | None:
+        if not self.fs.exists(self._path(context_id, DAMAGED)):
+            return None
+        return self._noted(context_id) or Record(context_id, context_id, 0, error="The file is damaged.")
+
+    # --- contents ---
+
+    def load(self, context_id: str) -> BeaconCache:
+        """Read a context; a damaged one is set aside.
+
+        Raises:
+            StorageError: if it cannot be read.
+            FileFormatError: if it is damaged.
+            InputError: if it holds a batch.
+        """
+        try:
+            cache = self._loaded(context_id)
+        except FileFormatError as error:
+            self._set_aside(context_id, str(error))
+            raise
+        if cache.batch_size != 1:
+            text = f"{context_id}{CONTEXT} holds a batch of {cache.batch_size} contexts; one is served. Save context.row(0)."
+            self._set_aside(context_id, text)
+            raise InputError(text)
+        return cache
+
+    def _loaded(self, context_id: str) -> BeaconCache:
+        path = self._path(context_id, CONTEXT)
+        if self.is_local:
+            return BeaconCache.load(path)
+        with tempfile.TemporaryDirectory() as here:
+            local = Path(here) / f"{context_id}{CONTEXT}"
+            try:
+                self.fs.get_file(path, str(local))
+            except OSError as error:
+                raise StorageError(f"{path} cannot be read: {reason(error)}.") from error
+            return BeaconCache.load(local)
+
+    def save(self, record: Record, cache: BeaconCache) -> Record:
+        """Write a context, in place of an older one of the same id.
+
+        Returns:
+            The record with the numbers of what was written.
+
+        Raises:
+            StorageError: if it cannot be written; what was there is as it was.
+        """
+        path = self._path(record.id, CONTEXT)
+        if self.is_local:
+            cache.save(path)
+        else:
+            with tempfile.TemporaryDirectory() as here:
+                local = Path(here) / f"{record.id}{CONTEXT}"
+                cache.save(local)
+                self._upload(local, path)
+        return self._with_numbers(record, cache)
+
+    def copy(self, record: Record, source_id: str) -> Record:
+        """A context of its own with another's contents."""
+        return self.save(record, self.load(source_id))
+
+    def delete(self, context_id: str) -> None:
+        """Remove a context, damaged or not."""
+        self._records.pop(context_id, None)
+        for ending in (CONTEXT, DAMAGED, NUMBERS):
+            path = self._path(context_id, ending)
+            if self.fs.exists(path):
+                self.fs.rm_file(path)
+
+    def _with_numbers(self, record: Record, cache: BeaconCache) -> Record:
+        self.fs.invalidate_cache(self.root)
+        size = self.fs.info(self._path(record.id, CONTEXT))["size"]
+        record = dataclasses.replace(described(record, cache), file_bytes=size)
+        self._write_numbers(record)
+        self._records[record.id] = (self.version(record.id) or "", record)
+        return record
+
+    def _write_numbers(self, record: Record) -> None:
+        text, path = json.dumps(dataclasses.asdict(record), indent=2) + "\n", self._path(record.id, NUMBERS)
+        if self.is_local:
+            write_text(path, text)
+        else:
+            self.fs.pipe_file(path, text.encode())
+
+    def _upload(self, local: Path, path: str) -> None:
+        try:
+            self.fs.put_file(str(local), path)
+        except OSError as error:
+            raise StorageError(
+                f"{path} cannot be written: {reason(error)}. Free space or choose another place."
+            ) from error
+
+    def _set_aside(self, context_id: str, why: str) -> None:
+        """Rename a file that must not be used, and note why."""
+        logger.warning("context %s is damaged and was set aside: %s", context_id, why)
+        known = self._noted(context_id) or Record(context_id, context_id, int(time.time()))
+        record = dataclasses.replace(known, error=f"The file is damaged and was set aside as {context_id}{DAMAGED}.")
+        self._records.pop(context_id, None)
+        try:
+            self._write_numbers(record)
+            self.fs.mv(self._path(context_id, CONTEXT), self._path(context_id, DAMAGED))
+        except (OSError, BeaconError):
+            logger.exception("context %s could not be set aside", context_id)
+
+    def _path(self, context_id: str, ending: str) -> str:
+        if not ID.fullmatch(context_id):
+            raise InputError("A context's id has letters, digits, - and _ only, 64 at most.")
+        return f"{self.root}/{context_id}{ending}"
+
+    def _remove_old_parts(self) -> None:
+        """Files that a killed process left half-written; younger ones may be another server's work."""
+        for part in Path(self.root).glob(".*.part"):
+            if time.time() - part.stat().st_mtime > PART_AGE_S:
+                part.unlink(missing_ok=True)

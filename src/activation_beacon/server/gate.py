@@ -1,0 +1,119 @@
+"""What every request passes: key, origin, size; and the log line that it leaves. Texts are never logged."""
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from activation_beacon.server.failures import body
+from activation_beacon.server.state import Server
+
+logger = logging.getLogger("activation_beacon.server.requests")
+
+OPEN_PATHS = frozenset({"/", "/health"})
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+class Gate:
+    """ASGI middleware.
+
+    Args:
+        app: what is behind it.
+        server: whose settings and metrics it uses.
+    """
+
+    def __init__(self, app: App, server: Server) -> None:
+        self.app = app
+        self.server = server
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 499  # if nothing is sent, the client has gone
+        request_id = secrets.token_hex(8)
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            refusal = self._refusal(Request(scope))
+            if refusal is not None:
+                await refusal(scope, receive, sending)
+            else:
+                await self.app(scope, self._limited(receive), sending)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            self._note(scope, request_id, status, time.monotonic() - started)
+
+    def _refusal(self, request: Request) -> JSONResponse | None:
+        settings = self.server.settings
+        origin = request.headers.get("origin")
+        if origin and origin not in settings.cors_origins and not _is_same_host(origin, request):
+            text = "Pages of other origins may not call this server. Its operator allows them with --cors-origin."
+            return JSONResponse(body(text, kind="invalid_request_error", code="origin_not_allowed"), 403)
+        if settings.api_key is not None and request.url.path not in OPEN_PATHS and request.method != "OPTIONS":
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not secrets.compare_digest(given.encode(), settings.api_key.encode()):
+                text = "The API key is missing or wrong. Send it as `Authorization: Bearer KEY`."
+                told = body(text, kind="authentication_error", code="invalid_api_key")
+                return JSONResponse(told, 401, {"WWW-Authenticate": "Bearer"})
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > settings.max_body_bytes:
+            return JSONResponse(self._too_large(), 413)
+        return None
+
+    def _too_large(self) -> dict[str, Any]:
+        most = self.server.settings.max_body_bytes
+        text = f"The request is larger than the {most:,} bytes that are allowed (--max-body)."
+        return body(text, kind="invalid_request_error", code="request_too_large")
+
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive` that counts, for bodies that do not say how long they are."""
+        num_bytes = 0
+
+        async def limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self.server.settings.max_body_bytes:
+                raise HTTPException(413, self._too_large()["error"]["message"])
+            return message
+
+        return limited
+
+    def _note(self, scope: Message, request_id: str, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "(none)")
+        self.server.metrics.requested(route, status, seconds)
+        values: dict[str, Any] = {
+            "request": request_id,
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "ms": round(seconds * 1000),
+        }
+        answers = scope.get("state", {}).get("beacon")
+        if answers is not None:
+            values |= {"context": answers.request.context, **answers.usage()}
+        logger.info("%s", json.dumps(values))
+
+
+def _is_same_host(origin: str, request: Request) -> bool:
+    return urlsplit(origin).netloc == request.headers.get("host", "")

@@ -1,0 +1,241 @@
+"""Requests as they come in, checked; fields of OpenAI's API that cannot be served are refused by name."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from activation_beacon.errors import UnsupportedError
+from activation_beacon.plan import Ratio
+from activation_beacon.server.sampling import Sampling
+
+# What changes nothing here: whose request it is, and how others' servers bill, keep and route it.
+IGNORED = frozenset(
+    {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+)
+# Values that ask for what is done anyway.
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "parallel_tool_calls": (None, False, True),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "best_of": (None, 1),
+    "audio": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+RatioField = Annotated[
+    int | list[int] | Literal["auto"] | None, Field(description="Raw tokens per beacon; by default the server's ratio.")
+]
+ContextId = Annotated[str | None, Field(description="Id of the context that the request is about.")]
+
+
+class TextPart(BaseModel):
+    """Part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The whole of it."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    @property
+    def template_role(self) -> str:
+        """What chat templates call the role."""
+        return "system" if self.role == "developer" else self.role
+
+
+class StreamOptions(BaseModel):
+    """What a stream brings besides pieces of text."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Request(BaseModel):
+    """What both kinds of requests for answers share."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    n: int | None = Field(1, ge=1, le=16)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+    ) = None
+    context: ContextId = None
+    ratio: RatioField = None
+
+    @model_validator(mode="after")
+    def _check_stops(self) -> Self:
+        if len(self.stops) > 16 or any(not stop or len(stop) > 1000 for stop in self.stops):
+            raise ValueError("stop takes up to 16 texts of 1 to 1000 characters")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end an answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wanted_ratio(self) -> Ratio | None:
+        """The ratio asked for."""
+        return tuple(self.ratio) if isinstance(self.ratio, list) else self.ratio
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of an answer at most, if the request says."""
+        return self.max_tokens
+
+    @property
+    def num_likeliest(self) -> int | None:
+        """Likeliest tokens to report; None for no probabilities."""
+        raise NotImplementedError
+
+    def check_can_be_served(self) -> None:
+        """Refuse fields that would change the answer and are not known here.
+
+        Raises:
+            UnsupportedError: naming the field.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if name in IGNORED or value in HARMLESS.get(name, ()):
+                continue
+            known = "is not supported" if name in HARMLESS else "is not a field of this request"
+            raise UnsupportedError(f"{name[:100]} {known}. Leave it out.")
+
+    def sampling(self, model: Any, max_tokens: int) -> Sampling:
+        """How answers are to be written; what is not asked for is as the model's generation config has it."""
+        defaults = model.generation_config
+        size = model.get_input_embeddings().weight.shape[0]
+        bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
+        if any(token >= size for token in bias):
+            raise UnsupportedError(f"logit_bias names tokens that the model does not have; it has 0..{size - 1}.")
+        return Sampling(
+            max_tokens=self.limit or max_tokens,
+            temperature=_first(self.temperature, defaults.temperature, 1.0),
+            top_p=_first(self.top_p, defaults.top_p, 1.0),
+            top_k=self.top_k,
+            seed=self.seed,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias=bias,
+            stop=self.stops,
+            num_likeliest=self.num_likeliest,
+        )
+
+
+class ChatRequest(_Request):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def limit(self) -> int | None:
+        """OpenAI's newer name counts first."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_likeliest(self) -> int | None:
+        """None unless `logprobs` is set."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        return self
+
+
+class CompletionRequest(_Request):
+    """`POST /v1/completions`."""
+
+    prompt: str | Annotated[list[TokenId], Field(min_length=1)] | list[str] | list[list[TokenId]]
+    max_tokens: int | None = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def num_likeliest(self) -> int | None:
+        """As many as asked for."""
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One entry for each prompt."""
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
+
+
+class ContextRequest(BaseModel):
+    """`POST /v1/contexts`: a text to be compressed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str
+    name: str = Field("", max_length=200)
+    ratio: RatioField = None
+    system: str | None = Field(None, description="A system message that stands before the text.")
+    plain: bool = Field(False, description="Take the text as it is, not as the opening of a user's message.")
+    quantize: Literal[8, 4] | None = Field(None, description="Keep the beacons in so many bits.")
+    stream: bool = Field(False, description="Answer with server-sent events: progress, then the context.")
+
+    @property
+    def wanted_ratio(self) -> Ratio | None:
+        """The ratio asked for."""
+        return tuple(self.ratio) if isinstance(self.ratio, list) else self.ratio
+
+
+class AppendRequest(BaseModel):
+    """`POST /v1/contexts/{id}/append`: more text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str
+    ratio: RatioField = None
+    stream: bool = False
+
+    @property
+    def wanted_ratio(self) -> Ratio | None:
+        """The ratio asked for."""
+        return tuple(self.ratio) if isinstance(self.ratio, list) else self.ratio
+
+
+class ForkRequest(BaseModel):
+    """`POST /v1/contexts/{id}/fork`: a copy that goes on by itself."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field("", max_length=200)
+
+
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)

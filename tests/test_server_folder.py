@@ -1,0 +1,146 @@
+"""Contexts on disk: found again, whole or set aside, in a folder or in an object store; and caches in memory by bytes."""
+
+import os
+import time
+
+import pytest
+
+from activation_beacon.errors import FileFormatError, InputError, StorageError
+from activation_beacon.server import folder as folder_module
+from activation_beacon.server.folder import Folder, Record, new_id
+from activation_beacon.server.memory import Memory
+from families import random_ids
+from server_models import assert_same_cache, serving_model
+
+
+@pytest.fixture(scope="module")
+def context():
+    return serving_model().compress(random_ids(60), ratio=4)
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request, tmp_path):
+    if request.param == "local":
+        return Folder(str(tmp_path / "contexts"))
+    return Folder(f"memory://contexts-{tmp_path.name}")
+
+
+def saved(folder, context, name="a book"):
+    return folder.save(Record(new_id(), name, int(time.time())), context)
+
+
+def test_a_context_is_found_again_by_another_server(folder, context):
+    record = saved(folder, context)
+    again = Folder(folder.url)
+    assert again.list() == [record]
+    assert again.find(record.id) == record
+    assert_same_cache(again.load(record.id), context, atol=0)
+    assert (record.tokens, record.beacons, record.ratios) == (60, 12, (4,))
+    assert record.file_bytes > record.cache_bytes
+
+
+def test_numbers_that_are_lost_are_made_anew(folder, context):
+    record = saved(folder, context)
+    folder.fs.rm_file(f"{folder.root}/{record.id}.json")
+    found = Folder(folder.url).find(record.id)
+    assert found.name == record.id
+    assert found.beacons == record.beacons
+    assert folder.fs.exists(f"{folder.root}/{record.id}.json")
+
+
+def test_a_file_of_beacon_compress_is_served_too(tmp_path, context):
+    folder = Folder(str(tmp_path))
+    context.save(tmp_path / "book.beacon")
+    assert [record.id for record in folder.list()] == ["book"]
+    assert folder.find("book").tokens == 60
+
+
+def test_a_damaged_file_is_set_aside_and_reported(folder, context):
+    good, bad = saved(folder, context), saved(folder, context, "damaged one")
+    path = f"{folder.root}/{bad.id}.beacon"
+    content = bytearray(folder.fs.cat_file(path))
+    content[-9] ^= 1
+    folder.fs.pipe_file(path, bytes(content))
+    with pytest.raises(FileFormatError):
+        folder.load(bad.id)
+    assert not folder.fs.exists(path)
+    assert folder.fs.exists(f"{path}.damaged")
+    for each in (folder, Folder(folder.url)):
+        by_id = {record.id: record for record in each.list()}
+        assert by_id[good.id].error is None
+        assert by_id[bad.id].name == "damaged one"
+        assert f"{bad.id}.beacon.damaged" in by_id[bad.id].error
+    folder.delete(bad.id)
+    assert [record.id for record in folder.list()] == [good.id]
+
+
+def test_a_file_cut_short_is_noticed_when_listed(folder, context):
+    record = saved(folder, context)
+    path = f"{folder.root}/{record.id}.beacon"
+    folder.fs.pipe_file(path, folder.fs.cat_file(path)[:-100])
+    (found,) = Folder(folder.url).list()
+    assert "damaged" in found.error
+
+
+def test_a_batch_is_not_served(tmp_path, context):
+    type(context).stack([context, context]).save(tmp_path / "two.beacon")
+    folder = Folder(str(tmp_path))
+    with pytest.raises(InputError, match="holds a batch of 2 contexts"):
+        folder.load("two")
+    assert folder.find("two").error is not None
+
+
+def test_a_changed_file_has_another_version(folder, context):
+    record = saved(folder, context)
+    before = folder.version(record.id)
+    assert before == Folder(folder.url).version(record.id)
+    folder.save(record, serving_model().compress(random_ids(80), ratio=4))
+    assert folder.version(record.id) != before
+    assert folder.find(record.id).tokens == 80
+
+
+@pytest.mark.parametrize("bad_id", ["../secret", "a/b", "", "a" * 65, "a.b", "x\0y", "é"])
+def test_no_path_of_a_clients_choosing_is_opened(folder, bad_id):
+    assert folder.find(bad_id) is None
+    with pytest.raises(InputError, match="letters, digits"):
+        folder.load(bad_id)
+
+
+def test_half_written_files_are_removed_when_they_are_old(tmp_path):
+    old, young = tmp_path / ".a.beacon.12ab.part", tmp_path / ".b.beacon.12ab.part"
+    for part in (old, young):
+        part.write_bytes(b"half")
+    long_ago = time.time() - 2 * folder_module.PART_AGE_S
+    os.utime(old, (long_ago, long_ago))
+    assert Folder(str(tmp_path)).list() == []
+    assert not old.exists()
+    assert young.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be opened"):
+        Folder(str(tmp_path / "file" / "contexts"))
+    with pytest.raises(StorageError, match="cannot be opened"):
+        Folder("nosuchstore://bucket")
+
+
+class Sized:
+    def __init__(self, cache_bytes):
+        self.cache_bytes = cache_bytes
+
+
+def test_the_least_recently_used_goes_first():
+    memory = Memory(100)
+    for key in "abc":
+        memory.put(key, Sized(30))
+    assert memory.get("a") is not None
+    memory.put("d", Sized(30))
+    assert list(memory) == ["c", "a", "d"]
+    memory.put("big", Sized(101))
+    assert "big" not in memory
+    assert memory.num_bytes == 90
+    memory.put("a", Sized(10))
+    assert memory.num_bytes == 70
+    memory.drop("nothing")
+    assert memory.get("b") is None
