@@ -1,6 +1,7 @@
 """Contexts over HTTP: made with progress, asked, grown, copied, deleted; on disk for good, in memory by bytes."""
 
 import json
+import re
 import threading
 
 import httpx
@@ -88,8 +89,6 @@ def test_a_file_is_taken_from_a_form(model, folder):
     ],
 )
 def test_texts_that_cannot_be_compressed(model, tmp_path_factory, request_options, status, message):
-    import re
-
     with live(tmp_path_factory.mktemp("refused"), model=model) as server:
         reply = server.http.post("/v1/contexts", **request_options)
         assert reply.status_code == status
@@ -162,7 +161,7 @@ def test_memory_is_bounded_and_the_disk_is_not_touched(model, folder):
         ids = [server.create(BOOK[n:])["id"] for n in range(4)]
         memory = server.server.library.memory
         for context_id in ids * 2:
-            assert server.ask("Who?", context=context_id).choices[0].message.content
+            assert server.ask("Who?", context=context_id, max_tokens=2).choices
             assert memory.num_bytes <= 2.5 * size
         listed = server.http.get("/v1/contexts").json()["data"]
         assert 0 < sum(each["in_memory"] for each in listed) <= 2
@@ -224,13 +223,13 @@ def test_many_contexts_at_once_keep_apart(model, folder):
     """Each client asks its own context and gets what it gets alone."""
     with live(folder, model=model) as server:
         contexts = [server.create(f"Secret {n}: {'xyzw'[n % 4] * 50} " + BOOK[n * 10 :]) for n in range(8)]
-        alone = [server.ask("What?", context=c["id"], max_tokens=30).choices[0].message.content for c in contexts]
+        alone = [server.ask("What?", context=c["id"], max_tokens=10).choices[0].message.content for c in contexts]
         assert len(set(alone)) > 4
         together = [[] for _ in contexts]
 
         def talk(n):
-            for _ in range(3):
-                reply = server.ask("What?", context=contexts[n]["id"], max_tokens=30)
+            for _ in range(2):
+                reply = server.ask("What?", context=contexts[n]["id"], max_tokens=10)
                 together[n].append(reply.choices[0].message.content)
 
         threads = [threading.Thread(target=talk, args=(n,)) for n in range(8)]
@@ -238,4 +237,4 @@ def test_many_contexts_at_once_keep_apart(model, folder):
             thread.start()
         for thread in threads:
             thread.join(120)
-        assert together == [[text] * 3 for text in alone]
+        assert together == [[text] * 2 for text in alone]

@@ -19,6 +19,7 @@ from activation_beacon.cli import (
     export_official,
     import_official,
     inspect,
+    serve,
     train,
 )
 from activation_beacon.cli import eval as evaluation
@@ -85,6 +86,14 @@ for command, lines in (
     ),
     (chat.chat, ("beacon chat book.beacon", "beacon chat --model my-adapter --temperature 0.7")),
     (inspect.inspect, ("beacon inspect book.beacon", "beacon inspect my-adapter --json")),
+    (
+        serve.serve,
+        (
+            "beacon serve",
+            "beacon serve --model my-adapter --folder contexts --port 8000 --memory 8GiB",
+            "BEACON_API_KEY=... beacon serve --host 0.0.0.0 --folder s3://bucket/contexts",
+        ),
+    ),
     (
         train.train,
         (

@@ -13,15 +13,15 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from activation_beacon.errors import BeaconError
 from activation_beacon.server.failures import body, described
-from activation_beacon.server.gate import Gate
+from activation_beacon.server.gate import NOTHING_SENT, Gate
 from activation_beacon.server.routes_contexts import context_routes
 from activation_beacon.server.routes_openai import openai_routes
 from activation_beacon.server.settings import Settings
 from activation_beacon.server.state import Server
 from activation_beacon.server.work import GoneError
 
-CLIENT_GONE = 499
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 )
@@ -95,7 +95,8 @@ def _add_errors(app: FastAPI, server: Server) -> None:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"][1:]) or None
         text = f"{place or 'body'}: {first['msg']}."
-        return JSONResponse(body(text, kind="invalid_request_error", code="invalid_value") | _at(text, place), 400)
+        values = body(text, kind="invalid_request_error", code="invalid_value", param=place)
+        return JSONResponse(values, 400)
 
     async def http_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -104,16 +105,9 @@ def _add_errors(app: FastAPI, server: Server) -> None:
         return JSONResponse(values, error.status_code, error.headers)
 
     async def gone(_: Request, _error: Exception) -> Response:
-        return Response(status_code=CLIENT_GONE)
+        return Response(status_code=NOTHING_SENT)
 
     app.add_exception_handler(RequestValidationError, not_valid)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(GoneError, gone)
-    from activation_beacon.errors import BeaconError
-
     app.add_exception_handler(BeaconError, told)
-    app.add_exception_handler(Exception, told)
-
-
-def _at(text: str, param: str | None) -> dict[str, Any]:
-    return body(text, kind="invalid_request_error", code="invalid_value", param=param)

@@ -12,11 +12,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from activation_beacon.server.failures import body
+from activation_beacon.server.failures import body, described
 from activation_beacon.server.state import Server
 
 logger = logging.getLogger("activation_beacon.server.requests")
 
+NOTHING_SENT = 499  # the client has gone, as nginx counts
 OPEN_PATHS = frozenset({"/", "/health"})
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -41,7 +42,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status = time.monotonic(), 499  # if nothing is sent, the client has gone
+        started, status = time.monotonic(), NOTHING_SENT
         request_id = secrets.token_hex(8)
 
         async def sending(message: Message) -> None:
@@ -57,9 +58,11 @@ class Gate:
                 await refusal(scope, receive, sending)
             else:
                 await self.app(scope, self._limited(receive), sending)
-        except Exception:
-            status = 500
-            raise
+        except Exception as error:  # what nobody has foreseen: logged once, and told without details
+            if status != NOTHING_SENT:
+                raise
+            code, values, _ = described(error)
+            await JSONResponse(self.server.failed(error, values), code)(scope, receive, sending)
         finally:
             self._note(scope, request_id, status, time.monotonic() - started)
 

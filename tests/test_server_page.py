@@ -1,0 +1,172 @@
+"""The web page in a real browser: a document dropped, watched, asked, switched, deleted; by keyboard alone too."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from server_live import BOOK, live, live_model, wait_until
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no browser is installed (apt-get install chromium)")
+PICTURES = os.environ.get("BEACON_TEST_PICTURES")  # a folder to keep screenshots in
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as tool:
+        browser = tool.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def server(tmp_path):
+    with live(tmp_path / "contexts", model=live_model(), max_tokens=40) as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser, server):
+    page = browser.new_page(viewport={"width": 1180, "height": 760})
+    mistakes = []
+    page.on("pageerror", mistakes.append)
+    page.on("console", lambda message: message.type == "error" and mistakes.append(message.text))
+    page.set_default_timeout(30_000)
+    page.goto(server.url)
+    page.get_by_text("tiny · chunks of 32 tokens").wait_for()
+    yield page
+    page.close()
+    assert not mistakes
+
+
+def picture(page, name):
+    if PICTURES:
+        page.screenshot(path=Path(PICTURES) / f"{name}.png")
+
+
+@needs_browser
+def test_a_document_is_dropped_compressed_and_asked(page, server):
+    page.evaluate(
+        """(text) => {
+            const data = new DataTransfer();
+            data.items.add(new File([text], "lions.txt", { type: "text/plain" }));
+            document.dispatchEvent(new DragEvent("dragover", { dataTransfer: data, bubbles: true, cancelable: true }));
+            document.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+        }""",
+        BOOK,
+    )
+    page.locator("#title", has_text="lions.txt").wait_for()
+    (context,) = server.http.get("/v1/contexts").json()["data"]
+    numbers = page.locator("#numbers").inner_text()
+    assert f"{context['tokens']:,}" in numbers
+    assert f"{context['uncompressed_bytes'] / context['cache_bytes']:.1f}×" in numbers
+    picture(page, "compressed")
+
+    page.get_by_label("Your question").fill("Who said nothing?")
+    page.get_by_role("button", name="Send").click()
+    page.get_by_text("not read again").last.wait_for()
+    answer = page.locator(".assistant .words").inner_text()
+    assert answer.strip()
+    assert "40 tokens" in page.locator(".assistant .quiet").inner_text()
+    picture(page, "answered")
+
+
+@needs_browser
+def test_progress_is_shown_and_can_be_cancelled(page, server, monkeypatch):
+    import threading
+
+    go, step = threading.Event(), server.server.engine.step
+
+    def held():
+        if any(task.reading.num_done == 3 for task in server.server.engine._tasks):
+            go.wait(30)
+        step()
+
+    monkeypatch.setattr(server.server.engine, "step", held)
+    page.get_by_label("Text to compress").fill(BOOK)
+    page.get_by_role("button", name="Compress").click()
+    page.get_by_text("3 of 17 chunks").wait_for()
+    assert 0.1 < page.get_by_role("progressbar").evaluate("bar => bar.value") < 0.3
+    picture(page, "compressing")
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_text("Cancelled.").wait_for()
+    go.set()
+    wait_until(lambda: server.server.engine.num_running == 0)
+    assert server.http.get("/v1/contexts").json()["data"] == []
+
+
+@needs_browser
+def test_everything_works_by_keyboard(page, server):
+    one, two = server.create(BOOK, name="first book"), server.create(BOOK[::-1], name="second book")
+    page.reload()
+    page.get_by_text("first book").wait_for()
+    keys = page.keyboard
+
+    def go_to(name):
+        for _ in range(40):
+            keys.press("Tab")
+            focused = "document.activeElement.getAttribute('aria-label') || document.activeElement.innerText"
+            if (page.evaluate(focused) or "").startswith(name):
+                return
+        raise AssertionError(f"{name} cannot be reached by Tab")
+
+    go_to("first book")
+    keys.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "question"
+    keys.type("Who?")
+    keys.press("Shift+Enter")
+    keys.type("Really?")
+    keys.press("Enter")
+    page.get_by_text("not read again").last.wait_for()
+    assert page.locator(".user .words").inner_text() == "Who?\nReally?"
+    assert page.locator("#title").inner_text() == "first book"
+
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.evaluate("document.activeElement.blur()")
+    go_to("Delete second book")
+    keys.press("Enter")
+    page.get_by_text("second book").wait_for(state="detached")
+    assert [each["id"] for each in server.http.get("/v1/contexts").json()["data"]] == [one["id"]] != [two["id"]]
+
+
+@needs_browser
+def test_switching_keeps_conversations_apart_and_an_answer_can_be_stopped(page, server):
+    server.server.settings.__dict__["max_tokens"] = 900
+    server.create(BOOK, name="first book")
+    page.reload()
+    page.get_by_label("Your question").fill("Just chat")
+    page.keyboard.press("Enter")
+    page.locator(".assistant .words", has_text="").wait_for()
+    page.wait_for_function("document.querySelector('.assistant .words').textContent.length > 3")
+    page.keyboard.press("Escape")
+    page.get_by_text("stopped").wait_for()
+    wait_until(lambda: server.server.engine.num_running == 0)
+    page.get_by_text("first book").click()
+    assert page.locator(".turn").count() == 0
+    page.get_by_role("button", name="No context").click()
+    assert page.locator(".turn").count() == 2
+
+
+@needs_browser
+def test_texts_are_shown_as_text_and_errors_in_words(page, server):
+    server.create(BOOK, name="<img src=x onerror=alert(1)>")
+    page.reload()
+    page.get_by_text("<img src=x onerror=alert(1)>").first.wait_for()
+    assert page.locator("aside img").count() == 0
+    page.get_by_role("button", name="Compress").click()
+    page.get_by_text("Drop a file or paste a text first.").wait_for()
+
+
+@needs_browser
+def test_a_key_is_asked_for_when_the_server_wants_one(browser, tmp_path):
+    with live(tmp_path / "contexts", model=live_model(), api_key="sesame") as server:
+        page = browser.new_page(viewport={"width": 420, "height": 800}, color_scheme="dark")
+        page.goto(server.url)
+        page.get_by_label("Key").fill("sesame")
+        page.get_by_role("button", name="Enter").click()
+        page.get_by_text("tiny · chunks of 32 tokens").wait_for()
+        picture(page, "narrow-and-dark")
+        page.close()
