@@ -32,7 +32,7 @@ def server(tmp_path):
 def page(browser, server):
     page = browser.new_page(viewport={"width": 1180, "height": 760})
     mistakes = []
-    page.on("pageerror", mistakes.append)
+    page.on("pageerror", lambda error: mistakes.append(str(error)))
     page.on("console", lambda message: message.type == "error" and mistakes.append(message.text))
     page.set_default_timeout(30_000)
     page.goto(server.url)

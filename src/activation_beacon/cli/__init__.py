@@ -108,6 +108,7 @@ for command, lines in (
 ):
     app.command(name=command.__name__.replace("_", "-"), epilog=examples(*lines))(command)
 bench_speed.add_to(bench.bench)
+bench.bench.command("serving", epilog=bench_serving.EPILOG)(bench_serving.serving)
 app.add_typer(bench.bench, name="bench")
 
 app.add_typer(evaluation.app)
