@@ -13,6 +13,7 @@ from activation_beacon.cli import (
     ask,
     bench,
     bench_speed,
+    bench_serving,
     chat,
     compress,
     demo,
