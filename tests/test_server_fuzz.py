@@ -24,7 +24,7 @@ def drawn(schema, method, path):
     """A test of one operation with hypothesis' cases."""
 
     @hypothesis.settings(
-        max_examples=40,
+        max_examples=20,
         deadline=None,
         derandomize=True,
         database=None,
@@ -82,6 +82,7 @@ def test_no_request_breaks_the_server(schema, server, method, path):
         b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "ratio": [1e400], "max_tokens": 2}',
         b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "ratio": -1, "max_tokens": 2}',
         b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "\\ud800": 1, "name": "\\ud800"}',
         b"\xff\xfe",
     ],
 )

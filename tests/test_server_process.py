@@ -46,7 +46,7 @@ def serving(adapter, folder, *options):
     reader.start()
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while not is_up(client):
             assert process.poll() is None, "".join(lines)
             assert time.monotonic() < end, "".join(lines)

@@ -41,7 +41,8 @@ STATUSES: tuple[tuple[type[Exception], int, str, str | None], ...] = (
 
 
 def body(message: str, *, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """The body of an error."""
+    """The body of an error; what of a request is quoted in it may hold anything."""
+    message = message.encode("utf-8", "replace").decode()
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

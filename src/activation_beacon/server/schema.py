@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from activation_beacon.errors import UnsupportedError
 from activation_beacon.plan import Ratio
@@ -30,26 +30,37 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "verbosity": (None,),
     "web_search_options": (None,),
 }
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("has half of a surrogate pair, which is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 RatioField = Annotated[
     int | list[int] | Literal["auto"] | None, Field(description="Raw tokens per beacon; by default the server's ratio.")
 ]
-ContextId = Annotated[str | None, Field(description="Id of the context that the request is about.")]
+ContextId = Annotated[Text | None, Field(description="Id of the context that the request is about.")]
 
 
 class TextPart(BaseModel):
     """Part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Text | list[TextPart]
+    name: Text | None = None
 
     @property
     def text(self) -> str:
@@ -74,11 +85,11 @@ class _Request(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    model: str
+    model: Text
     n: int | None = Field(1, ge=1, le=16)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -179,7 +190,7 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """`POST /v1/completions`."""
 
-    prompt: str | Annotated[list[TokenId], Field(min_length=1)] | list[str] | list[list[TokenId]]
+    prompt: Text | Annotated[list[TokenId], Field(min_length=1)] | list[Text] | list[list[TokenId]]
     max_tokens: int | None = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -200,10 +211,10 @@ class ContextRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    text: str
-    name: str = Field("", max_length=200)
+    text: Text
+    name: Text = Field("", max_length=200)
     ratio: RatioField = None
-    system: str | None = Field(None, description="A system message that stands before the text.")
+    system: Text | None = Field(None, description="A system message that stands before the text.")
     plain: bool = Field(False, description="Take the text as it is, not as the opening of a user's message.")
     quantize: Literal[8, 4] | None = Field(None, description="Keep the beacons in so many bits.")
     stream: bool = Field(False, description="Answer with server-sent events: progress, then the context.")
@@ -219,7 +230,7 @@ class AppendRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    text: str
+    text: Text
     ratio: RatioField = None
     stream: bool = False
 
@@ -234,7 +245,7 @@ class ForkRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field("", max_length=200)
+    name: Text = Field("", max_length=200)
 
 
 def _first(*values: float | None) -> float:
