@@ -12,8 +12,8 @@ from activation_beacon import __version__
 from activation_beacon.cli import (
     ask,
     bench,
-    bench_speed,
     bench_serving,
+    bench_speed,
     chat,
     compress,
     demo,
