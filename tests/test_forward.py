@@ -247,14 +247,15 @@ def assert_untouched(cache, before):
 
 
 class Breaking:
-    """Raises in the `calls`-th call of a layer's MLP."""
+    """Raises in the `calls`-th call of a layer's first norm, which every pass calls in every layer."""
 
     def __init__(self, model, calls, error):
         self.calls, self.error, self.model = calls, error, model
 
     def __enter__(self):
         self.handles = [
-            layer.mlp.register_forward_pre_hook(lambda *args: self.count()) for layer in self.model.model.layers
+            layer.input_layernorm.register_forward_pre_hook(lambda *args: self.count())
+            for layer in self.model.model.layers
         ]
 
     def count(self):
