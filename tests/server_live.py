@@ -54,7 +54,13 @@ def live_model(**overrides):
 def live(folder, *, model=None, **settings):
     """Serve a tiny model while the block runs."""
     settings = Settings(**{"folder": str(folder), "model_name": MODEL, "ratio": 4, **settings})
-    app = create_app(model or live_model(), byte_tokenizer(), settings)
+    with live_app(create_app(model or live_model(), byte_tokenizer(), settings)) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def live_app(app):
+    """Serve an application while the block runs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,5 +1,6 @@
 """`beacon serve`: contexts and answers over HTTP."""
 
+import importlib
 import re
 from typing import Annotated
 
@@ -133,10 +134,8 @@ def parse_bytes(option: str, text: str) -> int:
 
 def _check_installed() -> None:
     try:
-        import fastapi  # noqa: F401 - only whether it is there
-        import multipart  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
+        for package in ("fastapi", "python_multipart", "prometheus_client", "uvicorn"):
+            importlib.import_module(package)
     except ImportError as error:
         raise UnsupportedError(
             f'beacon serve needs packages that are not installed ({error.name}). Run: pip install "activation-beacon[serve]"'

@@ -52,7 +52,7 @@ def create_app(model: Any, tokenizer: Any, settings: Settings | None = None) -> 
 
     app = FastAPI(title="activation-beacon", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
-    app.add_middleware(Gate, server=server)  # type: ignore[arg-type]
+    app.add_middleware(Gate, server=server)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]

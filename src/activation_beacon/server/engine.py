@@ -268,9 +268,9 @@ class Engine:
                 failed[answer.job] = error
             leaving.append(index)
         self._batch.leave(leaving)
-        for job, error in failed.items():
-            logger.error("an answer failed", exc_info=error)
-            self._end(job, error)
+        for job, reason in failed.items():
+            logger.error("an answer failed", exc_info=reason)
+            self._end(job, reason)
 
     def _go_on(self, answer: Answer, cache: BeaconCache) -> None:
         """Let an answer end, read on, or join the batch, as its state wants it."""
