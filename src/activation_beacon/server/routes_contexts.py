@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
+from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
@@ -101,7 +102,9 @@ class _Routes:
         if not is_stream:
             return JSONResponse(self._told(await unless_gone(request, _last(making))), status_code=201)
         first = await unless_gone(request, anext(making))
-        return StreamingResponse(self._events(first, making), media_type=EVENT_STREAM, headers=NO_BUFFERING)
+        end = BackgroundTask(making.aclose)  # a client may leave before the stream has begun
+        events = self._events(first, making)
+        return StreamingResponse(events, media_type=EVENT_STREAM, headers=NO_BUFFERING, background=end)
 
     async def _events(self, first: Progress | Record, making: Making) -> AsyncIterator[str]:
         try:

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.background import BackgroundTask
 
 from activation_beacon.server.answers import Answers
 from activation_beacon.server.failures import NotFoundError
@@ -71,5 +72,10 @@ async def _answered(server: Server, body: ChatRequest | CompletionRequest, reque
     await unless_gone(request, answers.begin())
     request.state.beacon = answers
     if body.stream:
-        return StreamingResponse(answers.stream(), media_type=EVENT_STREAM, headers=NO_BUFFERING)
+        end = BackgroundTask(_cancelled, answers)  # a client may leave before the stream has begun
+        return StreamingResponse(answers.stream(), media_type=EVENT_STREAM, headers=NO_BUFFERING, background=end)
     return JSONResponse(await unless_gone(request, answers.whole()))
+
+
+async def _cancelled(answers: Answers) -> None:
+    answers.cancel()
