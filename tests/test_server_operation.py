@@ -76,7 +76,8 @@ def test_a_key_is_asked_for_everywhere_but_at_the_page_and_health(model, folder)
             assert server.http.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401
             assert server.http.get(path, headers={"authorization": "Bearer sesame"}).status_code == 200
         assert server.http.get("/").status_code == server.http.get("/health").status_code == 200
-        assert openai.OpenAI(base_url=f"{server.url}/v1", api_key="sesame").models.list().data
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="sesame") as client:
+            assert client.models.list().data
 
 
 def test_pages_of_other_origins_are_refused_unless_allowed(model, folder):
