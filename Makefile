@@ -35,13 +35,15 @@ lint: .venv/.installed-dev ## check format, lint, types and generated docs, chan
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python docs/generate_cli.py --check
+	$(BIN)/python docs/generate_results.py --check
 
 fix: .venv/.installed-dev ## format, and repair what the linter can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-docs: .venv/.installed-dev ## write docs/cli.md anew from the program
+docs: .venv/.installed-dev ## write docs/cli.md anew from the program, docs/results.md from the stored results
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_results.py
 
 clean: ## remove the environments, caches and builds
 	rm -rf .venv .venv-oldest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -5,6 +5,11 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+
+from activation_beacon import load
+from activation_beacon.persistence import load_adapter_tensors
+from saved_models import save_adapter, save_base
 
 ROOT = Path(__file__).parents[1]
 README_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -41,3 +46,18 @@ def test_the_readmes_first_lines_are_the_example():
 def test_all_further_python_in_the_readme_compiles():
     for block in README_BLOCKS:
         compile(block, "README.md", "exec")
+
+
+def test_the_mean_of_two_adapters_is_an_adapter(tmp_path):
+    save_base(tmp_path / "base")
+    for seed in (1, 2):
+        save_adapter(
+            tmp_path / str(seed), tmp_path / "base", seed=seed, training={"steps": seed, "tokens": 10, "minutes": 0.5}
+        )
+    example = runpy.run_path(str(ROOT / "examples" / "average_adapters.py"))
+    example["average"](*(str(tmp_path / name) for name in ("1", "2", "mean")))
+    one, two, mean = (load_adapter_tensors(tmp_path / name) for name in ("1", "2", "mean"))
+    for name, tensor in mean.items():
+        torch.testing.assert_close(tensor, (one[name] + two[name]) / 2)
+    model, _ = load(tmp_path / "mean")
+    assert model.beacon_config.training["steps"] == 3
