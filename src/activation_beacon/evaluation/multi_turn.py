@@ -3,7 +3,8 @@
 import random
 from collections.abc import Iterator, Sequence
 
-from activation_beacon.evaluation.needles import KINDS, hide, make_needle, window
+from activation_beacon.data.hiding import hide
+from activation_beacon.evaluation.needles import KINDS, make_needle, window
 from activation_beacon.evaluation.samples import Sample, fitted
 from activation_beacon.prompts import ChatPrompt
 
