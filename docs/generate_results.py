@@ -19,17 +19,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write docs/results.md from docs/results.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when docs/results.md is stale")
     check = parser.parse_args().check
-    text = page()
-    if check and (not TARGET.exists() or TARGET.read_text(encoding="utf-8") != text):
-        print(f"docs/{TARGET.name} is stale: run `make docs`.", file=sys.stderr)
-        return 1
     if not check:
         from activation_beacon.evaluation.report import write_report
 
         for path in write_report(FOLDER):
-            path.unlink()  # its tables stand on the page
-        TARGET.write_text(text, encoding="utf-8")
-    return 0
+            path.unlink()  # its tables stand on the page, which links to the plots
+        TARGET.write_text(page(), encoding="utf-8")
+        return 0
+    if TARGET.exists() and TARGET.read_text(encoding="utf-8") == page():
+        return 0
+    print(f"docs/{TARGET.name} is stale: run `make docs`.", file=sys.stderr)
+    return 1
 
 
 def page() -> str:
