@@ -11,7 +11,7 @@ from activation_beacon.books import read_demo_book
 from activation_beacon.hub import default_adapter_folder
 from activation_beacon.training.settings import TrainingSettings
 
-CHUNKS = 3
+CHUNKS = 2
 
 
 def test_the_recipe_of_the_adapter_is_beside_it_and_leaves_the_demo_book_out():

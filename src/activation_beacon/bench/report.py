@@ -170,9 +170,17 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
                 color=colour,
                 label=f"x{ratio}",
             )
-            axis.plot([row.length for row in line], [getattr(row, bound) for row in line], "--", color=colour)
+            axis.plot(
+                [row.length for row in line],
+                [getattr(row, bound) for row in line],
+                "--",
+                color=colour,
+                label=f"x{ratio}, by operations",
+            )
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xscale("log", base=2)
+        lengths = sorted({row.length for row in rows})
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axis.set(title=title, xlabel="tokens", ylabel="times faster than full attention")
         axis.legend()
     with whole_file(path) as temporary:
