@@ -3,7 +3,6 @@
 import json
 import logging
 import threading
-import time
 
 import httpx
 import openai
