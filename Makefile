@@ -14,7 +14,7 @@ PARALLEL := --numprocesses 2 --dist loadfile  # models of tests are tiny: two pr
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := -m pip install -qq --no-input --constraint constraints.txt
 
-.PHONY: help demo test test-oldest check lint fix docs clean
+.PHONY: help demo test test-oldest test-ray check lint fix docs clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,9 @@ test: .venv/.installed-dev ## set up .venv, then run all tests
 
 test-oldest: .venv-oldest/.installed-dev ## run the tests on the oldest supported transformers, without the default model
 	$(OLDEST_BIN)/python -m pytest $(PARALLEL) -m "not default_model"
+
+test-ray: .venv/.installed-dev .venv/.installed-ray ## run the tests that need Ray (a minute; 200 MB more in .venv)
+	$(BIN)/python -m pytest tests/test_server_ray.py
 
 check: lint test ## format, lint, types, generated docs, tests
 
