@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from server_live import BOOK, live, live_model, wait_until
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no browser is installed (apt-get install chromium)")
+WRITTEN = "() => document.querySelector('.assistant .words').textContent.length"
 PICTURES = os.environ.get("BEACON_TEST_PICTURES")  # a folder to keep screenshots in
 
 
@@ -139,8 +141,7 @@ def test_switching_keeps_conversations_apart_and_an_answer_can_be_stopped(page, 
     page.reload()
     page.get_by_label("Your question").fill("Just chat")
     page.keyboard.press("Enter")
-    page.locator(".assistant .words", has_text="").wait_for()
-    page.wait_for_function("document.querySelector('.assistant .words').textContent.length > 3")
+    page.wait_for_function(f"{WRITTEN} > 3")
     page.keyboard.press("Escape")
     page.get_by_text("stopped").wait_for()
     wait_until(lambda: server.server.engine.num_running == 0)
@@ -148,6 +149,35 @@ def test_switching_keeps_conversations_apart_and_an_answer_can_be_stopped(page, 
     assert page.locator(".turn").count() == 0
     page.get_by_role("button", name="No context").click()
     assert page.locator(".turn").count() == 2
+
+
+@needs_browser
+def test_a_question_asked_before_the_page_is_ready_is_answered_where_it_is_seen(page, server):
+    page.route("**/v1/models", lambda route: (time.sleep(0.3), route.continue_()))
+    page.route("**/v1/contexts", lambda route: (time.sleep(0.3), route.continue_()))
+    page.reload(wait_until="commit")
+    page.get_by_label("Your question").fill("Who?")
+    page.keyboard.press("Enter")
+    page.get_by_text("40 tokens").wait_for()
+    assert page.locator(".assistant .words").inner_text().strip()
+
+
+@needs_browser
+def test_an_answer_is_written_on_when_another_context_is_deleted_meanwhile(page, server):
+    server.server.settings.__dict__["max_tokens"] = 900
+    other = server.create(BOOK, name="other book")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.reload()
+    page.get_by_text("other book").wait_for()
+    page.get_by_label("Your question").fill("Just chat")
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"{WRITTEN} > 3")
+    page.get_by_label("Delete other book").click()
+    page.get_by_text("other book").wait_for(state="detached")
+    written = page.evaluate(WRITTEN)
+    page.wait_for_function(f"{WRITTEN} > {written}")
+    page.keyboard.press("Escape")
+    assert server.http.get(f"/v1/contexts/{other['id']}").status_code == 404
 
 
 @needs_browser
