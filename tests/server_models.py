@@ -13,9 +13,10 @@ CONFIG = BeaconConfig(chunk_size=16, ratios=(2, 4, 8), num_sinks=2)
 GREEDY = Sampling(max_tokens=24, temperature=0.0)
 
 
-def serving_model(config=CONFIG, **overrides):
+def serving_model(config=CONFIG, *, attention="sdpa", **overrides):
     """Never ends a text by itself, so that lengths are exact; `<|end|>` ends it where a test wants that."""
-    return with_beacons("llama", config, **{**OWN, "max_position_embeddings": 256, "eos_token_id": None, **overrides})
+    own = {**OWN, "max_position_embeddings": 256, "eos_token_id": None, **overrides}
+    return with_beacons("llama", config, attention=attention, **own)
 
 
 def engine_of(model, **limits):

@@ -58,8 +58,10 @@ def test_no_piece_closes_more_than_one_chunk(model):
     assert [e for e in heard.events if isinstance(e, Progress)] == [Progress(n, 7) for n in range(8)]
 
 
-def test_answers_that_join_and_leave_at_any_step_are_what_they_are_alone(model):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_answers_that_join_and_leave_at_any_step_are_what_they_are_alone(attention):
     """Rows of different lengths, ratios and starts; chunks are closed in the middle of answers."""
+    model = serving_model(attention=attention)
     contexts = [model.compress(ids_of(20 + 17 * n, n), ratio=(2, 4, 8)[n % 3]) for n in range(6)]
     questions = [ids_of(3 + 2 * n, 50 + n) for n in range(6)]
     lengths = [3, 40, 9, 25, 1, 33]
@@ -76,15 +78,9 @@ def test_answers_that_join_and_leave_at_any_step_are_what_they_are_alone(model):
         assert_same_cache(each.cache, grown)
 
 
-def test_answers_really_share_passes(model, monkeypatch):
-    widths = []
-    forward = type(model).forward
-
-    def counting(self, *args, **kwargs):
-        widths.append(kwargs["input_ids"].shape)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(model), "forward", counting)
+def test_answers_really_share_passes():
+    model, widths = serving_model(), []
+    model.get_decoder().layers[0].register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape[:2])))
     engine = engine_of(model)
     heard = [Heard(engine, model.new_cache(ratio=4), ids_of(5, n), Sampling(max_tokens=60)) for n in range(4)]
     run_until_over(engine, *heard)
@@ -256,7 +252,7 @@ def test_an_error_in_one_row_leaves_the_others_alone(model, monkeypatch):
     def broken(logits):
         raise ZeroDivisionError("broken")
 
-    monkeypatch.setattr(next(a for a in engine._batch.keys if a.job is bad.job), "take", broken)
+    monkeypatch.setattr(next(a for a in engine._batch if a.job is bad.job), "take", broken)
     run_until_over(engine, bad, good)
     assert isinstance(bad.error, ZeroDivisionError)
     assert good.ids() == plain(model, model.new_cache(ratio=4), ids_of(12), GREEDY.max_tokens)[0]

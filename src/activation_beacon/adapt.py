@@ -42,11 +42,19 @@ class ProjectionSite:
 
 @dataclass(frozen=True)
 class LayerSite:
-    """One decoder layer: its attention module, the projections in it, and how its keys are rotated (None: not at all)."""
+    """One decoder layer.
+
+    Attributes:
+        attention: its attention module.
+        projections: those in it that get a beacon branch.
+        rope: how its keys are rotated; None: not at all.
+        window: entries that a slot sees, itself included; None for all before it.
+    """
 
     attention: nn.Module
     projections: tuple[ProjectionSite, ...]
     rope: LayerRope | None
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,17 @@ class DecoderSite:
     Attributes:
         layers: one site for each layer.
         max_positions: positions that the base was made for; None where it has no limit.
-        is_plainly_causal: whether every layer is known to see all entries before a slot, and nothing else.
+        is_tested: whether the family is one of `TESTED_FAMILIES`: others may add what they like to a causal mask.
     """
 
     layers: tuple[LayerSite, ...]
     max_positions: int | None
-    is_plainly_causal: bool = False
+    is_tested: bool = False
+
+    @property
+    def is_plainly_causal(self) -> bool:
+        """Whether every layer is known to see all entries before a slot, and nothing else."""
+        return self.is_tested and all(layer.window is None for layer in self.layers)
 
     @property
     def ropes(self) -> tuple[LayerRope | None, ...]:
@@ -94,7 +107,7 @@ def find_decoder(model: PreTrainedModel, projections: Sequence[str]) -> DecoderS
         _layer_site(model, config, layer, index, rotary, projections)
         for index, layer in enumerate(layers[: config.num_hidden_layers])
     )
-    site = DecoderSite(sites, _max_positions(config), _is_plainly_causal(config))
+    site = DecoderSite(sites, _max_positions(config), config.model_type in TESTED_FAMILIES)
     if config.model_type not in TESTED_FAMILIES and next(model.parameters()).device.type != "meta":
         check_keys_move(model, site)
     return site
@@ -102,8 +115,17 @@ def find_decoder(model: PreTrainedModel, projections: Sequence[str]) -> DecoderS
 
 def understands_told_masks(model: Any, site: DecoderSite) -> bool:
     """Whether a `causal.LowerRight` may stand for the mask of a pass: it must reach torch's own attention as it is."""
+    return site.is_plainly_causal and _attends_by_torch(model)
+
+
+def understands_rows_apart(model: Any, site: DecoderSite) -> bool:
+    """Whether a `ragged.OwnEntries` may stand for the mask of a pass, likewise; it knows windows."""
+    return site.is_tested and _attends_by_torch(model)
+
+
+def _attends_by_torch(model: Any) -> bool:
     attention = model.config.get_text_config(decoder=True)._attn_implementation
-    return site.is_plainly_causal and str(attention).removeprefix(AT_ONCE) == "sdpa"
+    return str(attention).removeprefix(AT_ONCE) == "sdpa"
 
 
 def can_end_early(decoder: Any, site: DecoderSite) -> bool:
@@ -209,7 +231,7 @@ def _layer_site(
         raise _unsupported(
             model, f"layer {index} has no projection {', '.join(missing)} of its own that could be replaced"
         )
-    return LayerSite(attention, sites, _layer_rope(model, config, attention, index, rotary))
+    return LayerSite(attention, sites, _layer_rope(model, config, attention, index, rotary), _window(config, index))
 
 
 def _projection_sites(attention: nn.Module, projections: Sequence[str]) -> Iterator[ProjectionSite]:
@@ -249,11 +271,10 @@ def _layer_rope(
     return LayerRope(rotary, frequencies, layout, type(attention).__module__)
 
 
-def _is_plainly_causal(config: Any) -> bool:
-    """Unknown families may add what they like to a causal mask; known ones cut a window out of it."""
+def _window(config: Any, index: int) -> int | None:
     layer_types = getattr(config, "layer_types", None)
-    is_windowed = set(layer_types) != {FULL_ATTENTION} if layer_types else bool(getattr(config, "sliding_window", None))
-    return config.model_type in TESTED_FAMILIES and not is_windowed
+    is_windowed = layer_types[index] != FULL_ATTENTION if layer_types else True
+    return (getattr(config, "sliding_window", None) or None) if is_windowed else None
 
 
 def _max_positions(config: Any) -> int | None:

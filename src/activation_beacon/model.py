@@ -38,6 +38,7 @@ from activation_beacon.generation import BeaconGeneration
 from activation_beacon.persistence import save_adapter
 from activation_beacon.plan import Ratio, RatioPolicy, TextPlanner, as_policy
 from activation_beacon.projection import BeaconProjection, PassState
+from activation_beacon.ragged import read_next
 
 # B batch · N new tokens · V vocabulary · M model dim
 
@@ -209,6 +210,37 @@ class BeaconModel(BeaconGeneration):
             self._check_names_every_chunk(cache, new)
             read(self, self._beacon.site, cache, new, Wanted(), progress=report)
         return cache
+
+    @torch.no_grad()
+    def read_next(self, contexts: Sequence[BeaconCache], token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Read one more token in each of several contexts, as one batch without padding; in place.
+
+        Each context goes on as it would alone, whatever its length, ratios or quantisation, and may be put aside or joined
+        by others between two tokens at no cost. Contexts whose next token closes a chunk are read one after another, and so
+        are all of them where attention is not torch's own ("sdpa") or the family is not among the tested ones.
+
+        Args:
+            contexts: of one row each, no two the same.
+            token_ids: one for each, (B,).
+
+        Returns:
+            Logits (B, V) of the tokens that come next.
+
+        Raises:
+            InputError: if the numbers differ, a context has several rows or is given twice.
+            RatioError, CapacityError, MismatchError: before anything is read.
+        """
+        self._refuse_disabled()
+        ids = torch.as_tensor(token_ids, device=self.get_input_embeddings().weight.device)
+        if ids.dim() != 1 or len(ids) != len(contexts) or not contexts:
+            raise InputError(
+                f"read_next wants one token for each context; got ids {tuple(ids.shape)} for {len(contexts)} contexts."
+            )
+        if len(set(map(id, contexts))) < len(contexts):
+            raise InputError("read_next got the same context twice. Give a fork() of it.")
+        for context, token in zip(contexts, ids.split(1), strict=True):
+            self._opened(context, token[None])
+        return read_next(self, self._beacon.site, contexts, ids)
 
     def _opened(self, cache: BeaconCache | None, input_ids: torch.Tensor) -> BeaconCache:
         if input_ids.dim() != 2 or input_ids.shape[0] == 0:

@@ -1,7 +1,8 @@
 """One thread that owns the model: reads texts chunk by chunk and, between two chunks, decodes all answers as one batch.
 
-A step is one piece of one text, or one token of every answer. While texts are being read, half of the time goes to answers:
-these wait for one chunk at most, and then get as much time as the chunk took.
+In the batch each answer stays on a cache of its own (`read_next`): joining and leaving copy nothing. A step is one piece of
+one text, or one token of every answer. While texts are being read, half of the time goes to answers: these wait for one chunk
+at most, and then get as much time as the chunk took.
 """
 
 import collections
@@ -16,7 +17,6 @@ import torch
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import BeaconError, CapacityError
-from activation_beacon.server.batch import DecodeBatch
 from activation_beacon.server.jobs import Answer, BusyError, ClosedError, Done, Failed, Job, LateError, Progress
 from activation_beacon.server.reading import Reading, closes_a_chunk, dense
 
@@ -42,7 +42,7 @@ class Limits:
     Attributes:
         max_rows: answers written, and texts read, at a time.
         max_waiting: jobs that may wait for their turn; further ones are refused.
-        max_batch_bytes: keys and values of the batch, padding included; what would exceed it waits.
+        max_batch_bytes: keys and values of all answers that are decoded together; what would exceed it waits.
     """
 
     max_rows: int = 16
@@ -86,7 +86,7 @@ class Engine:
         self.limits = limits or Limits()
         self.observer = observer
         self.ends = _end_ids(model)
-        self._batch = DecodeBatch(model)
+        self._batch: dict[Answer, BeaconCache] = {}  # decoded together
         self._joining: list[tuple[Answer, BeaconCache]] = []
         self._tasks: list[_Task] = []
         self._running: dict[Job, _Running] = {}
@@ -238,44 +238,39 @@ class Engine:
     def _decode(self) -> None:
         """One token for every answer; those that would close a chunk are read on apart."""
         self._join()
-        if not len(self._batch):
+        if not self._batch:
             return
         start = time.perf_counter()
+        answers = list(self._batch)
         try:
-            logits = self._batch.step([answer.pending for answer in self._batch.keys])
+            logits = self.model.read_next([*self._batch.values()], [answer.pending for answer in answers])
         except Exception as error:
-            for job in {answer.job for answer in self._batch.keys}:
+            for job in {answer.job for answer in answers}:
                 self._end(job, error)
             raise
-        num_rows = len(self._batch)
-        self._hand_out(logits)
+        self._hand_out(answers, logits)
         seconds = time.perf_counter() - start
         self._debt -= seconds
         if self.observer is not None:
-            self.observer.tokens_written(seconds, num_rows)
+            self.observer.tokens_written(seconds, len(answers))
 
-    def _hand_out(self, logits: torch.Tensor) -> None:
-        """Give each row its logits (B, V); rows that end, fail, or have a chunk to close leave."""
-        leaving: list[int] = []
-        failed: dict[Job, Exception] = {}
-        for index, answer in enumerate(self._batch.keys):
+    def _hand_out(self, answers: list[Answer], logits: torch.Tensor) -> None:
+        """Give each answer its logits (B, V); those that end, fail, or have a chunk to close leave."""
+        for answer, row in zip(answers, logits, strict=True):
+            if answer not in self._batch:
+                continue  # another answer of its job has failed
             try:
-                answer.take(logits[index])
-                if answer.reason is None and not _must_read(answer, self._batch.closes_a_chunk, index):
+                answer.take(row)
+                if answer.reason is None and not self._must_read(answer, self._batch[answer]):
                     continue
-                self._go_on(answer, self._batch.row(index))
-            except Exception as error:  # noqa: BLE001 - one row's error must not end the others
-                failed[answer.job] = error
-            leaving.append(index)
-        self._batch.leave(leaving)
-        for job, reason in failed.items():
-            logger.error("an answer failed", exc_info=reason)
-            self._end(job, reason)
+                self._go_on(answer, self._batch.pop(answer))
+            except Exception as error:
+                logger.error("an answer failed", exc_info=error)
+                self._end(answer.job, error)
 
     def _go_on(self, answer: Answer, cache: BeaconCache) -> None:
         """Let an answer end, read on, or join the batch, as its state wants it."""
-        place = (cache.config, cache.policy, self.model.max_positions, cache.rows[0])
-        must_read = answer.reason is None and _must_read(answer, closes_a_chunk, *place)
+        must_read = answer.reason is None and self._must_read(answer, cache)
         if answer.reason is not None:
             self._ended(answer, cache)
         elif must_read:
@@ -284,19 +279,23 @@ class Engine:
         else:
             self._joining.append((answer, cache))
 
+    def _must_read(self, answer: Answer, cache: BeaconCache) -> bool:
+        """Whether an answer's next token closes a chunk; one for which no place is left ends."""
+        try:
+            return closes_a_chunk(cache.config, cache.policy, self.model.max_positions, cache.rows[0])
+        except CapacityError:
+            answer.end("length")
+            return True
+
     def _join(self) -> None:
-        """Take into the batch whoever fits; one row always does."""
+        """Take into the batch whoever fits; one always does."""
+        num_bytes = sum(cache.cache_bytes for cache in self._batch.values())
         while self._joining:
-            cache = self._joining[0][1]
-            if len(self._batch) and self._batch.num_bytes_with([cache]) > self.limits.max_batch_bytes:
+            num_bytes += self._joining[0][1].cache_bytes
+            if self._batch and num_bytes > self.limits.max_batch_bytes:
                 return
-            fitting = [self._joining.pop(0)]
-            while self._joining:
-                caches = [each for _, each in (*fitting, self._joining[0])]
-                if self._batch.num_bytes_with(caches) > self.limits.max_batch_bytes:
-                    break
-                fitting.append(self._joining.pop(0))
-            self._batch.join([each for each, _ in fitting], [each for _, each in fitting])
+            answer, cache = self._joining.pop(0)
+            self._batch[answer] = cache
 
     # --- ends ---
 
@@ -320,7 +319,7 @@ class Engine:
         self._running.pop(job, None)
         self._tasks = [task for task in self._tasks if task.job is not job]
         self._joining = [(answer, cache) for answer, cache in self._joining if answer.job is not job]
-        self._batch.leave([index for index, answer in enumerate(self._batch.keys) if answer.job is job])
+        self._batch = {answer: cache for answer, cache in self._batch.items() if answer.job is not job}
         job.emit(Failed(error))
 
     def _blaming(self, job: Job) -> "_Blaming":
@@ -329,16 +328,7 @@ class Engine:
     def _fail_all(self, error: Exception) -> None:
         for job in list(self._running):
             self._end(job, error)
-        self._batch = DecodeBatch(self.model)
-
-
-def _must_read(answer: Answer, closes_a_chunk: Callable[..., bool], *place: Any) -> bool:
-    """Whether an answer's next token closes a chunk; one for which no place is left ends."""
-    try:
-        return closes_a_chunk(*place)
-    except CapacityError:
-        answer.end("length")
-        return True
+        self._batch = {}
 
 
 class _Blaming:

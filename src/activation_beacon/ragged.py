@@ -1,0 +1,174 @@
+"""One more token of several texts in one pass, each on a cache of its own.
+
+The rows of one tensor need padding to one length, and copies when one of them joins, leaves or closes a chunk. Here caches
+stay apart: projections, MLPs and the head are computed for all rows together, since they read the same weights; attention is
+computed row by row, to the row's own entries where these stand. As in `causal`, a mask says so: it passes through the base's
+own forward and is understood where attention is computed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from activation_beacon.adapt import DecoderSite, understands_rows_apart
+from activation_beacon.batch import NewTokens
+from activation_beacon.cache import BeaconCache
+from activation_beacon.entries import BeaconLayer
+from activation_beacon.forward import BaseModel, Wanted, read
+from activation_beacon.plan import TextPlanner
+
+# B rows · H query heads · K kv heads · S entries of a row · D head dim · V vocabulary
+
+
+class OwnEntries(torch.Tensor):
+    """A mask (1, 1, 1, 1) that says "each row, all of its own entries".
+
+    Attributes:
+        entries: keys and values (1, K, S, D) of each row in the layer that is being computed; the layer's cache sets them.
+    """
+
+    entries: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def on(cls, device: torch.device) -> "OwnEntries":
+        """Such a mask; four dimensions, so that transformers takes it for one that the caller has prepared."""
+        mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).as_subclass(cls)
+        mask.entries = []
+        return mask
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer for attention what the mask says; what else is made of it says the same."""
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            mask = kwargs["attn_mask"] if "attn_mask" in kwargs else args[3]
+            return attend(args[0] if args else kwargs["query"], mask.entries, scale=kwargs.get("scale"))
+        result = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(result, cls):
+            result.entries = next(arg.entries for arg in args if isinstance(arg, cls))
+        return result
+
+
+def attend(
+    query: torch.Tensor, entries: Sequence[tuple[torch.Tensor, torch.Tensor]], *, scale: float | None
+) -> torch.Tensor:
+    """Attention (B, H, 1, D) of queries (B, H, 1, D), one of each row, to the row's own keys and values.
+
+    The query heads that share a kv head stand as queries of it: nothing is repeated.
+    """
+    outputs = []
+    for row, (keys, values) in zip(query, entries, strict=True):
+        shared = row.reshape(1, keys.shape[1], -1, row.shape[-1])
+        outputs.append(nn.functional.scaled_dot_product_attention(shared, keys, values, scale=scale))
+    return torch.cat([output.reshape(1, query.shape[1], 1, -1) for output in outputs])
+
+
+class RowsLayer(DynamicLayer):
+    """One layer of several caches during a pass that reads one token in each.
+
+    Args:
+        rows: the layer in each cache; appended to in place.
+        mask: told of the rows' entries when the layer is reached.
+        window: entries that the layer sees; None for all.
+    """
+
+    def __init__(self, rows: Sequence[BeaconLayer], mask: OwnEntries, window: int | None) -> None:
+        super().__init__()
+        self.rows = rows
+        self.mask = mask
+        self.window = window
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append one entry (B, K, 1, D) to each row; returns the new entries, which nobody attends to."""
+        first = 0 if self.window is None else -self.window
+        entries = []
+        for row, keys, values in zip(self.rows, key_states.split(1), value_states.split(1), strict=True):
+            held_keys, held_values = row.update(keys, values)
+            entries.append((held_keys[:, :, first:], held_values[:, :, first:]))
+        self.mask.entries = entries
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Entries of the longest row."""
+        return max(row.get_seq_length() for row in self.rows)
+
+
+def read_next(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache], ids: torch.Tensor) -> torch.Tensor:
+    """Read one token in each of several caches of one row, in place; on an error they stay as they were.
+
+    Those that close a chunk are read one after another, and all of them where the mask would not be understood.
+
+    Args:
+        model: the attached model.
+        site: its layers and positions.
+        caches: no two the same.
+        ids: (B,), one token for each cache.
+
+    Returns:
+        Logits (B, V).
+
+    Raises:
+        RatioError, CapacityError: from the plan, before anything is read.
+    """
+    can_append = [_can_append(site, cache) for cache in caches]
+    if not understands_rows_apart(model, site) or sum(can_append) < 2:
+        can_append = [False] * len(caches)
+    together = [row for row, can in enumerate(can_append) if can]
+    before = {row: cache.fork() for row, cache in enumerate(caches) if row not in together}
+    logits: dict[int, torch.Tensor] = {}
+    try:
+        for row in before:
+            new = NewTokens(ids[row, None, None], [0], [1])
+            readout = read(model, site, caches[row], new, Wanted(first_column=0))
+            assert readout.logits is not None, "they were wanted"
+            logits[row] = readout.logits[0, -1]
+        if together:
+            rows = _append(model, site, [caches[row] for row in together], ids[together, None])
+            logits |= dict(zip(together, rows, strict=True))
+    except BaseException:
+        for row, cache in before.items():
+            caches[row].adopt(cache)
+        raise
+    return torch.stack([logits[row] for row in range(len(caches))])
+
+
+def _can_append(site: DecoderSite, cache: BeaconCache) -> bool:
+    """Whether the next token is just appended to what a cache of one row holds."""
+    reading = TextPlanner(cache.config, cache.policy, site.max_positions).plan(cache.rows[0], 1)
+    return cache.num_slots > 0 and not reading.closings and not reading.restart
+
+
+def _append(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache], ids: torch.Tensor) -> torch.Tensor:
+    """Read ids (B, 1) that close no chunk in one pass; logits (B, V)."""
+    mask = OwnEntries.on(ids.device)
+    lengths = [cache.num_slots for cache in caches]
+    layers = [
+        RowsLayer([cache.layers[index] for cache in caches], mask, layer.window)
+        for index, layer in enumerate(site.layers)
+    ]
+    try:
+        output = model.base_forward(
+            input_ids=ids,
+            position_ids=torch.tensor(lengths, device=ids.device)[:, None],
+            attention_mask=mask,
+            past_key_values=Cache(layers=layers),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    except BaseException:
+        for cache, length in zip(caches, lengths, strict=True):
+            cache.truncate(length)
+        raise
+    for cache, token in zip(caches, ids.split(1), strict=True):
+        cache.token_ids = torch.cat((cache.token_ids.to(token.device), token), dim=1)
+        cache.rows = (cache.rows[0].after_reading(1),)
+    return output.logits[:, -1]
