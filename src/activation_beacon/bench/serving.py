@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from activation_beacon.errors import InputError
 
 WORDS = ("amber", "birch", "cedar", "dune", "ember", "fjord", "grove", "heron", "ivory", "jade", "kelp", "lotus")
-QUESTION = "What is the password? Answer with the password only."
+QUESTION = "What is the password?"
 
 
 @dataclass
@@ -177,16 +177,19 @@ def run(
 ) -> Load:
     """Make a context for each client, ask each alone, then all at once for a while; the contexts are deleted again.
 
+    Contexts are of different lengths, from half of the text to all of it: whether an answer closes a chunk depends on them.
+
     Args:
         connection: to the server.
-        text: what each context holds besides its secret.
+        text: what the longest context holds besides its secret.
         num_clients: at once.
         seconds: of load.
         max_tokens: of an answer.
         ratio: of the contexts; the server's by default.
     """
     model = connection.values("GET", "/v1/models")["data"][0]["id"]
-    clients = [_client(connection, number, text, ratio) for number in range(num_clients)]
+    lengths = [round(len(text) * (1 - 0.5 * number / num_clients)) for number in range(num_clients)]
+    clients = [_client(connection, number, text[:length], ratio) for number, length in enumerate(lengths)]
     try:
         for client in clients:
             status, client.alone, _, _ = connection.streamed(_question(model, client, max_tokens))
@@ -230,8 +233,8 @@ def _loaded(connection: Connection, model: str, clients: Sequence[Client], secon
                 if status == 200:
                     load.first_s.append(first_s)
                     load.num_as_alone += text == client.alone
-                    load.num_with_secret += client.secret in text
-                    load.num_mixed_up += any(secret in text for secret in others[client.number])
+                    load.num_with_secret += client.secret in text.lower()
+                    load.num_mixed_up += any(secret in text.lower() for secret in others[client.number])
             if status == 429:
                 time.sleep(1.0)  # Retry-After, as a client does
 

@@ -19,7 +19,10 @@ def serving(
     clients: Annotated[int, typer.Option("--clients", min=1, help="Clients at once.")] = 16,
     seconds: Annotated[float, typer.Option("--seconds", min=0, help="Seconds of load; 0 for none.")] = 60.0,
     characters: Annotated[
-        int, typer.Option("--characters", min=1, help="Of each client's text, before its secret.")
+        int,
+        typer.Option(
+            "--characters", min=1, help="Of the longest client's text, before its secret; the shortest has half."
+        ),
     ] = 12_000,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer at most.")] = 16,
     first_token_characters: Annotated[
