@@ -101,6 +101,7 @@ def test_what_cannot_be_run_is_one_line(run, files, args, text):
     )
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith(text)
+    assert not Path("out").exists()
 
 
 def test_lines_of_other_settings_and_damaged_ones_are_refused(tmp_path):

@@ -111,6 +111,12 @@ def test_a_sample_fits_its_length_and_has_more_than_two_chunks(store, kind, temp
         assert not sample.is_target[:CHUNK].any()
 
 
+def test_where_a_short_length_was_drawn_a_sample_with_much_to_ask_is_longer(store, monkeypatch):
+    monkeypatch.setattr("activation_beacon.training.needles.drawn_length", lambda *_, **__: 40)
+    lengths = [len(needles(store).sample(index).ids) for index in range(5)]
+    assert all(40 < length <= LENGTH for length in lengths)
+
+
 def test_every_answer_was_hidden_in_the_document_and_the_rest_is_the_document(store):
     sampler, turns = needles(store), collections.Counter()
     for index in range(0, 64 * 8, 5):

@@ -284,18 +284,19 @@ def harness(
         check_ratio(model, ratio)
     if wrong := [each for each in chosen if not each.isdecimal() and each not in ("none", "auto")]:
         raise InputError(f'--ratios must be ints, "auto" or "none", such as none,4,8; got {wrong[0]!r}.')
-    loaded = load_model(model, base=base, device=device, dtype=dtype)
-    warn_untrained(loaded.config)
-    from activation_beacon.evaluation.harness_tasks import HarnessResults, run_tasks
+    from activation_beacon.evaluation.harness_tasks import HarnessResults, find_tasks, run_tasks
     from activation_beacon.evaluation.results import Results
 
+    manager = find_tasks(tasks, include)
+    loaded = load_model(model, base=base, device=device, dtype=dtype)
+    warn_untrained(loaded.config)
     results = Results(out, _facts(loaded))
     settings = {"limit": limit, "num_fewshot": num_fewshot, "lm_eval": importlib.metadata.version("lm-eval")}
     lines = HarnessResults(out, settings)
     with _progress() as progress:
         run_tasks(
-            loaded.model, loaded.tokenizer, tasks, chosen, lines, limit=limit, num_fewshot=num_fewshot,
-            include=include, progress=progress,
+            loaded.model, loaded.tokenizer, tasks, chosen, lines, manager=manager, limit=limit,
+            num_fewshot=num_fewshot, progress=progress,
         )  # fmt: skip
     _finish(results, as_json=json, task="harness", facts={"harness": lines.lines, **trained_fields(loaded.config)})
 

@@ -98,6 +98,28 @@ class HarnessResults:
                 raise FileFormatError(f"{self.path}, line {number} is not JSON. Remove that line.") from error
 
 
+def find_tasks(names: Sequence[str], include: Path | None = None) -> Any:
+    """lm-eval's manager of tasks, which knows those of these names.
+
+    Args:
+        names: of tasks or groups.
+        include: folder of further tasks (YAML).
+
+    Raises:
+        InputError: for a task that lm-eval does not know.
+    """
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if include is None else str(include))
+    known = set(manager.all_tasks)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f" Is it {', '.join(close)}?" if close else " `lm-eval ls tasks` lists them."
+            raise InputError(f"lm-eval has no task {name!r}.{hint}")
+    return manager
+
+
 def run_tasks(
     model: Any,
     tokenizer: Any,
@@ -105,9 +127,9 @@ def run_tasks(
     ratios: Sequence[str],
     results: HarnessResults,
     *,
+    manager: Any,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    include: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Run what is not finished yet.
@@ -118,19 +140,14 @@ def run_tasks(
         names: of tasks or groups of lm-eval.
         ratios: as text; "none" for the base model alone, "auto" for what fits.
         results: of the folder.
+        manager: from `find_tasks`.
         limit: samples of each task at most.
         num_fewshot: examples before each question; None for the task's own number.
-        include: folder of further tasks (YAML).
         progress: called with the runs finished, all runs, and the next one's name.
 
     Raises:
-        InputError: for a task that lm-eval does not know.
         StorageError: if a task's data cannot be had.
     """
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=None if include is None else str(include))
-    _check_names(manager, names)
     runs = [(name, ratio) for ratio in ratios for name in names]
     for number, (name, ratio) in enumerate(runs):
         if progress is not None:
@@ -141,15 +158,6 @@ def run_tasks(
 
 def _label(ratio: str) -> str:
     return "base" if ratio == BASE else f"x{ratio}" if ratio.isdecimal() else ratio
-
-
-def _check_names(manager: Any, names: Sequence[str]) -> None:
-    known = set(manager.all_tasks)
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            hint = f" Is it {', '.join(close)}?" if close else " `lm-eval ls tasks` lists them."
-            raise InputError(f"lm-eval has no task {name!r}.{hint}")
 
 
 def _run(

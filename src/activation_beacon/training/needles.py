@@ -146,6 +146,8 @@ class _Haystack:
     def sample(self, index: int, write: Callable[[str], Sample], *, beside: int) -> Sample:
         """Write a sample of as much of a document as fits the length that this sample is to have.
 
+        Where that has no room for what is asked, the sample is as long as samples may be.
+
         Args:
             index: of the sample.
             write: makes a sample of a text.
@@ -153,15 +155,15 @@ class _Haystack:
         """
         windows = self.windows
         document, start, stop = windows.window(index)
-        tokens = windows.store.document(document)[start:stop].tolist()
-        most = drawn_length(windows.length, windows.chunk_size, seed=windows.seed, index=index)
-        tokens = tokens[: max(most - beside, 1)]
-        while tokens:
-            sample = write(self._text(tokens))
-            if len(sample.ids) <= most:
-                return sample
-            del tokens[most - len(sample.ids) :]
-        raise ConfigError(f"Samples of {most} tokens have no room for a question. Use longer ones.")
+        window = windows.store.document(document)[start:stop].tolist()
+        for most in (drawn_length(windows.length, windows.chunk_size, seed=windows.seed, index=index), windows.length):
+            tokens = window[: max(most - beside, 1)]
+            while tokens:
+                sample = write(self._text(tokens))
+                if len(sample.ids) <= most:
+                    return sample
+                del tokens[most - len(sample.ids) :]
+        raise ConfigError(f"Samples of {windows.length} tokens have no room for a question. Use longer ones.")
 
     def _text(self, tokens: Sequence[int]) -> str:
         text = self.conversations.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
