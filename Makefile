@@ -1,5 +1,6 @@
-# Two environments are made on demand, each once and again when pyproject.toml or constraints.txt changes:
+# Three environments are made on demand, each once and again when pyproject.toml, constraints.txt or requirements-peers.txt changes:
 #   .venv          the newest supported transformers    .venv-oldest   the oldest
+#   .venv-peers    kvpress, which needs an older one yet, and nothing of this package
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
@@ -14,7 +15,7 @@ PARALLEL := --numprocesses 2 --dist loadfile  # models of tests are tiny: two pr
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := -m pip install -qq --no-input --constraint constraints.txt
 
-.PHONY: help demo test test-oldest test-ray check lint fix docs clean
+.PHONY: help demo test test-oldest test-ray peers test-peers check lint fix docs clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -30,6 +31,11 @@ test-oldest: .venv-oldest/.installed-dev ## run the tests on the oldest supporte
 
 test-ray: .venv/.installed-dev .venv/.installed-ray ## run the tests that need Ray (a minute; 200 MB more in .venv)
 	$(BIN)/python -m pytest tests/test_server_ray.py
+
+peers: .venv-peers/.installed-peers ## set up .venv-peers with kvpress, for its methods in beacon eval (1.4 GB)
+
+test-peers: .venv/.installed-dev .venv-peers/.installed-peers ## run the tests that need kvpress (half a minute)
+	$(BIN)/python -m pytest tests/test_evaluation_peers.py tests/test_evaluation_peers_worker.py
 
 check: lint test ## format, lint, types, generated docs, tests
 
@@ -49,11 +55,11 @@ docs: .venv/.installed-dev ## write docs/cli.md anew from the program, docs/resu
 	$(BIN)/python docs/generate_results.py
 
 clean: ## remove the environments, caches and builds
-	rm -rf .venv .venv-oldest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-peers build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and on its own: it is by far the largest part, and the pin keeps a resolver from choosing another build.
-.venv/.installed-torch .venv-oldest/.installed-torch: constraints.txt
+.venv/.installed-torch .venv-oldest/.installed-torch .venv-peers/.installed-torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	@echo "[setup] $(@D): creating the environment and installing torch (some minutes, once)"
 	@$(PYTHON) -m venv $(@D)
@@ -68,4 +74,9 @@ clean: ## remove the environments, caches and builds
 .venv-oldest/.installed-dev: .venv-oldest/.installed-torch pyproject.toml
 	@echo "[setup] .venv-oldest: installing activation-beacon[dev] with $(OLDEST)"
 	@.venv-oldest/bin/python $(PIP_INSTALL) '$(OLDEST)' --editable '.[dev]'
+	@touch $@
+
+.venv-peers/.installed-peers: .venv-peers/.installed-torch requirements-peers.txt
+	@echo "[setup] .venv-peers: installing kvpress"
+	@.venv-peers/bin/python $(PIP_INSTALL) --requirement requirements-peers.txt
 	@touch $@

@@ -55,3 +55,7 @@ class BaseModelError(BeaconError, OSError):
 
 class TrainingError(BeaconError, RuntimeError):
     """A training run that must not go on: a loss that is no number, or one that runs away."""
+
+
+class PeerError(BeaconError, RuntimeError):
+    """Another project's method that cannot be run, or that does not answer as it must."""

@@ -73,26 +73,40 @@ def answer_sample(
     Returns:
         Plain values: `score` (the mean over questions), `scores`, `answers`, sizes and seconds, and the sample's facts.
     """
+    ids, opening, asked = asked_ids(prompt, sample, context)
+    held = read_context(model, ids, method, ratio=ratio, opening=opening)
+    answers, seconds = _ask_all(held, sample, asked)
+    sizes = {"cache_length": held.cache_length, "cache_bytes": held.cache_bytes}
+    times = {"read_seconds": round(held.seconds, 3), "answer_seconds": [round(each, 3) for each in seconds]}
+    return {**scored(prompt, sample, answers), "context_tokens": len(ids), **sizes, **times}
+
+
+def asked_ids(
+    prompt: ChatPrompt, sample: Sample, context: str | None = None
+) -> tuple[list[int], int, list[list[int]]]:
+    """Ids of the context, how many of them open the chat template, and ids of each question that follows.
+
+    Args:
+        prompt: of the tokenizer.
+        sample: what to read and to ask.
+        context: to be read in place of the sample's own.
+    """
     document = sample.context if context is None else context
     if sample.is_plain:
         ids, asked = split_ids(prompt.tokenizer, document, sample.questions[0].text)
-        held = read_context(model, ids, method, ratio=ratio)
-        answers, seconds = _ask_all(held, prompt, sample, [asked])
-    else:
-        ids = prompt.opening(document)
-        held = read_context(model, ids, method, ratio=ratio, opening=len(prompt.opening("")))
-        answers, seconds = _ask_all(held, prompt, sample, _question_ids(prompt, sample))
-    pairs = zip(answers, sample.questions, strict=True)
-    scores = [SCORES[question.score](answer, question.references) for answer, question in pairs]
+        return ids, 0, [asked]
+    return prompt.opening(document), len(prompt.opening("")), _question_ids(prompt, sample)
+
+
+def scored(prompt: ChatPrompt, sample: Sample, answers: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Answers as text, their scores and the sample's facts."""
+    texts = [str(prompt.tokenizer.decode(list(ids), skip_special_tokens=True)).strip() for ids in answers]
+    pairs = zip(texts, sample.questions, strict=True)
+    scores = [SCORES[question.score](text, question.references) for text, question in pairs]
     return {
         "score": sum(scores) / len(scores),
         "scores": scores,
-        "answers": answers,
-        "context_tokens": len(ids),
-        "cache_length": held.cache_length,
-        "cache_bytes": held.cache_bytes,
-        "read_seconds": round(held.seconds, 3),
-        "answer_seconds": [round(each, 3) for each in seconds],
+        "answers": texts,
         "is_conversation": sample.is_conversation,
         **sample.facts,
     }
@@ -119,14 +133,14 @@ def _question_ids(prompt: ChatPrompt, sample: Sample) -> list[list[int]]:
 
 
 def _ask_all(
-    held: Context, prompt: ChatPrompt, sample: Sample, asked: Sequence[Sequence[int]]
-) -> tuple[list[str], list[float]]:
+    held: Context, sample: Sample, asked: Sequence[Sequence[int]]
+) -> tuple[list[list[int]], list[float]]:
     answers, seconds, now = [], [], held
     for ids, question in zip(asked, sample.questions, strict=True):
         start = time.perf_counter()
         answer, grown = now.ask(ids, max_new_tokens=question.max_new_tokens)
         now = grown if sample.is_conversation else held
-        answers.append(prompt.tokenizer.decode(answer, skip_special_tokens=True).strip())
+        answers.append(answer)
         seconds.append(time.perf_counter() - start)
     return answers, seconds
 

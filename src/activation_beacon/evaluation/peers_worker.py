@@ -1,0 +1,285 @@
+"""The process that runs kvpress: jobs in, answers out, as JSON lines. It knows nothing of this package.
+
+It runs in an environment that has kvpress and an older transformers: `python -I peers_worker.py --help`. Its last line on stderr
+says what went wrong, if something did. What stands in the answers' file already is not done again.
+
+A context is read once, for all methods and sizes together: a press looks at a layer's keys and values when attention is done with
+them, and what it drops there does not change what the later layers read.
+"""
+
+import argparse
+import contextlib
+import copy
+import importlib.metadata
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SUPPORTED = "0.5."  # versions of kvpress whose presses work as is written here
+PLAIN = "none"  # reads and answers without a press
+SLACK = 1e-3  # of an entry: presses cut fractions off, and a share of the length need not be a round number
+BY = ("kvpress", "transformers", "torch")
+
+try:
+    import torch
+    from kvpress import (
+        BasePress,
+        ExpectedAttentionPress,
+        KnormPress,
+        KVzipPress,
+        PyramidKVPress,
+        SnapKVPress,
+        StreamingLLMPress,
+    )
+    from transformers import AutoModelForCausalLM, DynamicCache
+    from transformers.utils.logging import disable_progress_bar
+except ImportError as error:
+    sys.exit(f"{sys.executable} cannot run kvpress ({error})")
+
+PRESSES = {
+    "snapkv": SnapKVPress,
+    "expected-attention": ExpectedAttentionPress,
+    "pyramidkv": PyramidKVPress,
+    "knorm": KnormPress,
+    "streaming-llm-kvpress": StreamingLLMPress,
+}
+MASKING = "kvzip"
+
+
+@dataclass
+class Held:
+    """What is left of a context.
+
+    Attributes:
+        cache: keys and values.
+        seconds: that it took.
+        masks: of each layer, the entries that attention is not to see; None where what is dropped is gone.
+    """
+
+    cache: Any
+    seconds: float
+    masks: list[Any] | None = None
+
+    def num_entries(self) -> float:
+        """Entries that attention sees, in the mean over layers and heads."""
+        heads = self.cache.layers[0].keys.shape[1]
+        held = sum(layer.keys.shape[2] * heads for layer in self.cache.layers)
+        hidden = sum(len(mask[0]) for mask in self.masks or ())
+        return (held - hidden) / (heads * len(self.cache.layers))
+
+    def num_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+
+class Several(BasePress):  # type: ignore[misc] # kvpress is not there when types are checked
+    """Several presses on one reading, each into a cache of its own; the model's cache stays whole."""
+
+    def __init__(self, presses: Sequence[Any]) -> None:
+        self.presses = presses
+        self.helds = [Held(DynamicCache(), 0.0) for _ in presses]
+
+    def compress(
+        self, module: Any, hidden_states: Any, keys: Any, values: Any, attentions: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Called by kvpress after each layer's attention."""
+        for press, held in zip(self.presses, self.helds, strict=True):
+            start = clock()
+            kept = press.compress(module, hidden_states, keys, values, attentions, kwargs)
+            held.cache.update(*kept, module.layer_idx)
+            held.seconds += clock() - start
+        return keys, values
+
+
+class SeveralMasks(KVzipPress):  # type: ignore[misc]
+    """KVzip at several sizes: its scores, which take two more readings of the context, do not depend on the size."""
+
+    def __init__(self, shares: Sequence[float]) -> None:
+        super().__init__(compression_ratio=max(shares))
+        self.shares = shares
+        self.masks: list[list[Any]] = []
+
+    def compress_post(self, model: Any) -> None:
+        """Called by kvpress when the scores are there."""
+        for share in self.shares:
+            self.compression_ratio = share
+            super().compress_post(model)
+            self.masks.append([layer.self_attn.masked_key_indices for layer in model.model.layers])
+
+
+def read(model: Any, job: dict[str, Any]) -> list[Held]:
+    """The context of a job as each of its ways holds it."""
+    length = len(job["context"])
+    shares = [max(0.0, 1 - (way["entries"] + SLACK) / length) for way in job["ways"]]
+    names = [way["press"] if share else PLAIN for way, share in zip(job["ways"], shares, strict=True)]
+    pairs = list(zip(names, shares, strict=True))
+    several = Several([PRESSES[name](compression_ratio=share) for name, share in pairs if name in PRESSES])
+    masking = [share for name, share in pairs if name == MASKING]
+    kvzip = SeveralMasks(masking) if masking else None
+    cache = DynamicCache()
+    start = clock()
+    with kvzip(model) if kvzip else contextlib.nullcontext():
+        if kvzip is not None:
+            kvzip.prefix_length = job["opening"]  # it takes a chat template for granted
+        with several(model):
+            model.model(input_ids=row(model, job["context"]), past_key_values=cache)
+        middle = clock()
+    plain_seconds = middle - start - sum(held.seconds for held in several.helds)
+    masked_seconds = plain_seconds + clock() - middle
+    for held in several.helds:
+        held.seconds += plain_seconds
+    pressed = iter(several.helds)
+    masks = iter(kvzip.masks if kvzip else ())
+    return [
+        next(pressed)
+        if name in PRESSES
+        else Held(cache, masked_seconds, next(masks))
+        if name == MASKING
+        else Held(cache, plain_seconds)
+        for name in names
+    ]
+
+
+def answer_all(model: Any, held: Held, job: dict[str, Any]) -> Iterator[tuple[list[int], float]]:
+    """The answer to each question, without its end mark, and the seconds that it took."""
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.masked_key_indices = held.masks[number] if held.masks else None
+    cache, position, unread = held.cache, len(job["context"]), []
+    for question in job["questions"]:
+        start = clock()
+        grown = copied(cache)
+        ids = [*unread, *question["ids"]]
+        answer, has_ended = generate(model, grown, ids, position, question["max_new_tokens"], job["end_ids"])
+        yield answer, clock() - start
+        if job["is_conversation"]:
+            cache, unread = grown, [] if has_ended else answer[-1:]
+            position += len(ids) + len(answer) - len(unread)
+
+
+def generate(
+    model: Any, cache: Any, ids: list[int], position: int, max_new_tokens: int, end_ids: list[int]
+) -> tuple[list[int], bool]:
+    """What follows `ids`, greedily, and whether an end mark followed.
+
+    Positions go on from the length of the context, as in kvpress's pipeline. Unlike there, an answer may be empty, and where a
+    press leaves layers of different lengths, for which transformers has no mask, the question is read token by token.
+    """
+    lengths = {layer.keys.shape[2] for layer in cache.layers}
+    for piece in [ids] if len(lengths) == 1 else [[token] for token in ids]:
+        logits = step(model, cache, piece, position)
+        position += len(piece)
+    answer: list[int] = []
+    while (token := int(logits.argmax())) not in end_ids:
+        answer.append(token)
+        if len(answer) == max_new_tokens:
+            return answer, False
+        logits = step(model, cache, [token], position)
+        position += 1
+    return answer, True
+
+
+def step(model: Any, cache: Any, ids: list[int], position: int) -> Any:
+    """The logits after `ids`, whose first stands at `position`."""
+    positions = torch.arange(position, position + len(ids), device=model.device).unsqueeze(0)
+    output = model(input_ids=row(model, ids), past_key_values=cache, position_ids=positions, logits_to_keep=1)
+    return output.logits[0, -1]
+
+
+def copied(cache: Any) -> Any:
+    """A cache that goes on by itself; tensors are shared, since layers replace rather than change them."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
+
+
+def row(model: Any, ids: Sequence[int]) -> Any:
+    """Ids as a batch of one."""
+    return torch.tensor([list(ids)], device=model.device)
+
+
+def clock() -> float:
+    """Seconds, when the device is done with what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def run(model: Any, jobs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Do what is not done yet, and append it to the file of answers."""
+    done = {(line["job"], line["press"], line["entries"]) for line in finished(path)}
+    by = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in BY)
+    with path.open("ab") as file:
+        for job in jobs:
+            job["ways"] = [way for way in job["ways"] if (job["id"], way["press"], way["entries"]) not in done]
+            if not job["ways"]:
+                continue
+            note(f"reading {len(job['context']):,} tokens")
+            for way, held in zip(job["ways"], read(model, job), strict=True):
+                answers = list(answer_all(model, held, job))
+                line = {
+                    "job": job["id"],
+                    **way,
+                    "answers": [ids for ids, _ in answers],
+                    "cache_length": held.num_entries(),
+                    "cache_bytes": held.num_bytes(),
+                    "only_masks": held.masks is not None,
+                    "read_seconds": round(held.seconds, 3),
+                    "answer_seconds": [round(seconds, 3) for _, seconds in answers],
+                    "by": by,
+                }
+                file.write(json.dumps(line).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+                note(f"{way['press']} with {way['entries']:,} entries")
+
+
+def finished(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; one that was cut short is dropped from it."""
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def note(text: str) -> None:
+    """A line on stderr: what has been done."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def main() -> None:
+    """Do the jobs of a file."""
+    parser = argparse.ArgumentParser(description="Answer questions on contexts that kvpress has compressed.")
+    parser.add_argument("jobs", type=Path, help="JSON lines, as `beacon eval` writes them to DIR/peers/jobs.jsonl")
+    parser.add_argument("answers", type=Path, help="JSON lines are appended here")
+    parser.add_argument("--base", required=True, help="the base model: a folder or a hub id")
+    parser.add_argument("--revision", help="of a hub id")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    if not (found := importlib.metadata.version("kvpress")).startswith(SUPPORTED):
+        sys.exit(f"{sys.executable} has kvpress {found}; {SUPPORTED}x is needed")
+    logging.getLogger("kvpress").setLevel(logging.ERROR)
+    disable_progress_bar()
+    jobs = [json.loads(line) for line in options.jobs.read_text(encoding="utf-8").splitlines()]
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        options.base, revision=options.revision, dtype=getattr(torch, options.dtype), attn_implementation="sdpa"
+    )
+    with torch.no_grad():
+        run(model.to(options.device).eval(), jobs, options.answers)
+
+
+if __name__ == "__main__":
+    main()
