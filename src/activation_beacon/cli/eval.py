@@ -18,6 +18,7 @@ from activation_beacon.cli.models import Loaded, check_ratio, load_model
 from activation_beacon.errors import InputError
 
 if TYPE_CHECKING:
+    from activation_beacon.evaluation.peers import Peers
     from activation_beacon.evaluation.results import Results
     from activation_beacon.evaluation.tasks import Task
 
@@ -37,6 +38,14 @@ Methods = Annotated[
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Samples of each length at most.")]
 OnErrorOption = Annotated[str, typer.Option("--on-error", help="skip or stop at a broken record.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of what is drawn.")]
+PeersPython = Annotated[
+    Path | None,
+    typer.Option(
+        "--peers-python",
+        metavar="FILE",
+        help="Python of an environment with kvpress, for its methods; by default that of `make peers`.",
+    ),
+]
 Background = Annotated[
     list[Path] | None,
     typer.Option(
@@ -57,6 +66,7 @@ class Wanted:
     lengths: tuple[int, ...]
     limit: int | None
     json: bool
+    peers: "Peers | None" = None
 
 
 def lm(
@@ -109,6 +119,7 @@ def needles(
     kinds: Annotated[str, typer.Option("--kinds", help="Kinds of needles.")] = "sentence,number,uuid",
     limit: Limit = None,
     methods: Methods = METHODS,
+    peers_python: PeersPython = None,
     background: Background = None,
     seed: Seed = 0,
     device: options.Device = None,
@@ -119,7 +130,7 @@ def needles(
 
     The compressor never sees the question. Recall is the share of greedy answers that contain what was hidden.
     """
-    wanted = _wanted(out, methods, ratios, length, limit, json=json)
+    wanted = _wanted(out, methods, ratios, length, limit, json=json, peers_python=peers_python)
     _check_files(background or [])
 
     def make(loaded: Loaded) -> "Task":
@@ -140,6 +151,7 @@ def multi_turn(
     length: Annotated[str, typer.Option("--length", help="Tokens of a prompt with its three turns.")] = "8192",
     limit: Limit = 10,
     methods: Methods = METHODS,
+    peers_python: PeersPython = None,
     background: Background = None,
     seed: Seed = 0,
     device: options.Device = None,
@@ -147,7 +159,7 @@ def multi_turn(
     json: options.Json = False,
 ) -> None:
     """Three questions in turn on one context, which is read once: score and seconds of each turn."""
-    wanted = _wanted(out, methods, ratios, length, limit, json=json)
+    wanted = _wanted(out, methods, ratios, length, limit, json=json, peers_python=peers_python)
     _check_files(background or [])
 
     def make(loaded: Loaded) -> "Task":
@@ -174,6 +186,7 @@ def qa(
     length: Annotated[str, typer.Option("--length", help="Tokens of a prompt.")] = "4096",
     limit: Limit = 20,
     methods: Methods = METHODS,
+    peers_python: PeersPython = None,
     seed: Seed = 0,
     on_error: OnErrorOption = "stop",
     device: options.Device = None,
@@ -185,7 +198,7 @@ def qa(
     Short answers are scored by the words that they share with the reference, long ones by ROUGE-L. Up to three questions
     are asked on each context, which is read once.
     """
-    wanted = _wanted(out, methods, ratios, length, limit, json=json)
+    wanted = _wanted(out, methods, ratios, length, limit, json=json, peers_python=peers_python)
     from activation_beacon.evaluation.packed_qa import read_passages
 
     handling = _on_error(on_error)
@@ -207,6 +220,7 @@ def reconstruction(
     length: Annotated[str, typer.Option("--length", help="Tokens of a prompt.")] = "4096",
     limit: Limit = 10,
     methods: Methods = METHODS,
+    peers_python: PeersPython = None,
     background: Background = None,
     seed: Seed = 0,
     device: options.Device = None,
@@ -214,7 +228,7 @@ def reconstruction(
     json: options.Json = False,
 ) -> None:
     """Reading back: the words that follow a place of the context, asked for after compression (ROUGE-L)."""
-    wanted = _wanted(out, methods, ratios, length, limit, json=json)
+    wanted = _wanted(out, methods, ratios, length, limit, json=json, peers_python=peers_python)
     _check_files(background or [])
 
     def make(loaded: Loaded) -> "Task":
@@ -237,6 +251,7 @@ def ruler(
     ] = "",
     samples: Annotated[int, typer.Option("--limit", min=1, help="Samples of each task and length.")] = 2,
     methods: Methods = "full,beacons,recent,head-tail,streaming-llm",
+    peers_python: PeersPython = None,
     seed: Seed = 0,
     device: options.Device = None,
     dtype: options.DtypeOption = None,
@@ -248,7 +263,7 @@ def ruler(
     for that the answer contains. The other methods hold as many cache entries as beacons do at the same ratio.
     """
     names = tuple(name for name in tasks.split(",") if name)
-    wanted = _wanted(out, methods, ratios, length, None, json=json)
+    wanted = _wanted(out, methods, ratios, length, None, json=json, peers_python=peers_python)
 
     def make(loaded: Loaded) -> "Task":
         from activation_beacon.evaluation.tasks import ruler
@@ -315,10 +330,27 @@ def report(
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
-def _wanted(out: Path, methods: str, ratios: str, length: str, limit: int | None, *, json: bool) -> Wanted:
+def _wanted(
+    out: Path,
+    methods: str,
+    ratios: str,
+    length: str,
+    limit: int | None,
+    *,
+    json: bool,
+    peers_python: Path | None = None,
+) -> Wanted:
     _check_plots()
     names = tuple(dict.fromkeys(name.strip() for name in methods.split(",")))
-    return Wanted(out, names, options.parse_ratios(ratios), _lengths(length), limit, json)
+    numbers = options.parse_ratios(ratios), _lengths(length)
+    return Wanted(out, names, *numbers, limit, json, _peers(names, peers_python))
+
+
+def _peers(methods: Sequence[str], python: Path | None) -> "Peers | None":
+    """Where kvpress is, if one of its methods is asked for."""
+    from activation_beacon.evaluation.peers import PEERS, PYTHON, Peers
+
+    return Peers(python or PYTHON) if PEERS.keys() & set(methods) else None
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -370,7 +402,7 @@ def _evaluate(
     results = Results(wanted.out, _facts(loaded))
     plan = Plan(wanted.methods, wanted.ratios, wanted.lengths, wanted.limit)
     with _progress() as progress:
-        run_task(loaded.model, task, plan, results, progress=progress)
+        run_task(loaded.model, task, plan, results, peers=wanted.peers, progress=progress)
     _finish(results, as_json=wanted.json, task=task.name, facts=trained_fields(loaded.config))
 
 
@@ -453,7 +485,11 @@ for command, lines in (
     (qa, ("beacon eval qa questions.jsonl.zst --length 4096,8192 -o out",)),
     (
         ruler,
-        ("beacon eval ruler -o out", "beacon eval ruler --length 4096 --tasks niah_single_1,ruler_vt --limit 5 -o out"),
+        (
+            "beacon eval ruler -o out",
+            "beacon eval ruler --length 4096 --tasks niah_single_1,ruler_vt --limit 5 -o out",
+            "beacon eval ruler --limit 1 --methods full,beacons,snapkv,kvzip -o out",
+        ),
     ),
     (
         harness,

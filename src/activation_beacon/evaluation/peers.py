@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,13 @@ class Peers:
 
 
 def peer_records(
-    peers: Peers, model: Any, prompt: ChatPrompt, wanted: Sequence[Wanted], folder: Path
+    peers: Peers,
+    model: Any,
+    prompt: ChatPrompt,
+    wanted: Sequence[Wanted],
+    folder: Path,
+    *,
+    say: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Key, dict[str, Any]]]:
     """The records of samples under kvpress's methods, as they are finished.
 
@@ -79,6 +85,7 @@ def peer_records(
         prompt: of its tokenizer.
         wanted: keys with a method of `PEERS`, and their samples.
         folder: of the results.
+        say: called with each line that kvpress's process says.
 
     Raises:
         PeerError: if kvpress cannot be run, or its answers without compression are others than ours.
@@ -89,24 +96,25 @@ def peer_records(
     asked_for: dict[Answered, list[Wanted]] = {}
     for key, sample in wanted:
         job = _job(model, prompt, sample)
-        way = (key.method, beacon_entries(model, len(job["context"]), int(key.ratio or 1)))
+        assert isinstance(key.ratio, int)  # all of PEERS have one
+        way = (key.method, beacon_entries(model, len(job["context"]), key.ratio))
         jobs.setdefault(job["id"], job)["ways"][way] = {"press": way[0], "entries": way[1]}
         asked_for.setdefault((job["id"], *way), []).append((key, sample))
     first, sample = next(iter(jobs.values())), wanted[0][1]
     control = (first["id"], PLAIN, len(first["context"]))
     left = {control, *asked_for}
-    for line in exchange.answers(peers, model, _with_control(jobs)):
-        done = (line["job"], line["press"], line["entries"])
-        if done not in left:
-            continue
-        left.remove(done)
-        if done == control:
-            _check_control(model, prompt, sample, line["answers"])
-            continue
-        for key, sample_of_key in asked_for[done]:
-            yield key, _record(prompt, sample_of_key, line, len(jobs[done[0]]["context"]))
-        if not left:
-            return
+    with contextlib.closing(exchange.answers(peers, model, _with_control(jobs), say)) as lines:
+        for line in lines:
+            done = (line["job"], line["press"], line["entries"])
+            if done not in left:
+                continue
+            left.remove(done)
+            if done == control:
+                _check_control(model, prompt, sample, line["answers"])
+            for key, own_sample in asked_for.get(done, ()):
+                yield key, _record(prompt, own_sample, line, len(jobs[done[0]]["context"]))
+            if not left:
+                return
 
 
 def _job(model: Any, prompt: ChatPrompt, sample: Sample) -> dict[str, Any]:
@@ -169,7 +177,9 @@ class _Exchange:
         except OSError as error:
             raise PeerError(f"{folder} cannot be made: {reason(error)}. Choose another folder.") from error
 
-    def answers(self, peers: Peers, model: Any, jobs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    def answers(
+        self, peers: Peers, model: Any, jobs: Sequence[Mapping[str, Any]], say: Callable[[str], None] | None
+    ) -> Generator[dict[str, Any]]:
         """Answers that are there already, then those that come; ends when the worker does."""
         write_text(self.jobs, "".join(json.dumps(job) + "\n" for job in jobs))
         yield from self._new_lines()
@@ -178,6 +188,8 @@ class _Exchange:
         with _started(command) as process:
             for text in process.stderr or ():
                 last = text.strip() or last
+                if say is not None:
+                    say(last)
                 yield from self._new_lines()
         yield from self._new_lines()
         if process.returncode:
@@ -199,7 +211,9 @@ class _Exchange:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise PeerError(f"{self.path} holds a line that is not JSON. Remove the file and run it again.") from error
+                raise PeerError(
+                    f"{self.path} holds a line that is not JSON. Remove the file and run it again."
+                ) from error
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ class Held:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
 
-class Several(BasePress):  # type: ignore[misc] # kvpress is not there when types are checked
+class Several(BasePress):
     """Several presses on one reading, each into a cache of its own; the model's cache stays whole."""
 
     def __init__(self, presses: Sequence[Any]) -> None:
@@ -97,7 +97,7 @@ class Several(BasePress):  # type: ignore[misc] # kvpress is not there when type
         return keys, values
 
 
-class SeveralMasks(KVzipPress):  # type: ignore[misc]
+class SeveralMasks(KVzipPress):
     """KVzip at several sizes: its scores, which take two more readings of the context, do not depend on the size."""
 
     def __init__(self, shares: Sequence[float]) -> None:
@@ -150,7 +150,8 @@ def answer_all(model: Any, held: Held, job: dict[str, Any]) -> Iterator[tuple[li
     """The answer to each question, without its end mark, and the seconds that it took."""
     for number, layer in enumerate(model.model.layers):
         layer.self_attn.masked_key_indices = held.masks[number] if held.masks else None
-    cache, position, unread = held.cache, len(job["context"]), []
+    cache, position = held.cache, len(job["context"])
+    unread: list[int] = []
     for question in job["questions"]:
         start = clock()
         grown = copied(cache)

@@ -90,6 +90,7 @@ def _row_as_json(row: Row, quality: str) -> dict[str, Any]:
         "cache_bytes": row.cache_bytes,
         "seconds": row.seconds,
         "refused": row.num_refused,
+        "only_masks": row.only_masks,
     }
 
 
@@ -136,7 +137,8 @@ def _task_blocks(name: str, task: dict[str, Any], records: Sequence[Record], pic
 
 def _tables_of(records: Sequence[Record], length: int, quality: str) -> list[Block]:
     those = summary.select(records, length=length)
-    found: list[Block] = [_table(summary.rows_of(those, quality), quality)]
+    rows = summary.rows_of(those, quality)
+    found: list[Block] = [_table(rows, quality), *_peer_notes(rows, those)]
     if any("kind" in record for record in those):
         found.append(_kinds_table(those))
     if _has_turns(those):
@@ -151,6 +153,13 @@ LM_TEXT = (
 )
 
 
+MASKS = " (masks only)"
+MASKS_TEXT = (
+    "**Masks only**: it hides entries from attention and frees none. Its entries are those that attention sees; its bytes are "
+    "those of the whole text."
+)
+
+
 def _table(rows: Sequence[Row], quality: str) -> Table:
     against = ["gap closed"] if quality == "nats" else ["less full context", "share of full context"]
     refused = any(row.num_refused for row in rows)
@@ -159,7 +168,7 @@ def _table(rows: Sequence[Row], quality: str) -> Table:
         [*header, *(["do not fit"] if refused else [])],
         [
             [
-                row.way.label,
+                row.way.label + (MASKS if row.only_masks else ""),
                 _text(row.quality),
                 str(row.quality.count if row.quality else 0),
                 _text(row.against),
@@ -172,6 +181,16 @@ def _table(rows: Sequence[Row], quality: str) -> Table:
             for row in rows
         ],
     )
+
+
+def _peer_notes(rows: Sequence[Row], records: Sequence[Record]) -> list[Block]:
+    """What is to be known of methods that another project ran."""
+    by = dict.fromkeys(str(record["by"]) for record in records if "by" in record)
+    names = dict.fromkeys(str(record["method"]) for record in records if "by" in record)
+    notes = [f"Run by {'; '.join(by)}: {', '.join(names)}."] if by else []
+    if any(row.only_masks for row in rows):
+        notes.append(MASKS_TEXT)
+    return [Paragraph(" ".join(notes))] if notes else []
 
 
 def _kinds_table(records: Sequence[Record]) -> Table:

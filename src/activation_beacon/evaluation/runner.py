@@ -7,6 +7,7 @@ from typing import Any
 
 from activation_beacon.errors import CapacityError, InputError
 from activation_beacon.evaluation.language_modelling import evaluating
+from activation_beacon.evaluation.peers import PEERS, Peers, peer_records
 from activation_beacon.evaluation.results import Key, Results
 from activation_beacon.evaluation.tasks import Task
 from activation_beacon.plan import Ratio
@@ -31,34 +32,78 @@ class Plan:
     limit: int | None = None
 
 
-def run_task(model: Any, task: Task, plan: Plan, results: Results, *, progress: Progress | None = None) -> None:
-    """Run what is not finished yet, and append it to the results.
+def run_task(
+    model: Any,
+    task: Task,
+    plan: Plan,
+    results: Results,
+    *,
+    peers: Peers | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Run what is not finished yet, and append it to the results; last what another process runs.
 
     Args:
         model: with beacons attached.
         task: what to run.
         plan: how much of it.
         results: where it goes.
+        peers: where kvpress is, for its methods.
         progress: called with the units done, those there are, and what is being done.
 
     Raises:
         InputError: for a method that the task does not know, or a length of which it has no sample.
         MismatchError: if the results are of the same task with other settings.
+        PeerError: if kvpress is asked for and cannot be run.
     """
     ways = list(_ways(task, plan))
     results.open_task(task.name, task.settings, task.quality)
     samples = {length: _samples(task, length, plan.limit) for length in plan.lengths}
     total, done = len(ways) * sum(map(len, samples.values())), 0
+    others = []
     with evaluating(model):
         for length, index, (method, ratio) in _units(samples, ways):
+            key = Key(task.name, method, ratio, length, samples[length][index].id)
+            if method in PEERS and key not in results.records:
+                others.append((key, samples[length][index]))
+                continue
             if progress is not None:
                 progress(done, total, _unit_text(task, method, ratio, length))
-            key = Key(task.name, method, ratio, length, samples[length][index].id)
             if key not in results.records:
                 results.add(key, _run(model, task, samples[length], index, method, ratio))
             done += 1
+        if others:
+            _run_others(peers or Peers(), model, task, others, results, _counting(progress, task, done, total))
     if progress is not None:
-        progress(done, total, task.name)
+        progress(total, total, task.name)
+
+
+def _run_others(
+    peers: Peers,
+    model: Any,
+    task: Any,
+    wanted: Sequence[tuple[Key, Any]],
+    results: Results,
+    say: Callable[[int, str], None],
+) -> None:
+    """What kvpress makes of samples of a task with questions; no other task has its methods."""
+    count = 0
+    records = peer_records(
+        peers, model, task.prompt, wanted, results.folder, say=lambda text: say(count, f"kvpress: {text}")
+    )
+    for key, record in records:
+        results.add(key, record)
+        count += 1
+
+
+def _counting(progress: Progress | None, task: Task, done: int, total: int) -> Callable[[int, str], None]:
+    """Progress of what comes after `done` units."""
+
+    def say(count: int, text: str) -> None:
+        if progress is not None:
+            progress(done + count, total, f"{task.name}, {text}")
+
+    return say
 
 
 def _run(

@@ -81,9 +81,7 @@ def answer_sample(
     return {**scored(prompt, sample, answers), "context_tokens": len(ids), **sizes, **times}
 
 
-def asked_ids(
-    prompt: ChatPrompt, sample: Sample, context: str | None = None
-) -> tuple[list[int], int, list[list[int]]]:
+def asked_ids(prompt: ChatPrompt, sample: Sample, context: str | None = None) -> tuple[list[int], int, list[list[int]]]:
     """Ids of the context, how many of them open the chat template, and ids of each question that follows.
 
     Args:
@@ -132,9 +130,7 @@ def _question_ids(prompt: ChatPrompt, sample: Sample) -> list[list[int]]:
     ]
 
 
-def _ask_all(
-    held: Context, sample: Sample, asked: Sequence[Sequence[int]]
-) -> tuple[list[list[int]], list[float]]:
+def _ask_all(held: Context, sample: Sample, asked: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[float]]:
     answers, seconds, now = [], [], held
     for ids, question in zip(asked, sample.questions, strict=True):
         start = time.perf_counter()

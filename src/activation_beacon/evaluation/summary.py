@@ -8,7 +8,10 @@ from activation_beacon.evaluation.metrics import Estimate, gap_closed, mean, mea
 
 FULL, ALONE = "full", "alone"
 ORDER = ("full", "recent", "alone", "shuffled", "int8", "int4")  # of methods without a ratio
-RATIO_ORDER = ("beacons", "beacons-int8", "beacons-int4", "recent", "head-tail", "streaming-llm")
+RATIO_ORDER = (
+    *("beacons", "beacons-int8", "beacons-int4", "recent", "head-tail", "streaming-llm"),
+    *("snapkv", "expected-attention", "pyramidkv", "kvzip", "knorm", "streaming-llm-kvpress"),
+)
 
 Record = Mapping[str, Any]
 
@@ -38,6 +41,8 @@ class Row:
         cache_length, cache_bytes: in the mean.
         seconds: for reading, in the mean.
         num_refused: samples that do not fit.
+        only_masks: whether what is dropped stays in memory; `cache_length` is then what attention sees, and `cache_bytes`
+            what is held.
     """
 
     way: Way
@@ -48,6 +53,7 @@ class Row:
     cache_bytes: float | None
     seconds: float | None
     num_refused: int
+    only_masks: bool = False
 
 
 def ways_of(records: Iterable[Record]) -> list[Way]:
@@ -97,6 +103,7 @@ def _row(way: Way, values: Mapping[Way, Mapping[str, float]], records: Sequence[
         cache_bytes=_average(measured, "cache_bytes"),
         seconds=_average(measured, "seconds" if quality == "nats" else "read_seconds"),
         num_refused=len(own) - len(measured),
+        only_masks=any(record.get("only_masks") for record in measured),
     )
 
 

@@ -13,6 +13,7 @@ from activation_beacon.evaluation.methods import METHODS
 from activation_beacon.evaluation.multi_turn import multi_turn_samples
 from activation_beacon.evaluation.needles import KINDS, needle_samples
 from activation_beacon.evaluation.packed_qa import packed_samples, read_passages
+from activation_beacon.evaluation.peers import PEERS
 from activation_beacon.evaluation.reconstruction import reconstruction_samples
 from activation_beacon.evaluation.ruler import ruler_samples
 from activation_beacon.evaluation.samples import Sample, answer_sample
@@ -106,7 +107,7 @@ class Answering:
     """
 
     quality = "score"
-    methods = {name: method.has_ratio for name, method in METHODS.items()}  # noqa: RUF012 - a constant
+    methods = {name: method.has_ratio for name, method in METHODS.items()} | dict.fromkeys(PEERS, True)
 
     def __init__(
         self, name: str, prompt: ChatPrompt, make: Callable[[int], Iterator[Sample]], settings: Mapping[str, Any]
