@@ -24,18 +24,18 @@ demo: .venv/.installed-default ## set up .venv, then compress a whole book and a
 	$(BIN)/beacon demo
 
 test: .venv/.installed-dev ## set up .venv, then run all tests
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not peers"
 
 test-oldest: .venv-oldest/.installed-dev ## run the tests on the oldest supported transformers, without the default model
-	$(OLDEST_BIN)/python -m pytest $(PARALLEL) -m "not default_model"
+	$(OLDEST_BIN)/python -m pytest $(PARALLEL) -m "not default_model and not peers"
 
 test-ray: .venv/.installed-dev .venv/.installed-ray ## run the tests that need Ray (a minute; 200 MB more in .venv)
 	$(BIN)/python -m pytest tests/test_server_ray.py
 
 peers: .venv-peers/.installed-peers ## set up .venv-peers with kvpress, for its methods in beacon eval (1.4 GB)
 
-test-peers: .venv/.installed-dev .venv-peers/.installed-peers ## run the tests that need kvpress (half a minute)
-	$(BIN)/python -m pytest tests/test_evaluation_peers.py tests/test_evaluation_peers_worker.py
+test-peers: .venv/.installed-dev .venv-peers/.installed-peers ## run the tests that need kvpress (a minute)
+	$(BIN)/python -m pytest -m peers
 
 check: lint test ## format, lint, types, generated docs, tests
 

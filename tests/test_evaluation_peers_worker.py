@@ -5,10 +5,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 import activation_beacon
 from activation_beacon.evaluation.methods import beacon_entries, read_context
-from activation_beacon.evaluation.peers import PEERS, PYTHON, Peers, peer_records
+from activation_beacon.evaluation.peers import PEERS, PYTHON, WORKER, Peers, peer_records
 from activation_beacon.evaluation.results import Key
 from activation_beacon.evaluation.samples import Question, Sample, asked_ids
 from activation_beacon.prompts import ChatPrompt
@@ -16,7 +18,10 @@ from evaluation_models import STORY
 from saved_models import save_adapter, save_base
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(not (ROOT / PYTHON).is_file(), reason="there is no .venv-peers (make peers)")
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.skipif(not (ROOT / PYTHON).is_file(), reason="there is no .venv-peers (make peers)"),
+]
 
 RATIOS = (2, 8)
 QUESTIONS = (Question("Who spoke?", ("lion",), max_new_tokens=9), Question("Why?", ("moon",), max_new_tokens=6))
@@ -33,16 +38,13 @@ base, path = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base).eval()
 pipeline = kvpress.KVPressTextGenerationPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(base), device="cpu")
 presses = {"snapkv": kvpress.SnapKVPress, "expected-attention": kvpress.ExpectedAttentionPress, "knorm": kvpress.KnormPress,
-           "kvzip": kvpress.KVzipPress, "streaming-llm-kvpress": kvpress.StreamingLLMPress}
-for job in map(json.loads, open(path)):
-    context, questions = torch.tensor([job["context"]]), [torch.tensor([q["ids"]]) for q in job["questions"]]
-    for way in job["ways"]:
-        if way["press"] in presses and len(job["context"]) > way["entries"] and job["opening"] and not job["is_conversation"]:
-            press = presses[way["press"]](compression_ratio=1 - (way["entries"] + 1e-3) / len(job["context"]))
-            tensors = {"context_ids": context, "questions_ids": questions}
-            with torch.no_grad():
-                answers = pipeline._forward(tensors, max_new_tokens=9, press=press)
-            print(json.dumps([job["id"], way["press"], way["entries"], answers]))
+           "pyramidkv": kvpress.PyramidKVPress, "kvzip": kvpress.KVzipPress, "streaming-llm-kvpress": kvpress.StreamingLLMPress}
+job = json.load(open(path))
+ids = {"context_ids": torch.tensor([job["context"]]), "questions_ids": [torch.tensor([q["ids"]]) for q in job["questions"]]}
+for way in job["ways"]:
+    press = presses[way["press"]](compression_ratio=1 - (way["entries"] + 1e-3) / len(job["context"]))
+    with torch.no_grad():
+        print(json.dumps(pipeline._forward(ids, max_new_tokens=9, press=press)))
 """
 
 
@@ -50,6 +52,10 @@ for job in map(json.loads, open(path)):
 def model(tmp_path_factory):
     root = tmp_path_factory.mktemp("peers")
     base = save_base(root / "base")
+    plain = LlamaForCausalLM.from_pretrained(base)
+    with torch.no_grad():  # the end mark's is born as zeros, which no key can be hidden from
+        plain.model.embed_tokens.weight[256] = plain.model.embed_tokens.weight[:256].mean(0)
+    plain.save_pretrained(base)
     return activation_beacon.load(save_adapter(root / "adapter", base, seed=1))
 
 
@@ -78,47 +84,54 @@ def test_a_method_holds_what_beacons_hold(model, run, method, ratio, sample):
     assert record["only_masks"] is (method == "kvzip" and entries < num_tokens)
 
 
-@pytest.mark.parametrize("sample", [ASKED, TURNS, SHORT, PLAIN], ids=lambda sample: sample.id)
+@pytest.mark.parametrize("sample", [ASKED, TURNS], ids=lambda sample: sample.id)
 def test_without_a_press_the_answers_are_those_of_the_full_context(model, run, sample):
     loaded, tokenizer = model
-    prompt = ChatPrompt(tokenizer)
-    ids, opening, asked = asked_ids(prompt, sample)
-    job = {
-        "id": "control",
-        "context": ids,
-        "opening": opening,
-        "questions": [{"ids": each, "max_new_tokens": 9} for each in asked],
-        "is_conversation": sample.is_conversation,
-        "end_ids": [256],
-        "ways": [{"press": "none", "entries": len(ids)}],
-    }
-    held, expected = read_context(loaded, ids, "full"), []
-    for each in asked:
-        answer, grown = held.ask(each, max_new_tokens=9)
+    job = job_of(tokenizer, sample, ways=[("none", 1000)])
+    held, expected = read_context(loaded, job["context"], "full"), []
+    for question in job["questions"]:
+        answer, grown = held.ask(question["ids"], max_new_tokens=9)
         held = grown if sample.is_conversation else held
         expected.append(answer)
-    assert worker_answers(run[1], loaded, job) == expected
+    [line] = lines_of_worker(run[1], loaded, job)
+    assert line["answers"] == expected
 
 
-def worker_answers(folder, model, job):
-    jobs, answers = folder / f"{job['id']}.jsonl", folder / "control-answers.jsonl"
+# The pipeline cannot read several tokens at once where layers differ in length, or where they are many for a tiny head.
+ALONE = [("pyramidkv", 90), ("kvzip", 150), ("kvzip", 50)]
+SEVERAL = [("snapkv", 150), ("snapkv", 70), ("expected-attention", 70), ("knorm", 50), ("streaming-llm-kvpress", 50)]
+
+
+@pytest.mark.parametrize(("ways", "questions"), [([*ALONE, *SEVERAL], [[40], [41]]), (SEVERAL, None)])
+def test_reading_once_for_all_gives_what_the_pipeline_gives_for_each(model, run, ways, questions):
+    loaded, tokenizer = model
+    job = job_of(tokenizer, ASKED, ways, questions)
+    ours = [
+        [tokenizer.decode(ids, skip_special_tokens=True) for ids in line["answers"]]
+        for line in lines_of_worker(run[1], loaded, job)
+    ]
+    command = [ROOT / PYTHON, "-I", "-c", PIPELINE, loaded.name_or_path, run[1] / "job.jsonl"]
+    theirs = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert ours == [json.loads(line) for line in theirs]
+    assert len({str(answers) for answers in ours}) > 3
+
+
+def job_of(tokenizer, sample, ways, questions=None):
+    ids, opening, asked = asked_ids(ChatPrompt(tokenizer), sample)
+    return {
+        "id": "job",
+        "context": ids,
+        "opening": opening,
+        "questions": [{"ids": each, "max_new_tokens": 9} for each in questions or asked],
+        "is_conversation": sample.is_conversation,
+        "end_ids": [256],
+        "ways": [{"press": press, "entries": entries} for press, entries in ways],
+    }
+
+
+def lines_of_worker(folder, model, job):
+    jobs, answers = folder / "job.jsonl", folder / "answers-of-job.jsonl"
     jobs.write_text(json.dumps(job) + "\n")
     answers.unlink(missing_ok=True)
-    from activation_beacon.evaluation.peers import WORKER
-
     subprocess.run([ROOT / PYTHON, "-I", WORKER, jobs, answers, "--base", model.name_or_path], check=True)
-    return json.loads(answers.read_text())["answers"]
-
-
-def test_reading_once_for_all_gives_what_the_pipeline_gives_for_each(model, run):
-    loaded, tokenizer = model
-    command = [ROOT / PYTHON, "-I", "-c", PIPELINE, loaded.name_or_path, run[1] / "jobs.jsonl"]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    ours = {
-        (r["job"], r["press"], r["entries"]): r["answers"] for r in map(json.loads, (run[1] / "answers.jsonl").open())
-    }
-    assert len(lines) == 5 * len(RATIOS)
-    for job, press, entries, theirs in map(json.loads, lines):
-        found = [tokenizer.decode(ids, skip_special_tokens=True) for ids in ours[job, press, entries]]
-        assert theirs[0] == found[0]
-        assert theirs[1].startswith(found[1])  # the pipeline has one length for all answers
+    return [json.loads(line) for line in answers.read_text().splitlines()]

@@ -156,25 +156,34 @@ def answer_all(model: Any, held: Held, job: dict[str, Any]) -> Iterator[tuple[li
         start = clock()
         grown = copied(cache)
         ids = [*unread, *question["ids"]]
-        answer, has_ended = generate(model, grown, ids, position, question["max_new_tokens"], job["end_ids"])
+        logits = read_question(model, grown, ids, position, one_by_one=held.masks is not None)
+        answer, has_ended = generate(
+            model, grown, logits, position + len(ids), question["max_new_tokens"], job["end_ids"]
+        )
         yield answer, clock() - start
         if job["is_conversation"]:
             cache, unread = grown, [] if has_ended else answer[-1:]
             position += len(ids) + len(answer) - len(unread)
 
 
-def generate(
-    model: Any, cache: Any, ids: list[int], position: int, max_new_tokens: int, end_ids: list[int]
-) -> tuple[list[int], bool]:
-    """What follows `ids`, greedily, and whether an end mark followed.
+def read_question(model: Any, cache: Any, ids: list[int], position: int, *, one_by_one: bool) -> Any:
+    """The logits after a question. Positions go on from the length of the context, as in kvpress's pipeline.
 
-    Positions go on from the length of the context, as in kvpress's pipeline. Unlike there, an answer may be empty, and where a
-    press leaves layers of different lengths, for which transformers has no mask, the question is read token by token.
+    Token by token where kvpress cannot do better: where layers differ in length transformers has no mask for several tokens, and
+    masking looks for a key that no query of a pass attends to, which many queries may not have.
     """
-    lengths = {layer.keys.shape[2] for layer in cache.layers}
-    for piece in [ids] if len(lengths) == 1 else [[token] for token in ids]:
+    if len({layer.keys.shape[2] for layer in cache.layers}) > 1:
+        one_by_one = True
+    for piece in [[token] for token in ids] if one_by_one else [ids]:
         logits = step(model, cache, piece, position)
         position += len(piece)
+    return logits
+
+
+def generate(
+    model: Any, cache: Any, logits: Any, position: int, max_new_tokens: int, end_ids: list[int]
+) -> tuple[list[int], bool]:
+    """What follows greedily, and whether an end mark ended it; kvpress's own pipeline does not heed one that comes first."""
     answer: list[int] = []
     while (token := int(logits.argmax())) not in end_ids:
         answer.append(token)
