@@ -120,6 +120,9 @@ def test_multi_turn_shows_every_turn(run):
         ((*NEEDLES, "--kinds", "hay"), "There is no needle of kind 'hay'. Use some of sentence, number, uuid."),
         ((*NEEDLES, "--background", "no.txt"), "There is no file, folder or glob 'no.txt'. Name one, or a hub data set"),
         ((*LM, "--on-error", "cry"), "--on-error must be skip or stop; got 'cry'."),
+        ((*NEEDLES, "--methods", "full,knorm"), "and there is no .venv-peers/bin/python. Make it with `make peers`, or anywhere"),
+        ((*NEEDLES, "--methods", "knorm", "--peers-python", "no/python"), "and there is no no/python. Make it with `make peers`"),
+        ((*LM, "--methods", "knorm"), "The task lm has no method 'knorm'. Use some of full, alone"),
             (("report", "nowhere"), "nowhere holds no results (run.json is missing). Name a folder of `beacon eval`."),
     ],
 )  # fmt: skip

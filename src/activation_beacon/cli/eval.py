@@ -38,12 +38,13 @@ Methods = Annotated[
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Samples of each length at most.")]
 OnErrorOption = Annotated[str, typer.Option("--on-error", help="skip or stop at a broken record.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of what is drawn.")]
+PEERS_PYTHON = Path(".venv-peers/bin/python")  # as `make peers` makes it
 PeersPython = Annotated[
-    Path | None,
+    Path,
     typer.Option(
         "--peers-python",
         metavar="FILE",
-        help="Python of an environment with kvpress, for its methods; by default that of `make peers`.",
+        help="Python of an environment with kvpress, for its methods (`make peers`).",
     ),
 ]
 Background = Annotated[
@@ -119,7 +120,7 @@ def needles(
     kinds: Annotated[str, typer.Option("--kinds", help="Kinds of needles.")] = "sentence,number,uuid",
     limit: Limit = None,
     methods: Methods = METHODS,
-    peers_python: PeersPython = None,
+    peers_python: PeersPython = PEERS_PYTHON,
     background: Background = None,
     seed: Seed = 0,
     device: options.Device = None,
@@ -151,7 +152,7 @@ def multi_turn(
     length: Annotated[str, typer.Option("--length", help="Tokens of a prompt with its three turns.")] = "8192",
     limit: Limit = 10,
     methods: Methods = METHODS,
-    peers_python: PeersPython = None,
+    peers_python: PeersPython = PEERS_PYTHON,
     background: Background = None,
     seed: Seed = 0,
     device: options.Device = None,
@@ -186,7 +187,7 @@ def qa(
     length: Annotated[str, typer.Option("--length", help="Tokens of a prompt.")] = "4096",
     limit: Limit = 20,
     methods: Methods = METHODS,
-    peers_python: PeersPython = None,
+    peers_python: PeersPython = PEERS_PYTHON,
     seed: Seed = 0,
     on_error: OnErrorOption = "stop",
     device: options.Device = None,
@@ -220,7 +221,7 @@ def reconstruction(
     length: Annotated[str, typer.Option("--length", help="Tokens of a prompt.")] = "4096",
     limit: Limit = 10,
     methods: Methods = METHODS,
-    peers_python: PeersPython = None,
+    peers_python: PeersPython = PEERS_PYTHON,
     background: Background = None,
     seed: Seed = 0,
     device: options.Device = None,
@@ -251,7 +252,7 @@ def ruler(
     ] = "",
     samples: Annotated[int, typer.Option("--limit", min=1, help="Samples of each task and length.")] = 2,
     methods: Methods = "full,beacons,recent,head-tail,streaming-llm",
-    peers_python: PeersPython = None,
+    peers_python: PeersPython = PEERS_PYTHON,
     seed: Seed = 0,
     device: options.Device = None,
     dtype: options.DtypeOption = None,
@@ -347,10 +348,12 @@ def _wanted(
 
 
 def _peers(methods: Sequence[str], python: Path | None) -> "Peers | None":
-    """Where kvpress is, if one of its methods is asked for."""
-    from activation_beacon.evaluation.peers import PEERS, PYTHON, Peers
+    """Where kvpress is, if one of its methods is asked for; None too for a task that has none of them."""
+    if python is None:
+        return None
+    from activation_beacon.evaluation.peers import PEERS, Peers
 
-    return Peers(python or PYTHON) if PEERS.keys() & set(methods) else None
+    return Peers(python) if PEERS.keys() & set(methods) else None
 
 
 def _lengths(text: str) -> tuple[int, ...]:
