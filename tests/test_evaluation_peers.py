@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from activation_beacon.errors import PeerError
+from activation_beacon.errors import FileFormatError, PeerError
 from activation_beacon.evaluation.blocks import markdown_of
 from activation_beacon.evaluation.methods import beacon_entries, read_context
 from activation_beacon.evaluation.peers import PEERS, Peers, peer_records
@@ -144,9 +144,7 @@ def test_what_goes_wrong_is_one_line(model, peers, tmp_path, options, message):
 def test_a_damaged_file_of_answers_is_named(model, peers, tmp_path):
     (tmp_path / "peers").mkdir()
     (tmp_path / "peers" / "answers.jsonl").write_text("{]\n")
-    with pytest.raises(
-        PeerError, match=r"answers\.jsonl holds a line that is not JSON\. Remove the file and run it again\."
-    ):
+    with pytest.raises(FileFormatError, match=r"answers\.jsonl, line 1 is not JSON\. Remove that line\."):
         list(peer_records(peers(), model, PROMPT, KEYS, tmp_path))
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from activation_beacon.bench.measure import Cell, Run
 from activation_beacon.errors import MismatchError, StorageError
-from activation_beacon.files import reason, write_text
+from activation_beacon.files import reason
+from activation_beacon.json_lines import append_lines, read_lines
 
 FILE = "speed.jsonl"
 
@@ -22,6 +23,7 @@ class Records:
     Raises:
         MismatchError: if the folder holds runs of another setting.
         StorageError: if it cannot be read or written.
+        FileFormatError: if a line is damaged.
     """
 
     def __init__(self, folder: str | Path | None, setting: Mapping[str, Any]) -> None:
@@ -34,21 +36,19 @@ class Records:
     def _open(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         except OSError as error:
             raise StorageError(f"{path.parent} cannot be used: {reason(error)}. Choose another --output.") from error
-        values = [value for value in map(_parsed, lines) if value is not None]
-        if values and values[0] != self.setting:
+        values = read_lines(path)
+        if not values:
+            append_lines(path, [self.setting])
+        elif values[0] != self.setting:
             theirs = values[0]
             name = sorted(key for key in {*theirs, *self.setting} if theirs.get(key) != self.setting.get(key))[0]
             raise MismatchError(
                 f"{path} holds runs with {name} {theirs.get(name)!r}; this one has {self.setting.get(name)!r}. "
                 "Choose another --output, or the same settings."
             )
-        for value in values[1:]:
-            self.runs[Cell(**value["cell"])] = Run(**value["run"])
-        kept = [self.setting, *(_line(cell, run) for cell, run in self.runs.items())]
-        write_text(path, "".join(json.dumps(value) + "\n" for value in kept))
+        self.runs |= {Cell(**value["cell"]): Run(**value["run"]) for value in values[1:]}
 
     def add(self, cell: Cell, run: Run) -> None:
         """Keep a finished run, at once.
@@ -57,24 +57,5 @@ class Records:
             StorageError: if it cannot be written.
         """
         self.runs[cell] = run
-        if self.path is None:
-            return
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_line(cell, run)) + "\n")
-        except OSError as error:
-            raise StorageError(
-                f"{self.path} cannot be written: {reason(error)}. Free space and run it again."
-            ) from error
-
-
-def _line(cell: Cell, run: Run) -> dict[str, Any]:
-    return {"cell": cell._asdict(), "run": run.to_dict()}
-
-
-def _parsed(line: str) -> Any:
-    """The values of a line; None for one that was cut short."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+        if self.path is not None:
+            append_lines(self.path, [{"cell": cell._asdict(), "run": run.to_dict()}])

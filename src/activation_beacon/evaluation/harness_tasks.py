@@ -5,16 +5,16 @@ What lm-eval measures is kept as it says it, metric by metric; nothing is scored
 
 import difflib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from activation_beacon.errors import FileFormatError, InputError, MismatchError, StorageError
+from activation_beacon.errors import InputError, MismatchError, StorageError
 from activation_beacon.evaluation.blocks import Table
 from activation_beacon.files import reason
+from activation_beacon.json_lines import append_lines, read_lines
 
 FILE = "harness.jsonl"
 BASE = "none"  # the ratio that stands for the base model alone
@@ -38,7 +38,7 @@ class HarnessResults:
     def __init__(self, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
         self.path = Path(folder) / FILE
         self.facts = None if facts is None else json.loads(json.dumps(facts))
-        self.lines = list(self._read())
+        self.lines = read_lines(self.path)
         for line in self.lines:
             theirs = line["facts"]
             if self.facts is not None and theirs != self.facts:
@@ -61,14 +61,9 @@ class HarnessResults:
         found = [{**line, "facts": self.facts} for line in lines]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in found))
-                file.flush()
-                os.fsync(file.fileno())
         except OSError as error:
-            raise StorageError(
-                f"{self.path} cannot be written: {reason(error)}. Free space and run it again."
-            ) from error
+            raise StorageError(f"{self.path.parent} cannot be made: {reason(error)}. Choose another folder.") from error
+        append_lines(self.path, found)
         self.lines += found
 
     def table(self) -> Table:
@@ -83,19 +78,6 @@ class HarnessResults:
             header,
             [[f"{task}, {metric}", *(row.get(ratio, "-") for ratio in ratios)] for (task, metric), row in rows.items()],
         )
-
-    def _read(self) -> Iterator[Line]:
-        if not self.path.is_file():
-            return
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):  # cut short by a crash
-            os.truncate(self.path, len(whole))
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise FileFormatError(f"{self.path}, line {number} is not JSON. Remove that line.") from error
 
 
 def find_tasks(names: Sequence[str], include: Path | None = None) -> Any:

@@ -22,6 +22,7 @@ from activation_beacon.evaluation.methods import beacon_entries
 from activation_beacon.evaluation.results import Key
 from activation_beacon.evaluation.samples import Sample, answer_sample, asked_ids, scored
 from activation_beacon.files import reason, write_text
+from activation_beacon.json_lines import lines_from
 from activation_beacon.prompts import ChatPrompt
 
 PEERS = {
@@ -198,22 +199,10 @@ class _Exchange:
             )
         raise PeerError(f"kvpress's process ended before all was answered; its last line: {last or 'none'}.")
 
-    def _new_lines(self) -> Iterator[dict[str, Any]]:
+    def _new_lines(self) -> list[dict[str, Any]]:
         """Whole lines of the answers that have not been read yet."""
-        if not self.path.is_file():
-            return
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        for line in whole.splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise PeerError(
-                    f"{self.path} holds a line that is not JSON. Remove the file and run it again."
-                ) from error
+        values, self.offset = lines_from(self.path, self.offset)
+        return values
 
 
 @contextlib.contextmanager

@@ -4,13 +4,13 @@ A run that was killed is continued by opening its folder again: what is finished
 """
 
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from activation_beacon.errors import FileFormatError, MismatchError, StorageError
 from activation_beacon.files import write_text
+from activation_beacon.json_lines import append_lines, read_lines
 
 RESULTS, RUN = "results.jsonl", "run.json"
 FORMAT_VERSION = 1
@@ -48,7 +48,7 @@ class Results:
         if model is not None:
             self._make_folder()
             self._check_model(dict(model))
-        for record in self._read_lines():
+        for record in read_lines(self.path):
             self.records[key_of(record)] = record
 
     @property
@@ -87,18 +87,9 @@ class Results:
         Raises:
             StorageError: if it cannot be written.
         """
-        record = {**key._asdict(), **fields}
-        line = json.dumps(record, ensure_ascii=False) + "\n"
-        try:
-            with self.path.open("ab") as file:
-                file.write(line.encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise StorageError(
-                f"{self.path} cannot be written: {error.strerror}. What is finished is kept; free space and run it again."
-            ) from error
-        self.records[key] = json.loads(line)
+        record = json.loads(json.dumps({**key._asdict(), **fields}))
+        append_lines(self.path, [record])
+        self.records[key] = record
 
     def of_task(self, name: str) -> list[dict[str, Any]]:
         """All records of a task, in an order that does not depend on when each was finished."""
@@ -138,19 +129,6 @@ class Results:
 
     def _write_run(self) -> None:
         write_text(self.folder / RUN, json.dumps(self.run, indent=2, ensure_ascii=False) + "\n")
-
-    def _read_lines(self) -> Iterator[dict[str, Any]]:
-        if not self.path.is_file():
-            return
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(self.path, len(whole))
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise FileFormatError(f"{self.path}, line {number} is not JSON. Remove that line.") from error
 
 
 def key_of(record: Mapping[str, Any]) -> Key:

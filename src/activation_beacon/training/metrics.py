@@ -11,6 +11,7 @@ import torch
 
 from activation_beacon.errors import StorageError
 from activation_beacon.files import reason, write_text
+from activation_beacon.json_lines import append_lines
 from activation_beacon.training.batches import Batch
 from activation_beacon.training.objective import Losses
 from activation_beacon.training.processes import Processes
@@ -76,12 +77,12 @@ class MetricsLog:
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, line: dict[str, Any]) -> None:
-        """Write one line at once."""
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise StorageError(f"{self.path} cannot be written: {reason(error)}. Free space, then --resume.") from error
+        """Write one line at once.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        append_lines(self.path, [line])
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
