@@ -4,7 +4,8 @@ It runs in an environment that has kvpress and an older transformers: `python -I
 says what went wrong, if something did. What stands in the answers' file already is not done again.
 
 A context is read once, for all methods and sizes together: a press looks at a layer's keys and values when attention is done with
-them, and what it drops there does not change what the later layers read.
+them, and what it drops there does not change what the later layers read. Questions are then answered for all of them together too:
+one pass for a token of each, in which every row attends to its own entries.
 """
 
 import argparse
@@ -37,7 +38,8 @@ try:
         SnapKVPress,
         StreamingLLMPress,
     )
-    from transformers import AutoModelForCausalLM, DynamicCache
+    from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+    from transformers.cache_utils import DynamicLayer
     from transformers.utils.logging import disable_progress_bar
 except ImportError as error:
     sys.exit(f"{sys.executable} cannot run kvpress ({error})")
@@ -146,10 +148,132 @@ def read(model: Any, job: dict[str, Any]) -> list[Held]:
     ]
 
 
+class RowsLayer(DynamicLayer):
+    """One layer of several caches of one row, with room for what is written."""
+
+    def __init__(self, layers: Sequence[Any], num_new: int) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.filled = [layer.keys.shape[2] for layer in layers]
+        self.rows = [(with_room(layer.keys, num_new), with_room(layer.values, num_new)) for layer in layers]
+
+    def update(self, key_states: Any, value_states: Any, *_args: Any, **_kwargs: Any) -> tuple[Any, Any]:
+        """Append an entry to each row; the new keys carry the rows to `attend_rows`."""
+        for number, (keys, values) in enumerate(self.rows):
+            keys[:, :, self.filled[number]] = key_states[number, :, 0]
+            values[:, :, self.filled[number]] = value_states[number, :, 0]
+            self.filled[number] += 1
+        key_states.rows = [
+            (keys[:, :, :stop], values[:, :, :stop])
+            for (keys, values), stop in zip(self.rows, self.filled, strict=True)
+        ]
+        return key_states, value_states
+
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Drop the other rows."""
+        self.rows, self.filled = [self.rows[n] for n in numbers], [self.filled[n] for n in numbers]
+
+    def get_seq_length(self) -> int:
+        """Entries of the longest row."""
+        return max(self.filled)
+
+
+def attend_rows(
+    _module: Any, query: Any, key: Any, _value: Any, _mask: Any, scaling: float | None = None, **_kwargs: Any
+) -> tuple[Any, None]:
+    """Attention of one query of each row to the row's own entries; the heads that share a key stand as queries of it."""
+    outputs = []
+    for own, (keys, values) in zip(query, key.rows, strict=True):
+        shared = own.reshape(1, keys.shape[1], -1, own.shape[-1])
+        output = torch.nn.functional.scaled_dot_product_attention(shared, keys, values, scale=scaling)
+        outputs.append(output.reshape(1, 1, query.shape[1], -1))
+    return torch.cat(outputs), None
+
+
+def answers_of(model: Any, helds: Sequence[Held], job: dict[str, Any]) -> list[list[tuple[list[int], float]]]:
+    """The answers of each way to all questions, and the seconds; what is done together is shared out evenly.
+
+    Alone go conversations, whose turns depend on the answers before, and ways whose masks kvpress puts on the model.
+    """
+    is_alone = [job["is_conversation"] or held.masks is not None for held in helds]
+    caches = [held.cache for held, alone in zip(helds, is_alone, strict=True) if not alone]
+    together = iter(zip(*(answer_together(model, caches, job, question) for question in job["questions"]), strict=True))
+    return [
+        list(answer_all(model, held, job)) if alone else list(next(together))
+        for held, alone in zip(helds, is_alone, strict=True)
+    ]
+
+
+def answer_together(
+    model: Any, caches: Sequence[Any], job: dict[str, Any], question: dict[str, Any]
+) -> list[tuple[list[int], float]]:
+    """The answer to a question from each of several caches."""
+    if not caches:
+        return []
+    start, ids = clock(), question["ids"]
+    put_masks(model, None)
+    caches = [copied(cache) for cache in caches]
+    logits = [read_question(model, cache, ids, len(job["context"]), one_by_one=False) for cache in caches]
+    most, position = question["max_new_tokens"], len(job["context"]) + len(ids)
+    rows = DynamicCache()
+    rows.layers = [RowsLayer(layers, most) for layers in zip(*(cache.layers for cache in caches), strict=True)]
+    del caches
+    answers: list[list[int]] = [[] for _ in logits]
+    writing = list(range(len(logits)))
+    tokens = [int(each.argmax()) for each in logits]
+    while True:
+        kept = []
+        for number, (answer, token) in enumerate(zip(writing, tokens, strict=True)):
+            if token not in job["end_ids"]:
+                answers[answer].append(token)
+                if len(answers[answer]) < most:
+                    kept.append(number)
+        if not kept:
+            break
+        if len(kept) < len(writing):
+            writing = [writing[number] for number in kept]
+            for layer in rows.layers:
+                layer.keep(kept)
+        tokens = step_rows(model, rows, [answers[answer][-1] for answer in writing], position)
+        position += 1
+    share = (clock() - start) / len(answers)
+    return [(answer, share) for answer in answers]
+
+
+def step_rows(model: Any, cache: Any, tokens: Sequence[int], position: int) -> list[int]:
+    """The likeliest tokens after one token of each row, all of which stand at `position`."""
+    before, model.config._attn_implementation = model.config._attn_implementation, "rows"
+    try:
+        logits = model(
+            input_ids=torch.tensor(tokens, device=model.device)[:, None],
+            position_ids=torch.tensor([[position]], device=model.device),
+            attention_mask=torch.ones(
+                1, 1, 1, 1, dtype=torch.bool, device=model.device
+            ),  # taken as it is, and not looked at
+            past_key_values=cache,
+            logits_to_keep=1,
+        ).logits
+    finally:
+        model.config._attn_implementation = before
+    return [int(token) for token in logits[:, -1].argmax(-1)]
+
+
+def with_room(tensor: Any, num_new: int) -> Any:
+    """A copy (1, K, S + num_new, D) of (1, K, S, D)."""
+    whole = tensor.new_empty((*tensor.shape[:2], tensor.shape[2] + num_new, tensor.shape[3]))
+    whole[:, :, : tensor.shape[2]] = tensor
+    return whole
+
+
+def put_masks(model: Any, masks: Sequence[Any] | None) -> None:
+    """Tell the layers which entries attention is not to see."""
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.masked_key_indices = masks[number] if masks else None
+
+
 def answer_all(model: Any, held: Held, job: dict[str, Any]) -> Iterator[tuple[list[int], float]]:
     """The answer to each question, without its end mark, and the seconds that it took."""
-    for number, layer in enumerate(model.model.layers):
-        layer.self_attn.masked_key_indices = held.masks[number] if held.masks else None
+    put_masks(model, held.masks)
     cache, position = held.cache, len(job["context"])
     unread: list[int] = []
     for question in job["questions"]:
@@ -233,8 +357,9 @@ def run(model: Any, jobs: Sequence[dict[str, Any]], path: Path) -> None:
             if not job["ways"]:
                 continue
             note(f"reading {len(job['context']):,} tokens")
-            for way, held in zip(job["ways"], read(model, job), strict=True):
-                answers = list(answer_all(model, held, job))
+            helds = read(model, job)
+            note(f"answering in {len(helds)} ways")
+            for way, held, answers in zip(job["ways"], helds, answers_of(model, helds, job), strict=True):
                 line = {
                     "job": job["id"],
                     **way,
@@ -281,6 +406,7 @@ def main() -> None:
     options = parser.parse_args()
     if not (found := importlib.metadata.version("kvpress")).startswith(SUPPORTED):
         sys.exit(f"{sys.executable} has kvpress {found}; {SUPPORTED}x is needed")
+    AttentionInterface.register("rows", attend_rows)
     logging.getLogger("kvpress").setLevel(logging.ERROR)
     disable_progress_bar()
     jobs = [json.loads(line) for line in options.jobs.read_text(encoding="utf-8").splitlines()]
