@@ -82,6 +82,8 @@ BAD_RUNS = [
     ),
     ({"report_to": "wandb"}, "report_to must be one of None, tensorboard, trackio; got 'wandb'."),
     ({"lora_rank": 0}, "lora_rank must be an int of at least 1; got 0."),
+    ({"average_decay": -0.1}, "average_decay must be a number of at least 0; got -0.1."),
+    ({"average_decay": 1}, "average_decay must be less than 1; got 1."),
     (
         {"stages": [{"chunk_size": 48}]},
         "Stage 1: chunk_size (48) must be divisible by every ratio; 32 does not divide it.",

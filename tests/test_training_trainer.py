@@ -10,6 +10,7 @@ import torch
 
 from activation_beacon import BeaconConfig, attach
 from activation_beacon.errors import ConfigError, MismatchError, TrainingError
+from activation_beacon.persistence import load_adapter_tensors
 from activation_beacon.training.checkpoints import checkpoints
 from activation_beacon.training.processes import Processes
 from activation_beacon.training.sampling import Sample
@@ -78,7 +79,16 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path, optimizer)
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"optimizer": "muon"}, {"lora_rank": 2}, {"stage": {"distillation": 1.0}}], ids=str
+    "changes",
+    [
+        {},
+        {"optimizer": "muon"},
+        {"lora_rank": 2},
+        {"stage": {"distillation": 1.0}},
+        {"average_decay": 0.6},
+        {"average_decay": 0.6, "lora_rank": 2},
+    ],
+    ids=str,
 )
 def test_a_run_that_is_cut_and_resumed_ends_at_the_weights_of_an_unbroken_one(tmp_path, changes):
     _, unbroken = trained(tmp_path / "unbroken", **changes)
@@ -144,6 +154,30 @@ def test_low_rank_training_moves_projections_by_no_more_than_its_rank(tmp_path):
     assert moved
     run.low_rank.merge()
     assert_same(beacon_tensors(run.model), after)
+
+
+def test_the_adapter_is_the_average_of_all_steps_and_training_does_not_see_it(tmp_path):
+    seen = []
+
+    def keep(folder, **changes):
+        run = trainer(folder, **changes)
+        run.report = lambda _: seen.append(beacon_tensors(run.model))
+        run.run()
+        return run
+
+    keep(tmp_path / "last")
+    steps, seen = seen, []
+    averaged = keep(tmp_path / "averaged", average_decay=0.7)
+    for step, other in zip(steps, seen, strict=True):
+        assert_same(step, other)
+    adapter = load_adapter_tensors(checkpoints(tmp_path / "averaged" / "checkpoints")[-1])
+    assert_same(adapter, averaged.adapter_tensors())
+    for name, tensor in adapter.items():
+        mean = torch.zeros_like(tensor)
+        for number, step in enumerate(steps, 1):  # the plain mean of three steps, then a share of 0.3 for each
+            mean += max(0.3, 1 / number) * (step[name] - mean)
+        torch.testing.assert_close(tensor, mean, rtol=1e-5, atol=1e-6, msg=name)
+    assert any(not torch.equal(adapter[name], steps[-1][name]) for name in adapter)
 
 
 def beacon_tensors_of(run):

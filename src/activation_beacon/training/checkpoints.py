@@ -23,6 +23,7 @@ from activation_beacon.training.processes import like
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 WEIGHTS_FILE = "trained.safetensors"
+AVERAGE_FILE = "average.safetensors"
 PATTERN = "step-*"
 
 
@@ -52,6 +53,7 @@ def save_checkpoint(
     config: BeaconConfig,
     adapter: Mapping[str, torch.Tensor],
     trained: Mapping[str, torch.Tensor],
+    average: Mapping[str, torch.Tensor],
     optimizer: Mapping[str, torch.Tensor],
     keep: int,
 ) -> Path:
@@ -62,7 +64,8 @@ def save_checkpoint(
         progress: so far.
         config: of the adapter.
         adapter: its tensors, as they would be used.
-        trained: what is being trained, where that is not the adapter itself (LoRA); may be empty.
+        trained: what is being trained, where that is not the adapter itself (LoRA, an average); may be empty.
+        average: of what is being trained; may be empty.
         optimizer: its state, by name.
         keep: how many to keep.
 
@@ -75,7 +78,7 @@ def save_checkpoint(
 
     def write(aside: Path) -> None:
         save_adapter(aside, config, adapter)
-        for name, tensors in ((OPTIMIZER_FILE, optimizer), (WEIGHTS_FILE, trained)):
+        for name, tensors in ((OPTIMIZER_FILE, optimizer), (WEIGHTS_FILE, trained), (AVERAGE_FILE, average)):
             if tensors:
                 save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, aside / name)
         (aside / STATE_FILE).write_text(json.dumps(asdict(progress), indent=2) + "\n", encoding="utf-8")

@@ -109,6 +109,8 @@ class TrainingSettings:
         on_error: whether a broken record is skipped or stops the run.
         stages: one after the other.
         optimizer: "adamw", or "muon" for the matrices.
+        average_decay: the adapter is an exponential moving average of the weights of all steps, of which a step leaves this
+            share; 0 for the weights of the last step.
         seed: of texts, ratios and new weights.
         save_every: updates between checkpoints.
         dev_every: updates between losses on `dev`.
@@ -138,6 +140,7 @@ class TrainingSettings:
     on_error: Literal["skip", "stop"] = "skip"
     stages: tuple[Stage, ...] = dataclasses.field(default_factory=lambda: (Stage(),))
     optimizer: Optimizer = "adamw"
+    average_decay: float = 0.0
     seed: int = 0
     save_every: int = 100
     dev_every: int = 100
@@ -160,6 +163,9 @@ class TrainingSettings:
             _check_int("lora_rank", self.lora_rank, least=1)
         for name in ("save_every", "dev_every", "dev_texts", "keep_checkpoints"):
             _check_int(name, getattr(self, name), least=1)
+        _check_number("average_decay", self.average_decay, least=0.0)
+        if self.average_decay >= 1:
+            raise ConfigError(f"average_decay must be less than 1; got {self.average_decay!r}.")
         _check_choice("on_error", self.on_error, ("skip", "stop"))
         _check_choice("optimizer", self.optimizer, get_args(Optimizer))
         _check_choice("wrapper", self.wrapper, get_args(Wrapper))

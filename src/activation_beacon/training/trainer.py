@@ -20,6 +20,7 @@ from torch import nn
 from activation_beacon.at_once import chunks_at_once
 from activation_beacon.errors import ConfigError, TrainingError
 from activation_beacon.training import checkpoints
+from activation_beacon.training.averaging import Average
 from activation_beacon.training.batches import Batch, step_batches
 from activation_beacon.training.checkpoints import Progress
 from activation_beacon.training.low_rank import LowRank
@@ -118,6 +119,7 @@ class Trainer:
         self.wrapped = wrap(self.module, settings.wrapper, self.group, list(model.get_decoder().layers))
         self.parameters = dict(self.low_rank.parameters() if self.low_rank else model.beacon_parameters())
         self.optimizers = make_optimizers(settings.optimizer, self.parameters)
+        self.average = Average(self.parameters, settings.average_decay) if settings.average_decay else None
         self.progress = Progress(fingerprint=settings.fingerprint)
         self.stopping: str | None = None
         self.smoothed = self.best = math.inf
@@ -137,6 +139,8 @@ class Trainer:
             tensors = own or checkpoints.read_adapter(found[-1])
             for name, parameter in self.parameters.items():
                 fill(parameter, tensors[name])
+            if self.average is not None:
+                self.average.restore(checkpoints.read_tensors(found[-1], checkpoints.AVERAGE_FILE))
             state = checkpoints.read_tensors(found[-1], checkpoints.OPTIMIZER_FILE)
             checkpoints.restore_optimizers(self.optimizers, self._names, state)
         return self.progress
@@ -205,6 +209,8 @@ class Trainer:
             self._accumulate(batch, stage, num_targets, totals)
         rate = min(stage.rate((step + 1) / stage.steps), stage.learning_rate * self._fall(clock))
         norm = self._update(rate, stage.max_grad_norm)
+        if self.average is not None:
+            self.average.add(self.progress.step + 1)
         line = totals.line(self.group, self.device)
         self._check(line["loss"], norm)
         seconds = time.perf_counter() - start
@@ -312,15 +318,22 @@ class Trainer:
 
     def adapter_tensors(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors in float32, by their names in its file. All processes must ask for them."""
-        named: Mapping[str, Any] = (
-            self.low_rank.adapter_tensors() if self.low_rank else dict(self.model.beacon_parameters())
-        )
-        return {name: whole(tensor.detach()) for name, tensor in named.items()}
+        with self._averaged():
+            named: Mapping[str, Any] = (
+                self.low_rank.adapter_tensors() if self.low_rank else dict(self.model.beacon_parameters())
+            )
+            return {name: whole(tensor.detach()).clone() for name, tensor in named.items()}
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block the weights are those of the adapter that the run is for."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
     def save(self) -> Path:
         """Write a checkpoint; the other processes wait."""
         adapter = self.adapter_tensors()
-        own = {name: whole(parameter.detach()) for name, parameter in self.parameters.items()} if self.low_rank else {}
+        is_apart = self.low_rank is not None or self.average is not None
+        own = {name: whole(parameter.detach()) for name, parameter in self.parameters.items()} if is_apart else {}
+        average = {} if self.average is None else self.average.tensors()
         tensors = checkpoints.optimizer_tensors(self.optimizers, self._names)
         state = {name: whole(value) for name, value in tensors.items()}
         folder = self.folder / "checkpoints"
@@ -328,18 +341,21 @@ class Trainer:
         if self.group.is_first:
             config = dataclasses.replace(self.model.beacon_config, training={"step": self.progress.step})
             path = checkpoints.save_checkpoint(
-                folder, self.progress, config=config, adapter=adapter, trained=own, optimizer=state,
-                keep=self.settings.keep_checkpoints,
+                folder, self.progress, config=config, adapter=adapter, trained=own, average=average,
+                optimizer=state, keep=self.settings.keep_checkpoints,
             )  # fmt: skip
         self.group.barrier()
         return path
 
     @torch.no_grad()
     def dev_losses(self) -> dict[str, float]:
-        """Nats per token after the first chunk on texts nobody trains on, at each ratio."""
+        """Nats per token after the first chunk on texts nobody trains on, at each ratio: the adapter's."""
         if self.dev is None:
             return {}
-        sampler, count = self.dev
+        with self._averaged():
+            return self._dev_losses(*self.dev)
+
+    def _dev_losses(self, sampler: Sampler, count: int) -> dict[str, float]:
         count += -count % self.group.count  # every process reads as many: with fsdp, weights are gathered by all
         chunk_size, found = self.settings.config.chunk_size, {}
         for ratio in self.settings.config.ratios:
