@@ -123,7 +123,7 @@ BAD = [
     (["none.yaml", "-o", "run"], "none.yaml cannot be read: No such file or directory. Name a YAML recipe."),
     (["{files}/bad.yaml", "-o", "run"], "bad.yaml, line 2 is not valid YAML"),
     (["{files}/list.yaml", "-o", "run"], "list.yaml must hold names and values; got list."),
-    (["{files}/unknown.yaml", "-o", "run"], "The recipe names learning_rat, which is not known. Known: adapter, base"),
+    (["{files}/unknown.yaml", "-o", "run"], "The recipe names learning_rat, which is not known. Known: adapter, average_decay, base"),
     (["{files}/texts.jsonl", "-o", "run", "--base", "{files}/none"], "There is no folder"),
     (["{files}/texts.jsonl", "-o", "run", "--length", "100"], "length (100) must exceed chunk_size (1024)"),
     (["{files}/texts.jsonl", "-o", "run", "--steps", "0"], "steps must be an int of at least 1; got 0."),
