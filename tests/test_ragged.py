@@ -51,6 +51,30 @@ def test_each_context_goes_on_as_alone_across_chunks(family):
         assert_same(each, other)
 
 
+@pytest.mark.parametrize(
+    ("family", "settings", "windows"),
+    [
+        ("llama", {"sliding_window": 6}, {None}),  # left over from a conversion: Llama heeds none
+        ("olmo2", {"sliding_window": 6}, {None}),
+        ("mistral", {"sliding_window": 6}, {6}),
+        ("mistral", {"sliding_window": None}, {None}),
+        ("phi3", {"sliding_window": 6, "layer_types": ["full_attention"] * 3}, {6}),  # which it does not heed
+        ("qwen2", {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1}, {None, 6}),
+        ("qwen3", {"sliding_window": 6, "use_sliding_window": False}, {None}),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_windows_are_those_that_the_family_heeds(family, settings, windows):
+    model = with_beacons(family, CONFIG, attention="sdpa", **settings)
+    assert {layer.window for layer in model._beacon.site.layers} == windows
+    contexts = [model.compress(random_ids(length, length), ratio=4) for length in (CHUNK - 3, 3 * CHUNK + 5)]
+    alone = [context.fork() for context in contexts]
+    logits = model.read_next(contexts, [5, 6])
+    for row, (context, token) in enumerate(zip(alone, (5, 6), strict=True)):
+        expected = model(input_ids=torch.tensor([[token]]), past_key_values=context).logits[0, -1]
+        torch.testing.assert_close(logits[row], expected, rtol=0, atol=2e-5)
+
+
 def passes(model, call):
     """How many rows each pass of the base reads."""
     sizes = []
@@ -97,6 +121,18 @@ def test_nothing_is_copied_when_others_join_or_leave():
     model.read_next([first, second, third], [1, 2, 3])
     assert first.layers[0].room is room
     assert first.tokens_seen == LENGTHS[2] + 3
+
+
+@torch.no_grad()
+def test_a_compacted_context_holds_its_own_bytes_only():
+    model = with_beacons("llama", CONFIG, attention="sdpa")
+    context, other = contexts_of(model)[2:4]
+    model.read_next([context, other], [1, 2])
+    small = context.compacted()
+    held = [(layer.keys, layer.keys.untyped_storage().nbytes()) for layer in (context.layers[0], small.layers[0])]
+    assert held[0][1] > held[0][0].nbytes
+    assert held[1][1] == held[1][0].nbytes == held[0][0].nbytes
+    assert_same(small, context, tolerance=0)
 
 
 BAD = [

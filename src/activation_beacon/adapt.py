@@ -20,6 +20,10 @@ from activation_beacon.rope import LayerRope, rotary_layout
 TESTED_FAMILIES = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "granite", "olmo2", "smollm3", "gpt_oss"}
 )
+WINDOWED = frozenset({"mistral", "phi3"})  # all layers have the configuration's window, if it names one
+WINDOWED_BY_TYPE = frozenset(
+    {"qwen2", "qwen3", "gemma3_text", "smollm3", "gpt_oss"}
+)  # those of type "sliding_attention" have
 FULL_ATTENTION = "full_attention"
 AT_ONCE = "beacon_chunks_with_"  # before the name of the attention that it hands chunks to, see at_once
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
@@ -48,7 +52,7 @@ class LayerSite:
         attention: its attention module.
         projections: those in it that get a beacon branch.
         rope: how its keys are rotated; None: not at all.
-        window: entries that a slot sees, itself included; None for all before it.
+        window: entries that a slot sees, itself included; None for all before it, and in families that are not tested.
     """
 
     attention: nn.Module
@@ -272,8 +276,10 @@ def _layer_rope(
 
 
 def _window(config: Any, index: int) -> int | None:
+    """The window of a layer of a tested family; configurations of others may name one that nobody heeds."""
     layer_types = getattr(config, "layer_types", None)
-    is_windowed = layer_types[index] != FULL_ATTENTION if layer_types else True
+    by_type = config.model_type in WINDOWED_BY_TYPE and layer_types and layer_types[index] != FULL_ATTENTION
+    is_windowed = config.model_type in WINDOWED or by_type
     return (getattr(config, "sliding_window", None) or None) if is_windowed else None
 
 

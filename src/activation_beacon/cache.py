@@ -231,6 +231,17 @@ class BeaconCache(Cache):
         other.context_lengths = self.context_lengths
         return other
 
+    def compacted(self) -> "BeaconCache":
+        """The same contents in memory of their own size, without room to grow, or a batch that they were cut from."""
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+        other = self._like(self.rows, own(self.token_ids))
+        other.layers = [layer.map(own) for layer in self.layers]
+        other.context_lengths = self.context_lengths
+        return other
+
     def to(
         self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
     ) -> "BeaconCache":

@@ -10,8 +10,13 @@ from activation_beacon.errors import FileFormatError, StorageError
 from activation_beacon.files import reason
 
 
-def append_lines(path: Path, values: Iterable[Any]) -> None:
+def append_lines(path: Path, values: Iterable[Any], *, way_out: str = "free space and run it again") -> None:
     """Append a line for each value; they are on disk when this returns.
+
+    Args:
+        path: of the file.
+        values: plain ones.
+        way_out: what to do where they cannot be written.
 
     Raises:
         StorageError: if they cannot be written.
@@ -24,7 +29,7 @@ def append_lines(path: Path, values: Iterable[Any]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise StorageError(
-            f"{path} cannot be written: {reason(error)}. What is finished is kept; free space and run it again."
+            f"{path} cannot be written: {reason(error)}. What is finished is kept; {way_out}."
         ) from error
 
 

@@ -216,7 +216,7 @@ class BeaconModel(BeaconGeneration):
         """Read one more token in each of several contexts, as one batch without padding; in place.
 
         Each context goes on as it would alone, whatever its length, ratios or quantisation, and may be put aside or joined
-        by others between two tokens at no cost. Contexts whose next token closes a chunk are read one after another, and so
+        by others between two tokens, which copies nothing. Contexts whose next token closes a chunk are read one after another, and so
         are all of them where attention is not torch's own ("sdpa") or the family is not among the tested ones.
 
         Args:

@@ -94,7 +94,9 @@ class RowsLayer(DynamicLayer):
         for row, keys, values in zip(self.rows, key_states.split(1), value_states.split(1), strict=True):
             held_keys, held_values = row.update(keys, values)
             entries.append((held_keys[:, :, first:], held_values[:, :, first:]))
-        self.mask.entries = entries
+        self.mask.entries[:] = (
+            entries  # in place: what has been made of the mask meanwhile, on another device, shares it
+        )
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -123,10 +125,10 @@ def read_next(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache]
     if not understands_rows_apart(model, site) or sum(can_append) < 2:
         can_append = [False] * len(caches)
     together = [row for row, can in enumerate(can_append) if can]
-    before = {row: cache.fork() for row, cache in enumerate(caches) if row not in together}
+    before = [cache.fork() for cache in caches]
     logits: dict[int, torch.Tensor] = {}
     try:
-        for row in before:
+        for row in sorted(set(range(len(caches))) - set(together)):
             new = NewTokens(ids[row, None, None], [0], [1])
             readout = read(model, site, caches[row], new, Wanted(first_column=0))
             assert readout.logits is not None, "they were wanted"
@@ -134,11 +136,11 @@ def read_next(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache]
         if together:
             rows = _append(model, site, [caches[row] for row in together], ids[together, None])
             logits |= dict(zip(together, rows, strict=True))
+        return torch.stack([logits[row] for row in range(len(caches))])
     except BaseException:
-        for row, cache in before.items():
-            caches[row].adopt(cache)
+        for cache, own in zip(caches, before, strict=True):
+            cache.adopt(own)
         raise
-    return torch.stack([logits[row] for row in range(len(caches))])
 
 
 def _can_append(site: DecoderSite, cache: BeaconCache) -> bool:
@@ -155,19 +157,14 @@ def _append(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache], 
         RowsLayer([cache.layers[index] for cache in caches], mask, layer.window)
         for index, layer in enumerate(site.layers)
     ]
-    try:
-        output = model.base_forward(
-            input_ids=ids,
-            position_ids=torch.tensor(lengths, device=ids.device)[:, None],
-            attention_mask=mask,
-            past_key_values=Cache(layers=layers),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    except BaseException:
-        for cache, length in zip(caches, lengths, strict=True):
-            cache.truncate(length)
-        raise
+    output = model.base_forward(
+        input_ids=ids,
+        position_ids=torch.tensor(lengths, device=ids.device)[:, None],
+        attention_mask=mask,
+        past_key_values=Cache(layers=layers),
+        use_cache=True,
+        logits_to_keep=1,
+    )
     for cache, token in zip(caches, ids.split(1), strict=True):
         cache.token_ids = torch.cat((cache.token_ids.to(token.device), token), dim=1)
         cache.rows = (cache.rows[0].after_reading(1),)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from activation_beacon.base_models import DEFAULT_BASE_NAME
 from activation_beacon.default_base import prepare_default_base
 from activation_beacon.errors import PeerError
@@ -149,7 +151,8 @@ def _check_control(model: Any, prompt: ChatPrompt, sample: Sample, answers: Sequ
         if not is_same:
             raise PeerError(
                 f"Without compression, the environment of kvpress answers {start!r} where the method full answers "
-                f"{ours[: len(start) + 20]!r}. Its results could not be compared: check that both load the same base model."
+                f"{ours[: len(start) + 20]!r}. Its results could not be compared: check that both load the same base model"
+                f"{'' if model.dtype == torch.float32 else ', or use --dtype float32: roundings of half precision may tell'}."
             )
         if sample.is_conversation:
             return  # what follows depends on the whole answer
@@ -232,6 +235,7 @@ def _model_options(model: Any) -> list[str]:
     """Options of the worker that make it load the same base model."""
     name = model.name_or_path
     base = str(prepare_default_base() if name == DEFAULT_BASE_NAME else name)
-    revision = getattr(model.config, "_commit_hash", None)
+    known = model.beacon_config
+    revision = known.base_revision if known.base_model == name and base == name else None
     options = ["--base", base, "--dtype", str(model.dtype).removeprefix("torch."), "--device", str(model.device)]
     return options if revision is None else [*options, "--revision", revision]

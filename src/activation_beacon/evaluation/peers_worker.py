@@ -125,8 +125,8 @@ def read(model: Any, job: dict[str, Any]) -> list[Held]:
     masking = [share for name, share in pairs if name == MASKING]
     kvzip = SeveralMasks(masking) if masking else None
     cache = DynamicCache()
-    start = clock()
-    with kvzip(model) if kvzip else contextlib.nullcontext():
+    with kvzip(model) if kvzip else contextlib.nullcontext():  # it loads a tokenizer here
+        start = clock()
         if kvzip is not None:
             kvzip.prefix_length = job["opening"]  # it takes a chat template for granted
         with several(model):
@@ -179,13 +179,16 @@ class RowsLayer(DynamicLayer):
 
 
 def attend_rows(
-    _module: Any, query: Any, key: Any, _value: Any, _mask: Any, scaling: float | None = None, **_kwargs: Any
+    _module: Any, query: Any, key: Any, _value: Any, _mask: Any, scaling: float | None = None, **kwargs: Any
 ) -> tuple[Any, None]:
     """Attention of one query of each row to the row's own entries; the heads that share a key stand as queries of it."""
     outputs = []
+    first = -(kwargs.get("sliding_window") or 0)
     for own, (keys, values) in zip(query, key.rows, strict=True):
         shared = own.reshape(1, keys.shape[1], -1, own.shape[-1])
-        output = torch.nn.functional.scaled_dot_product_attention(shared, keys, values, scale=scaling)
+        output = torch.nn.functional.scaled_dot_product_attention(
+            shared, keys[:, :, first:], values[:, :, first:], scale=scaling
+        )
         outputs.append(output.reshape(1, 1, query.shape[1], -1))
     return torch.cat(outputs), None
 

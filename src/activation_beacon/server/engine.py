@@ -302,7 +302,7 @@ class Engine:
     def _ended(self, answer: Answer, cache: BeaconCache) -> None:
         running = self._running[answer.job]
         if answer.number == 0:
-            running.first_cache = cache
+            running.first_cache = cache.compacted()  # it may be kept, without the room that writing has made
         running.num_open -= 1
         if running.num_open == 0 and running.first_cache is not None:
             self._finish(answer.job, running.first_cache)

@@ -115,13 +115,13 @@ def read_progress(checkpoint: Path, fingerprint: str) -> Progress:
     return progress
 
 
-def read_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
-    """Tensors of one of a checkpoint's files; none where it has no such file.
+def read_tensors(checkpoint: Path, name: str, *, is_needed: bool = False) -> dict[str, torch.Tensor]:
+    """Tensors of one of a checkpoint's files; none where it has no such file and needs none.
 
     Raises:
-        FileFormatError: if it is damaged.
+        FileFormatError: if it is damaged, or missing where it is needed.
     """
-    if not (checkpoint / name).exists():
+    if not is_needed and not (checkpoint / name).exists():
         return {}
     try:
         return load_file(checkpoint / name)

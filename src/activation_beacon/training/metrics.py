@@ -82,7 +82,7 @@ class MetricsLog:
         Raises:
             StorageError: if it cannot be written.
         """
-        append_lines(self.path, [line])
+        append_lines(self.path, [line], way_out="free space, then --resume")
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

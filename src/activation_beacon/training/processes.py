@@ -96,6 +96,15 @@ def whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def regather(module: nn.Module) -> None:
+    """Let go of whole weights that fsdp has gathered: their shards have been changed, and the next pass gathers them anew."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 @torch.no_grad()
 def fill(parameter: Any, tensor: torch.Tensor) -> None:
     """Copy a tensor in one piece into a parameter, of which this process may hold a shard."""

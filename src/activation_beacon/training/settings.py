@@ -215,6 +215,8 @@ class TrainingSettings:
     def fingerprint(self) -> str:
         """Of all that decides what weights come out: a run is continued under the same one only."""
         values = {name: value for name, value in self.to_dict().items() if name not in NOT_DECISIVE}
+        if not self.average_decay:
+            del values["average_decay"]  # runs from before there was one go on
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:

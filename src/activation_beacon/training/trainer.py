@@ -27,7 +27,7 @@ from activation_beacon.training.low_rank import LowRank
 from activation_beacon.training.metrics import MetricsLog, StepTotals, peak_memory
 from activation_beacon.training.objective import Losses, Objective, check_head, losses
 from activation_beacon.training.optimizers import make_optimizers
-from activation_beacon.training.processes import Processes, fill, whole, wrap
+from activation_beacon.training.processes import Processes, fill, regather, whole, wrap
 from activation_beacon.training.sampling import Sampler
 from activation_beacon.training.settings import Stage, TrainingSettings
 
@@ -140,7 +140,7 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 fill(parameter, tensors[name])
             if self.average is not None:
-                self.average.restore(checkpoints.read_tensors(found[-1], checkpoints.AVERAGE_FILE))
+                self.average.restore(checkpoints.read_tensors(found[-1], checkpoints.AVERAGE_FILE, is_needed=True))
             state = checkpoints.read_tensors(found[-1], checkpoints.OPTIMIZER_FILE)
             checkpoints.restore_optimizers(self.optimizers, self._names, state)
         return self.progress
@@ -324,9 +324,16 @@ class Trainer:
             )
             return {name: whole(tensor.detach()).clone() for name, tensor in named.items()}
 
-    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
         """Within the block the weights are those of the adapter that the run is for."""
-        return contextlib.nullcontext() if self.average is None else self.average.in_place()
+        if self.average is None:
+            yield
+            return
+        with self.average.in_place():
+            regather(self.wrapped)
+            yield
+        regather(self.wrapped)
 
     def save(self) -> Path:
         """Write a checkpoint; the other processes wait."""
