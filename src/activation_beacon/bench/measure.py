@@ -134,14 +134,19 @@ def chunk_seconds(model: Any, num_chunks: int, ratio: int) -> list[float]:
 
 @torch.no_grad()
 def idle_pairs(model: Any, length: int, num_new: int, repeats: int) -> list[tuple[Run, Run]]:
-    """Runs on a short text in pairs: on the bare base model, and with beacons attached. The beacons are new ones after it."""
+    """Runs on a short text in pairs: on the bare base model, and with beacons attached. The beacons are new ones after it.
+
+    Attaching and detaching move much memory: a run that does not count comes after each.
+    """
     config, pairs = model.beacon_config, []
     device = model.get_input_embeddings().weight.device
     ids = torch.randint(0, model.get_input_embeddings().weight.shape[0], (1, length), device=device)
     for number in range(repeats + 1):
         bare = detach(model)
+        timed(bare, DynamicCache(), ids, 1)
         alone = timed(bare, DynamicCache(), ids, num_new)
         model = attach(bare, config)
+        timed(model, model.new_cache(), ids, 1)
         with_beacons = timed(model, model.new_cache(), ids, num_new)
         if number:
             pairs.append((alone, with_beacons))
