@@ -97,3 +97,10 @@ def test_memory_that_grows_shows():
 def test_addresses_that_are_none(url):
     with pytest.raises(InputError, match="must be like http"):
         Connection(url)
+
+
+def test_where_no_server_answers_it_says_so():
+    with ThreadingHTTPServer(("127.0.0.1", 0), WrongServer) as gone:
+        port = gone.server_port
+    with pytest.raises(InputError, match=rf"No server answers at http://127\.0\.0\.1:{port}\. Start one: beacon serve"):
+        Connection(f"http://127.0.0.1:{port}").values("GET", "/v1/models")

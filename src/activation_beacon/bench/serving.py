@@ -128,6 +128,8 @@ class Connection:
             InputError: with what the server says.
         """
         status, content = self.send(method, path, values)
+        if status == 0:
+            raise InputError(f"No server answers at http://{self.host}:{self.port}. Start one: beacon serve.")
         if status not in (200, 201):
             raise InputError(
                 f"The server answered {method} {path} with {status}: {content[:200].decode(errors='replace')}"

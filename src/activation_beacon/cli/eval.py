@@ -399,11 +399,12 @@ def _evaluate(
     loaded = load_model(model, base=base, device=device, dtype=dtype)
     warn_untrained(loaded.config)
     from activation_beacon.evaluation.results import Results
-    from activation_beacon.evaluation.runner import Plan, run_task
+    from activation_beacon.evaluation.runner import Plan, planned_ways, run_task
 
     task = make(loaded)
-    results = Results(wanted.out, _facts(loaded))
     plan = Plan(wanted.methods, wanted.ratios, wanted.lengths, wanted.limit)
+    list(planned_ways(task, plan))  # what is not known is refused before a folder is made
+    results = Results(wanted.out, _facts(loaded))
     with _progress() as progress:
         run_task(loaded.model, task, plan, results, peers=wanted.peers, progress=progress)
     _finish(results, as_json=wanted.json, task=task.name, facts=trained_fields(loaded.config))

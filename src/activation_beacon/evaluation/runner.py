@@ -56,7 +56,7 @@ def run_task(
         MismatchError: if the results are of the same task with other settings.
         PeerError: if kvpress is asked for and cannot be run.
     """
-    ways = list(_ways(task, plan))
+    ways = list(planned_ways(task, plan))
     results.open_task(task.name, task.settings, task.quality)
     samples = {length: _samples(task, length, plan.limit) for length in plan.lengths}
     total, done = len(ways) * sum(map(len, samples.values())), 0
@@ -115,8 +115,12 @@ def _run(
         return {"refused": str(error)}
 
 
-def _ways(task: Task, plan: Plan) -> Iterator[tuple[str, Any]]:
-    """Methods with their ratios."""
+def planned_ways(task: Task, plan: Plan) -> Iterator[tuple[str, Any]]:
+    """Methods with their ratios.
+
+    Raises:
+        InputError: for a method that the task does not know.
+    """
     for method in plan.methods:
         if method not in task.methods:
             known = ", ".join(task.methods)
