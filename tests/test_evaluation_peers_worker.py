@@ -116,6 +116,16 @@ def test_reading_once_for_all_gives_what_the_pipeline_gives_for_each(model, run,
     assert len({str(answers) for answers in ours}) > 3
 
 
+def test_questions_read_in_one_pass_are_answered_as_token_by_token(model, run):
+    loaded, tokenizer = model
+    job = job_of(tokenizer, ASKED, [*ALONE, *SEVERAL])
+    job["questions"] = job["questions"][:1]
+    assert len(job["questions"][0]["ids"]) > 5
+    together, in_turn = (lines_of_worker(run[1], loaded, {**job, "is_conversation": each}) for each in (False, True))
+    assert [line["answers"] for line in together] == [line["answers"] for line in in_turn]
+    assert len({str(line["answers"]) for line in together}) > 3
+
+
 def job_of(tokenizer, sample, ways, questions=None):
     ids, opening, asked = asked_ids(ChatPrompt(tokenizer), sample)
     return {

@@ -149,24 +149,33 @@ def read(model: Any, job: dict[str, Any]) -> list[Held]:
 
 
 class RowsLayer(DynamicLayer):
-    """One layer of several caches of one row, with room for what is written."""
+    """One layer of several caches of one row, with room for what is written.
 
-    def __init__(self, layers: Sequence[Any], num_new: int) -> None:
+    Args:
+        layers: of each row.
+        masked: of each row, the entries that attention is not to see, as kvpress has them; None where it sees all.
+        num_new: entries to come.
+    """
+
+    def __init__(self, layers: Sequence[Any], masked: Sequence[Any], num_new: int) -> None:
         super().__init__()
         self.is_initialized = True
         self.filled = [layer.keys.shape[2] for layer in layers]
-        self.rows = [(with_room(layer.keys, num_new), with_room(layer.values, num_new)) for layer in layers]
+        self.rows = [
+            (with_room(layer.keys, num_new), with_room(layer.values, num_new), visible(layer.keys, indices, num_new))
+            for layer, indices in zip(layers, masked, strict=True)
+        ]
 
     def update(self, key_states: Any, value_states: Any, *_args: Any, **_kwargs: Any) -> tuple[Any, Any]:
-        """Append an entry to each row; the new keys carry the rows to `attend_rows`."""
-        for number, (keys, values) in enumerate(self.rows):
-            keys[:, :, self.filled[number]] = key_states[number, :, 0]
-            values[:, :, self.filled[number]] = value_states[number, :, 0]
-            self.filled[number] += 1
-        key_states.rows = [
-            (keys[:, :, :stop], values[:, :, :stop])
-            for (keys, values), stop in zip(self.rows, self.filled, strict=True)
-        ]
+        """Append entries to each row; the new keys carry the rows to `attend_rows`."""
+        key_states.rows = []
+        for number, (keys, values, seen) in enumerate(self.rows):
+            start = self.filled[number]
+            self.filled[number] = stop = start + key_states.shape[2]
+            keys[:, :, start:stop] = key_states[number]
+            values[:, :, start:stop] = value_states[number]
+            whole = keys[:, :, :stop], values[:, :, :stop], seen if seen is None else seen[..., :stop]
+            key_states.rows.append(whole)
         return key_states, value_states
 
     def keep(self, numbers: Sequence[int]) -> None:
@@ -178,58 +187,74 @@ class RowsLayer(DynamicLayer):
         return max(self.filled)
 
 
+def visible(keys: Any, masked: Any, num_new: int) -> Any:
+    """What attention sees of (1, K, S, D) and of what is to come, (1, K, 1, S + num_new); None if that is all."""
+    if masked is None:
+        return None
+    seen = torch.ones(1, keys.shape[1], 1, keys.shape[2] + num_new, dtype=torch.bool, device=keys.device)
+    rows, heads, places = masked
+    seen[rows, heads, 0, places] = False
+    return seen
+
+
 def attend_rows(
     _module: Any, query: Any, key: Any, _value: Any, _mask: Any, scaling: float | None = None, **kwargs: Any
 ) -> tuple[Any, None]:
-    """Attention of one query of each row to the row's own entries; the heads that share a key stand as queries of it."""
+    """Attention of each row's queries, (B, H, N, D), to the row's own entries; heads that share a key stand as its queries."""
     outputs = []
-    first = -(kwargs.get("sliding_window") or 0)
-    for own, (keys, values) in zip(query, key.rows, strict=True):
+    for own, (keys, values, seen) in zip(query, key.rows, strict=True):
         shared = own.reshape(1, keys.shape[1], -1, own.shape[-1])
-        output = torch.nn.functional.scaled_dot_product_attention(
-            shared, keys[:, :, first:], values[:, :, first:], scale=scaling
-        )
-        outputs.append(output.reshape(1, 1, query.shape[1], -1))
+        mask = mask_of(own, keys, seen, kwargs.get("sliding_window"))
+        output = torch.nn.functional.scaled_dot_product_attention(shared, keys, values, attn_mask=mask, scale=scaling)
+        outputs.append(output.reshape(1, *own.shape).transpose(1, 2))
     return torch.cat(outputs), None
+
+
+def mask_of(queries: Any, keys: Any, seen: Any, window: int | None) -> Any:
+    """Which of a row's keys its last tokens see, (1, K, G * N, S) for queries (H, N, D); None if all."""
+    heads, num, _ = queries.shape
+    count = keys.shape[2]
+    if num == 1 and window is None:
+        return seen
+    ends = torch.arange(count - num, count, device=keys.device)[:, None]
+    places = torch.arange(count, device=keys.device)
+    mask = places <= ends
+    if window is not None:
+        mask &= places > ends - window
+    if seen is not None:
+        mask = mask & seen
+    return mask.expand(1, keys.shape[1], num, count).repeat(1, 1, heads // keys.shape[1], 1)
 
 
 def answers_of(model: Any, helds: Sequence[Held], job: dict[str, Any]) -> list[list[tuple[list[int], float]]]:
     """The answers of each way to all questions, and the seconds; what is done together is shared out evenly.
 
-    Alone go conversations, whose turns depend on the answers before, and ways whose masks kvpress puts on the model.
+    Alone go conversations, whose turns depend on the answers before.
     """
-    is_alone = [job["is_conversation"] or held.masks is not None for held in helds]
-    caches = [held.cache for held, alone in zip(helds, is_alone, strict=True) if not alone]
-    together = iter(zip(*(answer_together(model, caches, job, question) for question in job["questions"]), strict=True))
-    return [
-        list(answer_all(model, held, job)) if alone else list(next(together))
-        for held, alone in zip(helds, is_alone, strict=True)
-    ]
+    if job["is_conversation"]:
+        return [list(answer_turns(model, held, job)) for held in helds]
+    together = [answer_together(model, helds, job, question) for question in job["questions"]]
+    return [list(answers) for answers in zip(*together, strict=True)]
 
 
 def answer_together(
-    model: Any, caches: Sequence[Any], job: dict[str, Any], question: dict[str, Any]
+    model: Any, helds: Sequence[Held], job: dict[str, Any], question: dict[str, Any]
 ) -> list[tuple[list[int], float]]:
-    """The answer to a question from each of several caches."""
-    if not caches:
-        return []
-    start, ids = clock(), question["ids"]
-    put_masks(model, None)
-    caches = [copied(cache) for cache in caches]
-    logits = [read_question(model, cache, ids, len(job["context"]), one_by_one=False) for cache in caches]
-    most, position = question["max_new_tokens"], len(job["context"]) + len(ids)
-    rows = DynamicCache()
-    rows.layers = [RowsLayer(layers, most) for layers in zip(*(cache.layers for cache in caches), strict=True)]
-    del caches
-    answers: list[list[int]] = [[] for _ in logits]
-    writing = list(range(len(logits)))
-    tokens = [int(each.argmax()) for each in logits]
+    """The answer to a question from each of several ways to hold the context."""
+    start, position = clock(), len(job["context"])
+    put_masks(model, None)  # each row has its own
+    rows = rows_of(helds, len(question["ids"]) + question["max_new_tokens"])
+    answers: list[list[int]] = [[] for _ in helds]
+    writing = list(range(len(helds)))
+    read = [question["ids"]] * len(helds)
     while True:
+        tokens = step_rows(model, rows, read, position)
+        position += len(read[0])
         kept = []
         for number, (answer, token) in enumerate(zip(writing, tokens, strict=True)):
             if token not in job["end_ids"]:
                 answers[answer].append(token)
-                if len(answers[answer]) < most:
+                if len(answers[answer]) < question["max_new_tokens"]:
                     kept.append(number)
         if not kept:
             break
@@ -237,19 +262,32 @@ def answer_together(
             writing = [writing[number] for number in kept]
             for layer in rows.layers:
                 layer.keep(kept)
-        tokens = step_rows(model, rows, [answers[answer][-1] for answer in writing], position)
-        position += 1
+        read = [answers[answer][-1:] for answer in writing]
     share = (clock() - start) / len(answers)
     return [(answer, share) for answer in answers]
 
 
-def step_rows(model: Any, cache: Any, tokens: Sequence[int], position: int) -> list[int]:
-    """The likeliest tokens after one token of each row, all of which stand at `position`."""
+def rows_of(helds: Sequence[Held], num_new: int) -> Any:
+    """One cache of which each row is what a way holds."""
+    cache = DynamicCache()
+    cache.layers = [
+        RowsLayer(
+            [held.cache.layers[number] for held in helds],
+            [held.masks and held.masks[number] for held in helds],
+            num_new,
+        )
+        for number in range(len(helds[0].cache.layers))
+    ]
+    return cache
+
+
+def step_rows(model: Any, cache: Any, rows: Sequence[Sequence[int]], position: int) -> list[int]:
+    """The likeliest tokens after as many tokens of each row, the first of which stand at `position`."""
     before, model.config._attn_implementation = model.config._attn_implementation, "rows"
     try:
         logits = model(
-            input_ids=torch.tensor(tokens, device=model.device)[:, None],
-            position_ids=torch.tensor([[position]], device=model.device),
+            input_ids=torch.tensor(rows, device=model.device),
+            position_ids=torch.arange(position, position + len(rows[0]), device=model.device)[None],
             attention_mask=torch.ones(
                 1, 1, 1, 1, dtype=torch.bool, device=model.device
             ),  # taken as it is, and not looked at
@@ -274,23 +312,20 @@ def put_masks(model: Any, masks: Sequence[Any] | None) -> None:
         layer.self_attn.masked_key_indices = masks[number] if masks else None
 
 
-def answer_all(model: Any, held: Held, job: dict[str, Any]) -> Iterator[tuple[list[int], float]]:
-    """The answer to each question, without its end mark, and the seconds that it took."""
+def answer_turns(model: Any, held: Held, job: dict[str, Any]) -> Iterator[tuple[list[int], float]]:
+    """The answer to each question of a conversation, without its end mark, and the seconds that it took."""
     put_masks(model, held.masks)
-    cache, position = held.cache, len(job["context"])
+    cache, position = copied(held.cache), len(job["context"])
     unread: list[int] = []
     for question in job["questions"]:
         start = clock()
-        grown = copied(cache)
         ids = [*unread, *question["ids"]]
-        logits = read_question(model, grown, ids, position, one_by_one=held.masks is not None)
-        answer, has_ended = generate(
-            model, grown, logits, position + len(ids), question["max_new_tokens"], job["end_ids"]
-        )
+        logits = read_question(model, cache, ids, position, one_by_one=held.masks is not None)
+        position += len(ids)
+        answer, has_ended = generate(model, cache, logits, position, question["max_new_tokens"], job["end_ids"])
         yield answer, clock() - start
-        if job["is_conversation"]:
-            cache, unread = grown, [] if has_ended else answer[-1:]
-            position += len(ids) + len(answer) - len(unread)
+        unread = [] if has_ended else answer[-1:]
+        position += len(answer) - len(unread)
 
 
 def read_question(model: Any, cache: Any, ids: list[int], position: int, *, one_by_one: bool) -> Any:
