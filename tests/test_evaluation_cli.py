@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from activation_beacon import BeaconConfig, attach, detach
 from activation_beacon.cli import app
 from evaluation_models import STORY, beacon_model
 from families import beacon_tensors
+from launched import run_together
 from saved_models import CHUNK, byte_tokenizer
 
 pytest.importorskip("matplotlib")
@@ -93,6 +95,30 @@ def test_a_second_run_adds_what_is_new_and_tasks_share_a_report(run, tmp_path):
     report = (tmp_path / "out" / "report.md").read_text()
     assert "## lm" in report
     assert "## needles" in report
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_report_of_one(files, run, tmp_path):
+    options = [str(each).format(files=files) for each in NEEDLES]
+    alone = json.loads(good(run(*NEEDLES, "--json")))
+    options[options.index("out")] = "together"
+    command = [sys.executable, "-W", "ignore", "-m", "activation_beacon", "eval", *options, "--json"]
+    (status, output), other = run_together(2, command, cwd=tmp_path)
+    assert (status, other[0]) == (0, 0), output + other[1]
+    found = json.loads(output[output.index("{") :])
+    rows = [[{k: v for k, v in row.items() if "seconds" not in k} for row in each["rows"]] for each in (alone, found)]
+    assert rows[0] == rows[1]
+    assert not other[1].strip(), "the first one speaks for all"
+    assert len(lines_of(tmp_path / "together")) == len(lines_of(tmp_path / "out")) == 4
+
+
+def test_a_task_of_lm_eval_is_refused_in_several_processes(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("harness", "arc_easy", "-o", "out")
+    assert result.exit_code == 1
+    assert (
+        "`beacon eval harness` runs in one process; torchrun has started 2. Start it without torchrun." in result.output
+    )
 
 
 def test_report_writes_it_anew(run, tmp_path):

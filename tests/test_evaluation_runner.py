@@ -13,6 +13,7 @@ from activation_beacon.evaluation.results import Key, Results
 from activation_beacon.evaluation.runner import Plan, run_task
 from activation_beacon.evaluation.samples import Question, Sample
 from activation_beacon.evaluation.tasks import Answering, LanguageModelling, multi_turn, needles, other_context
+from activation_beacon.processes import Processes
 from evaluation_models import STORY, beacon_model, byte_prompt, ids_of
 from saved_models import CHUNK, byte_tokenizer
 
@@ -93,6 +94,42 @@ def test_a_run_killed_anywhere_continues_to_the_same_results(model, documents, w
     continued = run_both(model, documents, tmp_path / "cut")
     assert continued.records == Results(whole).records
     assert sorted(lines.read_bytes().splitlines()) == sorted(content.splitlines())
+
+
+def test_processes_share_the_samples_and_the_first_takes_in_what_the_others_did(model, documents, whole, tmp_path):
+    folder = tmp_path / "out"
+    first, second = (Results(folder, MODEL, rank=rank) for rank in range(2))
+    for results in (first, second):
+        group = Processes(results.rank, 2)
+        run_task(model, lm_task(documents), LM, results, group=group)
+        run_task(model, needle_task(), NEEDLES, results, group=group)
+    assert not first.records.keys() & second.records.keys()
+    assert {len(first.records), len(second.records)} == {
+        len(Results(whole).records) // 2 - 2,
+        len(Results(whole).records) // 2 + 2,
+    }
+    assert Results(folder).records == Results(whole).records  # reading only
+    assert (folder / "results-1.jsonl").exists()
+    first.gather()
+    assert first.records == Results(whole).records
+    assert [path.name for path in folder.glob("*.jsonl")] == ["results.jsonl"]
+    assert sorted((folder / "results.jsonl").read_text().splitlines()) == sorted(
+        (whole / "results.jsonl").read_text().splitlines()
+    )
+
+
+def test_what_other_processes_did_before_a_run_was_killed_counts(model, documents, whole, tmp_path):
+    folder = tmp_path / "out"
+    Results(folder, MODEL)
+    run_task(model, lm_task(documents), LM, Results(folder, MODEL, rank=1), group=Processes(1, 2))
+    part = folder / "results-1.jsonl"
+    lines = part.read_text().splitlines(keepends=True)
+    (folder / "results.jsonl").write_text(lines[0])  # it was being taken in
+    part.write_text("".join(lines)[:-9])
+    continued = run_both(model, documents, folder)
+    assert continued.records == Results(whole).records
+    assert len((folder / "results.jsonl").read_text().splitlines()) == len(continued.records)
+    assert not part.exists()
 
 
 def test_what_is_finished_is_not_run_again(model, documents, whole, monkeypatch):

@@ -1,7 +1,4 @@
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +7,7 @@ import torch
 
 from activation_beacon.persistence import load_adapter_tensors
 from activation_beacon.training.checkpoints import checkpoints
+from launched import run_together
 
 # What each process runs: three updates of texts of unlike lengths, or as many as are left.
 SCRIPT = """
@@ -17,7 +15,7 @@ import sys
 from pathlib import Path
 from test_training_trainer import settings, Texts
 from activation_beacon import attach
-from activation_beacon.training.processes import processes
+from activation_beacon.processes import processes
 from activation_beacon.training.trainer import Trainer, _Clock as Clock
 from families import tiny
 
@@ -37,27 +35,10 @@ with processes() as group:
 """
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def run(count: int, folder: Path, steps: int = 3, **changes):
-    port = str(free_port())
-    base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "WORLD_SIZE": str(count)}
-    members = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), str(steps), repr(changes)],
-            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    outputs = [member.communicate(timeout=300)[0] for member in members]
-    assert [member.returncode for member in members] == [0] * count, "\n".join(outputs)
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), str(steps), repr(changes)]
+    ended = run_together(count, command)
+    assert [status for status, _ in ended] == [0] * count, "\n".join(output for _, output in ended)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return load_adapter_tensors(checkpoints(folder / "checkpoints")[-1]), lines
 

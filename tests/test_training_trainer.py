@@ -11,8 +11,8 @@ import torch
 from activation_beacon import BeaconConfig, attach
 from activation_beacon.errors import ConfigError, MismatchError, TrainingError
 from activation_beacon.persistence import load_adapter_tensors
+from activation_beacon.processes import Processes
 from activation_beacon.training.checkpoints import checkpoints
-from activation_beacon.training.processes import Processes
 from activation_beacon.training.sampling import Sample
 from activation_beacon.training.settings import Stage, TrainingSettings
 from activation_beacon.training.trainer import Trainer

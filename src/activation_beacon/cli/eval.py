@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -292,6 +293,10 @@ def harness(
     Their data come from the hub. Prompts of up to a chunk are the base model's own business, so that their scores are
     equal at every ratio; longer ones are compressed on the way in. Here the question is part of the prompt.
     """
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise InputError(
+            f"`beacon eval harness` runs in one process; torchrun has started {count}. Start it without torchrun."
+        )
     _check_plots()
     if include is not None and not include.is_dir():
         raise InputError(f"--include ({include}) is no folder. Name one that holds tasks as YAML files.")
@@ -396,18 +401,29 @@ def _evaluate(
 ) -> None:
     for ratio in wanted.ratios:
         check_ratio(model, ratio)
-    loaded = load_model(model, base=base, device=device, dtype=dtype)
-    warn_untrained(loaded.config)
     from activation_beacon.evaluation.results import Results
     from activation_beacon.evaluation.runner import Plan, planned_ways, run_task
+    from activation_beacon.processes import processes
 
-    task = make(loaded)
-    plan = Plan(wanted.methods, wanted.ratios, wanted.lengths, wanted.limit)
-    list(planned_ways(task, plan))  # what is not known is refused before a folder is made
-    results = Results(wanted.out, _facts(loaded))
-    with _progress() as progress:
-        run_task(loaded.model, task, plan, results, peers=wanted.peers, progress=progress)
-    _finish(results, as_json=wanted.json, task=task.name, facts=trained_fields(loaded.config))
+    with processes() as group:
+        device = device or (str(group.device()) if group.count > 1 else None)
+        loaded = load_model(model, base=base, device=device, dtype=dtype)
+        task = make(loaded)
+        plan = Plan(wanted.methods, wanted.ratios, wanted.lengths, wanted.limit)
+        list(planned_ways(task, plan))  # what is not known is refused before a folder is made
+        if not group.is_first:
+            group.barrier()
+        else:
+            warn_untrained(loaded.config)
+        results = Results(wanted.out, _facts(loaded), rank=group.rank)
+        if group.is_first:
+            group.barrier()
+        with _progress(is_shown=group.is_first) as progress:
+            run_task(loaded.model, task, plan, results, peers=wanted.peers, progress=progress, group=group)
+        group.barrier()
+        if group.is_first:
+            results.gather()
+            _finish(results, as_json=wanted.json, task=task.name, facts=trained_fields(loaded.config))
 
 
 def _facts(loaded: Loaded) -> dict[str, Any]:
@@ -451,8 +467,11 @@ def _background(loaded: Loaded, files: list[Path] | None) -> tuple[list[int], st
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on a terminal, and elsewhere a line every ten seconds."""
+def _progress(*, is_shown: bool = True) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on a terminal, and elsewhere a line every ten seconds; of several processes the first one shows its own."""
+    if not is_shown:
+        yield lambda *_: None
+        return
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -493,6 +512,7 @@ for command, lines in (
             "beacon eval ruler -o out",
             "beacon eval ruler --length 4096 --tasks niah_single_1,ruler_vt --limit 5 -o out",
             "beacon eval ruler --limit 1 --methods full,beacons,snapkv,kvzip -o out",
+            "OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m activation_beacon eval ruler -o out",
         ),
     ),
     (
@@ -513,5 +533,5 @@ def evaluate() -> None:
     """Measure what compression loses: at which ratio, on which task, against what else.
 
     Every finished sample is a line of results.jsonl in the output folder. A run that was stopped goes on when it is
-    started again; several tasks may share a folder, and so one report.
+    started again; several tasks may share a folder, and so one report. Under torchrun, processes share the samples.
     """

@@ -35,11 +35,14 @@ PEERS = {
     "knorm": "keys of small norm (Knorm)",
     "streaming-llm-kvpress": "first tokens and last ones (StreamingLLM)",
 }
-FOLDER, JOBS, ANSWERS = "peers", "jobs.jsonl", "answers.jsonl"
+FOLDER, JOBS, ANSWERS = "peers", "jobs", "answers"  # files of processes that are not the first: jobs-1.jsonl and so on
 WORKER = Path(__file__).with_name("peers_worker.py")
 PYTHON = Path(".venv-peers/bin/python")
 PLAIN = "none"  # the worker's name for reading without compression
 CONTROL_TOKENS = 16  # of the control's answer; further on, roundings of two versions of transformers may tell
+
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # kvpress's process is none of torchrun's
 
 Wanted = tuple[Key, Sample]
 Answered = tuple[str, str, int]  # job, press, entries
@@ -76,6 +79,7 @@ def peer_records(
     wanted: Sequence[Wanted],
     folder: Path,
     *,
+    rank: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Key, dict[str, Any]]]:
     """The records of samples under kvpress's methods, as they are finished.
@@ -88,13 +92,14 @@ def peer_records(
         prompt: of its tokenizer.
         wanted: keys with a method of `PEERS`, and their samples.
         folder: of the results.
+        rank: of this process among those that evaluate together, each with a kvpress of its own.
         say: called with each line that kvpress's process says.
 
     Raises:
         PeerError: if kvpress cannot be run, or its answers without compression are others than ours.
         StorageError: if the jobs cannot be written.
     """
-    exchange = _Exchange(folder / FOLDER)
+    exchange = _Exchange(folder / FOLDER, rank)
     jobs: dict[str, dict[str, Any]] = {}
     asked_for: dict[Answered, list[Wanted]] = {}
     for key, sample in wanted:
@@ -173,8 +178,8 @@ def _record(prompt: ChatPrompt, sample: Sample, line: Mapping[str, Any], context
 class _Exchange:
     """The folder where jobs and answers lie."""
 
-    def __init__(self, folder: Path) -> None:
-        self.jobs, self.path = folder / JOBS, folder / ANSWERS
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.jobs, self.path = (folder / f"{name}{f'-{rank}' if rank else ''}.jsonl" for name in (JOBS, ANSWERS))
         self.offset = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +224,7 @@ def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+            env={**{name: value for name, value in os.environ.items() if name not in LAUNCHED}, **QUIET},
         )
     except OSError as error:
         raise PeerError(f"{command[0]} cannot be run: {reason(error)}. Make it anew with `make peers`.") from error

@@ -1,6 +1,7 @@
 """Results on disk: one JSON line for each finished sample, and beside them what they were measured on.
 
-A run that was killed is continued by opening its folder again: what is finished is kept, a line cut short is dropped.
+A run that was killed is continued by opening its folder again: what is finished is kept, a line cut short is dropped. Where several
+processes run together, each but the first appends to a file of its own, which the first takes in.
 """
 
 import json
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from activation_beacon.errors import FileFormatError, MismatchError, StorageError
-from activation_beacon.files import write_text
+from activation_beacon.files import reason, write_text
 from activation_beacon.json_lines import append_lines, read_lines
 
 RESULTS, RUN = "results.jsonl", "run.json"
+PART = "results-{}.jsonl"  # what a process that is not the first has finished
 FORMAT_VERSION = 1
 
 
@@ -32,6 +34,7 @@ class Results:
     Args:
         folder: made if it is missing.
         model: what is measured, in plain values; None to read only.
+        rank: of the process, which must not write where another one does. The first must have opened the folder before the others.
 
     Raises:
         StorageError: if the folder cannot be read or made.
@@ -39,8 +42,9 @@ class Results:
         FileFormatError: if a file in it is damaged.
     """
 
-    def __init__(self, folder: str | Path, model: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: str | Path, model: Mapping[str, Any] | None = None, *, rank: int = 0) -> None:
         self.folder = Path(folder)
+        self.rank = rank
         if model is None and not (self.folder / RUN).is_file():
             raise StorageError(f"{self.folder} holds no results ({RUN} is missing). Name a folder of `beacon eval`.")
         self.records: dict[Key, dict[str, Any]] = {}
@@ -48,13 +52,35 @@ class Results:
         if model is not None:
             self._make_folder()
             self._check_model(dict(model))
-        for record in read_lines(self.path):
-            self.records[key_of(record)] = record
+        for path in (self.folder / RESULTS, *self._parts()):
+            for record in read_lines(path):
+                self.records[key_of(record)] = record
+        if model is not None and rank == 0:
+            self.gather()
 
     @property
     def path(self) -> Path:
-        """The file of lines."""
-        return self.folder / RESULTS
+        """The file of lines that this process appends to."""
+        return self.folder / (PART.format(self.rank) if self.rank else RESULTS)
+
+    def gather(self) -> None:
+        """Take in what other processes have finished; for the first one, when the others do not write.
+
+        Raises:
+            StorageError: if a file cannot be read, written or removed.
+        """
+        known = {key_of(record) for record in read_lines(self.path)}
+        for path in self._parts():
+            others = {key_of(record): record for record in read_lines(path)}
+            append_lines(self.path, [record for key, record in others.items() if key not in known])
+            known |= others.keys()
+            self.records |= others
+            try:
+                path.unlink()
+            except OSError as error:
+                raise StorageError(
+                    f"{path} cannot be removed: {reason(error)}. Remove it: it has been taken in."
+                ) from error
 
     @property
     def model(self) -> dict[str, Any]:
@@ -96,11 +122,14 @@ class Results:
         keys = sorted((key for key in self.records if key.task == name), key=lambda key: tuple(map(str, key)))
         return [self.records[key] for key in keys]
 
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob(PART.format("*")))
+
     def _make_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"{self.folder} cannot be made: {error.strerror}. Choose another folder.") from error
+            raise StorageError(f"{self.folder} cannot be made: {reason(error)}. Choose another folder.") from error
 
     def _check_model(self, model: dict[str, Any]) -> None:
         if not self.run["model"]:

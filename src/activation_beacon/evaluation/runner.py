@@ -11,6 +11,7 @@ from activation_beacon.evaluation.peers import PEERS, Peers, peer_records
 from activation_beacon.evaluation.results import Key, Results
 from activation_beacon.evaluation.tasks import Task
 from activation_beacon.plan import Ratio
+from activation_beacon.processes import Processes
 
 Progress = Callable[[int, int, str], None]
 
@@ -40,8 +41,9 @@ def run_task(
     *,
     peers: Peers | None = None,
     progress: Progress | None = None,
+    group: Processes | None = None,
 ) -> None:
-    """Run what is not finished yet, and append it to the results; last what another process runs.
+    """Run what is not finished yet, and append it to the results; last what another program runs.
 
     Args:
         model: with beacons attached.
@@ -49,7 +51,8 @@ def run_task(
         plan: how much of it.
         results: where it goes.
         peers: where kvpress is, for its methods.
-        progress: called with the units done, those there are, and what is being done.
+        progress: called with the units done, those there are for this process, and what is being done.
+        group: the processes that run the task together: samples are dealt out, each with all of its methods.
 
     Raises:
         InputError: for a method that the task does not know, or a length of which it has no sample.
@@ -59,10 +62,12 @@ def run_task(
     ways = list(planned_ways(task, plan))
     results.open_task(task.name, task.settings, task.quality)
     samples = {length: _samples(task, length, plan.limit) for length in plan.lengths}
-    total, done = len(ways) * sum(map(len, samples.values())), 0
+    group = group or Processes()
+    units = list(_units(samples, ways, group))
+    total, done = len(units), 0
     others = []
     with evaluating(model):
-        for length, index, (method, ratio) in _units(samples, ways):
+        for length, index, (method, ratio) in units:
             key = Key(task.name, method, ratio, length, samples[length][index].id)
             if method in PEERS and key not in results.records:
                 others.append((key, samples[length][index]))
@@ -89,8 +94,9 @@ def _run_others(
     """What kvpress makes of samples of a task with questions; no other task has its methods."""
     count = 0
     records = peer_records(
-        peers, model, task.prompt, wanted, results.folder, say=lambda text: say(count, f"kvpress: {text}")
-    )
+        peers, model, task.prompt, wanted, results.folder, rank=results.rank,
+        say=lambda text: say(count, f"kvpress: {text}"),
+    )  # fmt: skip
     for key, record in records:
         results.add(key, record)
         count += 1
@@ -130,11 +136,14 @@ def planned_ways(task: Task, plan: Plan) -> Iterator[tuple[str, Any]]:
 
 
 def _units(
-    samples: dict[int, list[Any]], ways: Sequence[tuple[str, Any]]
+    samples: dict[int, list[Any]], ways: Sequence[tuple[str, Any]], group: Processes
 ) -> Iterator[tuple[int, int, tuple[str, Any]]]:
-    for length, those in samples.items():
-        for index, way in itertools.product(range(len(those)), ways):
-            yield length, index, way
+    """Length, sample and way of all that this process does."""
+    each = [(length, index) for length, those in samples.items() for index in range(len(those))]
+    for number, (length, index) in enumerate(each):
+        if group.takes(number):
+            for way in ways:
+                yield length, index, way
 
 
 def _samples(task: Task, length: int, limit: int | None) -> list[Any]:

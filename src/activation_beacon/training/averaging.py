@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from activation_beacon.training.processes import fill, whole
+from activation_beacon.training.sharding import fill, whole
 
 
 class Average:

@@ -18,7 +18,7 @@ from activation_beacon.config import BeaconConfig
 from activation_beacon.errors import FileFormatError, MismatchError
 from activation_beacon.files import build_folder, reason
 from activation_beacon.persistence import load_adapter_tensors, save_adapter
-from activation_beacon.training.processes import like
+from activation_beacon.training.sharding import like
 
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -12,9 +12,9 @@ import torch
 from activation_beacon.errors import StorageError
 from activation_beacon.files import reason, write_text
 from activation_beacon.json_lines import append_lines
+from activation_beacon.processes import Processes
 from activation_beacon.training.batches import Batch
 from activation_beacon.training.objective import Losses
-from activation_beacon.training.processes import Processes
 
 
 class StepTotals:

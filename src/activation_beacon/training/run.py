@@ -19,10 +19,10 @@ from activation_beacon.errors import BaseModelError, ConfigError, StorageError
 from activation_beacon.files import write_text
 from activation_beacon.model import attach
 from activation_beacon.persistence import fill_parameters, load_adapter_tensors, save_adapter
+from activation_beacon.processes import Processes, processes
 from activation_beacon.training.card import training_card
 from activation_beacon.training.checkpoints import checkpoints
 from activation_beacon.training.metrics import read_metrics
-from activation_beacon.training.processes import Processes, processes
 from activation_beacon.training.samplers import check_sources, stage_sampler, token_stores
 from activation_beacon.training.sampling import DocumentSampler, Sampler
 from activation_beacon.training.settings import TrainingSettings

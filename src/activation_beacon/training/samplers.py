@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from activation_beacon.data.data_files import data_files
-from activation_beacon.training.processes import Processes
+from activation_beacon.processes import Processes
 from activation_beacon.training.sampling import DocumentSampler, MixedSampler, Sampler
 from activation_beacon.training.settings import Stage, TrainingSettings
 from activation_beacon.training.token_store import BuildProgress, TokenStore, build_token_store

@@ -19,6 +19,7 @@ from torch import nn
 
 from activation_beacon.at_once import chunks_at_once
 from activation_beacon.errors import ConfigError, TrainingError
+from activation_beacon.processes import Processes
 from activation_beacon.training import checkpoints
 from activation_beacon.training.averaging import Average
 from activation_beacon.training.batches import Batch, step_batches
@@ -27,9 +28,9 @@ from activation_beacon.training.low_rank import LowRank
 from activation_beacon.training.metrics import MetricsLog, StepTotals, peak_memory
 from activation_beacon.training.objective import Losses, Objective, check_head, losses
 from activation_beacon.training.optimizers import make_optimizers
-from activation_beacon.training.processes import Processes, fill, regather, whole, wrap
 from activation_beacon.training.sampling import Sampler
 from activation_beacon.training.settings import Stage, TrainingSettings
+from activation_beacon.training.sharding import fill, regather, whole, wrap
 
 RUNAWAY_NATS = 2.0  # by which the smoothed loss may exceed the best it was
 SMOOTHING = 0.95
