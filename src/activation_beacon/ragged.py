@@ -94,9 +94,8 @@ class RowsLayer(DynamicLayer):
         for row, keys, values in zip(self.rows, key_states.split(1), value_states.split(1), strict=True):
             held_keys, held_values = row.update(keys, values)
             entries.append((held_keys[:, :, first:], held_values[:, :, first:]))
-        self.mask.entries[:] = (
-            entries  # in place: what has been made of the mask meanwhile, on another device, shares it
-        )
+        # In place: what has been made of the mask meanwhile, on another device, shares the list.
+        self.mask.entries[:] = entries
         return key_states, value_states
 
     def get_seq_length(self) -> int:

@@ -4,8 +4,8 @@ It runs in an environment that has kvpress and an older transformers: `python -I
 says what went wrong, if something did. What stands in the answers' file already is not done again.
 
 A context is read once, for all methods and sizes together: a press looks at a layer's keys and values when attention is done with
-them, and what it drops there does not change what the later layers read. Questions are then answered for all of them together too:
-one pass for a token of each, in which every row attends to its own entries.
+them, and what it drops there does not change what the later layers read. Questions are then answered for all of them together too: one pass for the
+question's tokens, and one for each token written, in which every row attends to its own entries, as many as its press left visible.
 """
 
 import argparse
@@ -284,13 +284,12 @@ def rows_of(helds: Sequence[Held], num_new: int) -> Any:
 def step_rows(model: Any, cache: Any, rows: Sequence[Sequence[int]], position: int) -> list[int]:
     """The likeliest tokens after as many tokens of each row, the first of which stand at `position`."""
     before, model.config._attn_implementation = model.config._attn_implementation, "rows"
+    taken_as_it_is = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)  # `attend_rows` has masks of its own
     try:
         logits = model(
             input_ids=torch.tensor(rows, device=model.device),
             position_ids=torch.arange(position, position + len(rows[0]), device=model.device)[None],
-            attention_mask=torch.ones(
-                1, 1, 1, 1, dtype=torch.bool, device=model.device
-            ),  # taken as it is, and not looked at
+            attention_mask=taken_as_it_is,
             past_key_values=cache,
             logits_to_keep=1,
         ).logits
