@@ -4,8 +4,8 @@ It runs in an environment that has kvpress and an older transformers: `python -I
 says what went wrong, if something did. What stands in the answers' file already is not done again.
 
 A context is read once, for all methods and sizes together: a press looks at a layer's keys and values when attention is done with
-them, and what it drops there does not change what the later layers read. Questions are then answered for all of them together too: one pass for the
-question's tokens, and one for each token written, in which every row attends to its own entries, as many as its press left visible.
+them, and what it drops there does not change what the later layers read. Questions are then answered for all of them together too,
+one pass for a token of each; in it every row attends to its own entries, and to those of them that its press has left visible.
 """
 
 import argparse
