@@ -140,7 +140,7 @@ def test_multi_turn_shows_every_turn(run):
         ((*LM, "--length", "many"), "--length must be ints of at least 1, such as 8192 or 2048,4096; got 'many'."),
         ((*LM, "--length", "0"), "--length must be ints of at least 1, such as 8192 or 2048,4096; got '0'."),
         ((*LM, "--ratios", "3"), "ratio (3) must divide chunk_size (32). Use 2, 4, 8."),
-        ((*LM, "--methods", "best"), "The task lm has no method 'best'. Use some of full, alone, recent, beacons."),
+        ((*LM, "--methods", "best"), "The task lm has no method 'best'. Use some of full, alone, recent, beacons, shuffled."),
         ((*LM, "--length", "99999"), "The task lm has no sample of 99999 tokens. Use a shorter length, or longer texts."),
         ((*LM, "--field", "body"), "docs.jsonl, line 1: there is no field \"body\" (fields: id, text). Mend or remove it, or"),
         (("lm", "no.jsonl", "-o", "out"), "There is no file, folder or glob 'no.jsonl'. Name one, or a hub data set"),

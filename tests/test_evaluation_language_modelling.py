@@ -77,6 +77,23 @@ def test_beacons_equal_the_model_s_own_losses(model, length, ratio):
     assert found.cache_bytes == expected.past_key_values.cache_bytes
 
 
+@pytest.mark.parametrize("length", LENGTHS)
+def test_shuffled_with_the_text_itself_is_what_beacons_are(model, length):
+    expected = lm.beacon_losses(model, text(length), 4)
+    found = lm.shuffled_losses(model, text(length), text(length), 4)
+    mask = lm.counted(length, CHUNK)
+    torch.testing.assert_close(found.nll[mask], expected.nll[mask], atol=1e-5, rtol=0)
+    assert torch.equal(found.nll.isnan(), torch.arange(1, length) % CHUNK == 0)
+    assert (found.cache_length, found.cache_bytes) == (expected.cache_length, expected.cache_bytes)
+
+
+def test_shuffled_reads_each_chunk_on_the_beacons_of_the_other_text(model):
+    ids, other = text(3 * CHUNK), text(3 * CHUNK, seed=1)
+    mixed = [*other[: 2 * CHUNK], *ids[2 * CHUNK :]]
+    found = lm.shuffled_losses(model, ids, other, 4).nll[2 * CHUNK :]
+    torch.testing.assert_close(found, lm.beacon_losses(model, mixed, 4).nll[2 * CHUNK :], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("window", [CHUNK, CHUNK + 5, 2 * CHUNK, 10 * CHUNK])
 def test_recent_equals_the_base_on_a_sliding_window(model, base, window):
     ids = text(3 * CHUNK + 5)
@@ -151,7 +168,7 @@ def test_evaluate_leaves_the_mode_as_it_was(model):
         (
             lambda model: lm.measure(model, text(40), "beacons"),
             InputError,
-            'method must be "full", "alone", "recent", or "beacons" with a ratio; got \'beacons\'.',
+            'method must be "full", "alone", "recent", or "beacons" or "shuffled" with a ratio; got \'beacons\'.',
         ),
         (
             lambda model: lm.recent_losses(model, text(40), window=8),

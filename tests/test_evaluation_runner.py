@@ -11,8 +11,7 @@ from activation_beacon.errors import FileFormatError, InputError, MismatchError,
 from activation_beacon.evaluation import contexts, language_modelling, methods, samples
 from activation_beacon.evaluation.results import Key, Results
 from activation_beacon.evaluation.runner import Plan, run_task
-from activation_beacon.evaluation.samples import Question, Sample
-from activation_beacon.evaluation.tasks import Answering, LanguageModelling, multi_turn, needles, other_context
+from activation_beacon.evaluation.tasks import Answering, LanguageModelling, multi_turn, needles, other_value
 from activation_beacon.processes import Processes
 from evaluation_models import STORY, beacon_model, byte_prompt, ids_of
 from saved_models import CHUNK, byte_tokenizer
@@ -180,18 +179,22 @@ def test_three_turns_run(model, tmp_path):
 # --- shuffling -------------------------------------------------------------------------------------------------------
 
 
-def context_samples(*contexts):
-    return [Sample(str(n), context, (Question("?", ("x",)),)) for n, context in enumerate(contexts)]
-
-
 def test_a_shuffled_context_is_always_another_one():
-    several = context_samples("a", "a", "b", "b", "c")
-    assert [other_context(several, index) for index in range(5)] == ["b", "b", "a", "a", "b"]
+    assert [other_value("aabbc", index) for index in range(5)] == ["b", "b", "a", "a", "b"]
+
+
+def test_chunks_are_read_on_another_document_s_beacons(model, documents, tmp_path):
+    results = Results(tmp_path / "out", MODEL)
+    run_task(model, lm_task(documents), Plan(("beacons", "shuffled"), (4,), (3 * CHUNK,), 2), results)
+    nats = {(key.method, key.sample): record["nats"] for key, record in results.records.items()}
+    first, second = (text.ids for text in itertools.islice(lm_task(documents).samples(3 * CHUNK), 2))
+    expected = language_modelling.measure(model, first, "shuffled", ratio=4, other=second)["nats"]
+    assert nats["shuffled", "doc0"] == expected != nats["beacons", "doc0"]
 
 
 def test_one_context_cannot_be_shuffled():
     with pytest.raises(InputError, match=r'The method "shuffled" needs samples of two contexts at least.'):
-        other_context(context_samples("a", "a"), 0)
+        other_value("aa", 0)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -202,7 +205,7 @@ def test_one_context_cannot_be_shuffled():
     [
         (
             Plan(("best",), (2,), (96,)),
-            "The task lm has no method 'best'. Use some of full, alone, recent, beacons.",
+            "The task lm has no method 'best'. Use some of full, alone, recent, beacons, shuffled.",
         ),
         (
             Plan(("full",), (2,), (96, 10**5)),

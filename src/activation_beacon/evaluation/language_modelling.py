@@ -102,6 +102,32 @@ def beacon_losses(model: Any, ids: Sequence[int], ratio: Ratio) -> Losses:
 
 
 @torch.no_grad()
+def shuffled_losses(model: Any, ids: Sequence[int], other: Sequence[int], ratio: Ratio) -> Losses:
+    """Each chunk of the text read on the beacons of as many chunks of another one: what they are worth that remember nothing of it.
+
+    Args:
+        model: with beacons attached.
+        ids: the text.
+        other: at least as long, but for the last chunk.
+        ratio: of the beacons.
+    """
+    start_time = time.perf_counter()
+    size = model.beacon_config.chunk_size
+    row, others = (torch.tensor([list(each)], device=model.device) for each in (ids, other))
+    nll, before = [], model.new_cache()
+    for start in range(0, len(ids), size):
+        chunk = row[:, start : start + size + 1]  # the token after it closes the chunk
+        output = model(
+            chunk, labels=chunk, past_key_values=before.fork(), beacon_ratio=ratio, logits_to_keep=1, use_cache=True
+        )
+        cache = output.past_key_values
+        nll += [HOLE, output.nll[0, : size - 1].float().cpu()]
+        if start + size < len(ids):
+            model(others[:, start : start + size], past_key_values=before, beacon_ratio=ratio, logits_to_keep=1)
+    return Losses(torch.cat(nll[1:]), cache.cache_length, cache.cache_bytes, time.perf_counter() - start_time)
+
+
+@torch.no_grad()
 def _base_losses(model: Any, ids: Sequence[int]) -> Losses:
     """The base model on one text, read in pieces on its own cache."""
     start_time = time.perf_counter()
@@ -171,16 +197,23 @@ def loss_record(losses: Losses, chunk_size: int) -> dict[str, Any]:
 
 
 def measure(
-    model: Any, ids: Sequence[int], method: str, *, ratio: Ratio | None = None, prefix: Sequence[int] = ()
+    model: Any,
+    ids: Sequence[int],
+    method: str,
+    *,
+    ratio: Ratio | None = None,
+    prefix: Sequence[int] = (),
+    other: Sequence[int] = (),
 ) -> dict[str, Any]:
     """One text read in one way; see `loss_record` for what comes back.
 
     Args:
         model: with beacons attached.
         ids: the text.
-        method: "full", "alone", "recent" (as many tokens as the base has positions) or "beacons".
+        method: "full", "alone", "recent" (as many tokens as the base has positions), "beacons", or "shuffled" (beacons of `other`).
         ratio: of the beacons.
         prefix: see `alone_losses`.
+        other: see `shuffled_losses`.
 
     Raises:
         InputError: for another method.
@@ -194,8 +227,12 @@ def measure(
         losses = recent_losses(model, ids, window=max_positions(model) or len(ids))
     elif method == "beacons" and ratio is not None:
         losses = beacon_losses(model, ids, ratio)
+    elif method == "shuffled" and ratio is not None:
+        losses = shuffled_losses(model, ids, other, ratio)
     else:
-        raise InputError(f'method must be "full", "alone", "recent", or "beacons" with a ratio; got {method!r}.')
+        raise InputError(
+            f'method must be "full", "alone", "recent", or "beacons" or "shuffled" with a ratio; got {method!r}.'
+        )
     return loss_record(losses, size)
 
 

@@ -69,7 +69,7 @@ class LanguageModelling:
 
     name = "lm"
     quality = "nats"
-    methods = {"full": False, "alone": False, "recent": False, "beacons": True}  # noqa: RUF012 - a constant
+    methods = {"full": False, "alone": False, "recent": False, "beacons": True, SHUFFLED: True}  # noqa: RUF012 - a constant
 
     def __init__(
         self, tokenizer: Any, paths: Sequence[str | Path], *, field: str = "text", on_error: OnError = "stop"
@@ -90,7 +90,10 @@ class LanguageModelling:
 
     def run(self, model: Any, samples: Sequence[Text], index: int, method: str, ratio: Ratio | None) -> dict[str, Any]:
         """One text read in one way."""
-        return language_modelling.measure(model, samples[index].ids, method, ratio=ratio, prefix=self._prefix())
+        other = other_value([sample.ids for sample in samples], index) if method == SHUFFLED else ()
+        return language_modelling.measure(
+            model, samples[index].ids, method, ratio=ratio, prefix=self._prefix(), other=other
+        )
 
     def _prefix(self) -> list[int]:
         return prefix_ids(self.tokenizer)
@@ -125,20 +128,19 @@ class Answering:
         self, model: Any, samples: Sequence[Sample], index: int, method: str, ratio: Ratio | None
     ) -> dict[str, Any]:
         """One context read in one way, and all its questions asked."""
-        context = other_context(samples, index) if method == SHUFFLED else None
+        context = other_value([sample.context for sample in samples], index) if method == SHUFFLED else None
         return answer_sample(model, self.prompt, samples[index], method, ratio=ratio, context=context)
 
 
-def other_context(samples: Sequence[Sample], index: int) -> str:
-    """A context of another sample: the nearest before this one, or the next one after, that differs.
+def other_value(values: Sequence[Any], index: int) -> Any:
+    """What another sample has: the nearest before this one, or the next one after, that differs.
 
     Raises:
         InputError: if there is none.
     """
-    own = samples[index].context
-    for sample in itertools.chain(reversed(samples[:index]), samples[index + 1 :]):
-        if sample.context != own:
-            return sample.context
+    for value in itertools.chain(reversed(values[:index]), values[index + 1 :]):
+        if value != values[index]:
+            return value
     raise InputError(f'The method "{SHUFFLED}" needs samples of two contexts at least. Take more of them (--limit).')
 
 
