@@ -96,7 +96,8 @@ def lm(
 
     Each document that is long enough gives its first tokens. They are read in several ways: "full" with all of the text
     before each token, "alone" with nothing before the chunk, "beacons" at each ratio, "recent" with as many tokens
-    as the base model has positions, and "shuffled" on another document's beacons. The gap closed is (alone - beacons) / (alone - full).
+    as the base model has positions, and "shuffled" on another document's beacons. The gap closed
+    is (alone - beacons) / (alone - full).
     """
     wanted = _wanted(out, methods, ratios, length, limit, json=json)
     handling = _on_error(on_error)

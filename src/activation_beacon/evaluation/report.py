@@ -149,7 +149,8 @@ def _tables_of(records: Sequence[Record], length: int, quality: str) -> list[Blo
 LM_TEXT = (
     "Loss of the tokens after the first chunk, but for the first of each chunk. **full**: the base model with the whole text "
     "before each token; **alone**: with nothing before the chunk; **recent**: with as many tokens as it has positions; "
-    "**shuffled**: on beacons of another text. Gap closed: (alone - method) / (alone - full); none where the full context is no better than nothing, as beyond the base's window."
+    "**shuffled**: on beacons of another text. Gap closed: (alone - method) / (alone - full); none where the full context is no "
+    "better than nothing, as beyond the base's window."
 )
 
 
