@@ -233,17 +233,21 @@ def answers_of(model: Any, helds: Sequence[Held], job: dict[str, Any]) -> list[l
     """
     if job["is_conversation"]:
         return [list(answer_turns(model, held, job)) for held in helds]
-    together = [answer_together(model, helds, job, question) for question in job["questions"]]
+    last = len(job["questions"]) - 1
+    together = [
+        answer_together(model, helds, job, question, is_last=number == last)
+        for number, question in enumerate(job["questions"])
+    ]
     return [list(answers) for answers in zip(*together, strict=True)]
 
 
 def answer_together(
-    model: Any, helds: Sequence[Held], job: dict[str, Any], question: dict[str, Any]
+    model: Any, helds: Sequence[Held], job: dict[str, Any], question: dict[str, Any], *, is_last: bool
 ) -> list[tuple[list[int], float]]:
-    """The answer to a question from each of several ways to hold the context."""
+    """The answer to a question from each of several ways to hold the context; after the last one they hold nothing."""
     start, position = clock(), len(job["context"])
     put_masks(model, None)  # each row has its own
-    rows = rows_of(helds, len(question["ids"]) + question["max_new_tokens"])
+    rows = rows_of(helds, len(question["ids"]) + question["max_new_tokens"], is_last=is_last)
     answers: list[list[int]] = [[] for _ in helds]
     writing = list(range(len(helds)))
     read = [question["ids"]] * len(helds)
@@ -267,17 +271,16 @@ def answer_together(
     return [(answer, share) for answer in answers]
 
 
-def rows_of(helds: Sequence[Held], num_new: int) -> Any:
-    """One cache of which each row is what a way holds."""
+def rows_of(helds: Sequence[Held], num_new: int, *, is_last: bool) -> Any:
+    """One cache of which each row is what a way holds; for the last time, layers are let go of when they have been copied."""
     cache = DynamicCache()
-    cache.layers = [
-        RowsLayer(
-            [held.cache.layers[number] for held in helds],
-            [held.masks and held.masks[number] for held in helds],
-            num_new,
-        )
-        for number in range(len(helds[0].cache.layers))
-    ]
+    for number in range(len(helds[0].cache.layers)):
+        layers = [held.cache.layers[number] for held in helds]
+        masked = [held.masks and held.masks[number] for held in helds]
+        cache.layers.append(RowsLayer(layers, masked, num_new))
+        if is_last:
+            for held in helds:
+                held.cache.layers[number] = None
     return cache
 
 
@@ -396,13 +399,15 @@ def run(model: Any, jobs: Sequence[dict[str, Any]], path: Path) -> None:
             note(f"reading {len(job['context']):,} tokens")
             helds = read(model, job)
             note(f"answering in {len(helds)} ways")
-            for way, held, answers in zip(job["ways"], helds, answers_of(model, helds, job), strict=True):
+            sizes = [(held.num_entries(), held.num_bytes()) for held in helds]
+            answered = answers_of(model, helds, job)
+            for way, held, (num_entries, num_bytes), answers in zip(job["ways"], helds, sizes, answered, strict=True):
                 line = {
                     "job": job["id"],
                     **way,
                     "answers": [ids for ids, _ in answers],
-                    "cache_length": held.num_entries(),
-                    "cache_bytes": held.num_bytes(),
+                    "cache_length": num_entries,
+                    "cache_bytes": num_bytes,
                     "only_masks": held.masks is not None,
                     "read_seconds": round(held.seconds, 3),
                     "answer_seconds": [round(seconds, 3) for _, seconds in answers],
