@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from activation_beacon.files import whole_file
 
@@ -24,6 +25,9 @@ def draw_curves(metrics: Sequence[dict[str, Any]], target: Path) -> None:
     losses, rates = figure.subplots(1, 2, width_ratios=(2, 1))
     _draw_losses(losses, metrics)
     _draw_rates(rates, metrics)
+    for axes in (losses, rates):
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k tokens
     with whole_file(target) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
