@@ -40,5 +40,7 @@ def test_beacons_close_part_of_the_gap_between_a_chunk_alone_and_the_whole_text(
         alone[first : first + size - 1] = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     with torch.no_grad():
         beacons = model(ids, labels=ids, beacon_ratio=8, logits_to_keep=1).nll[0]
-    means = [float(nll[counts].mean()) for nll in (full, beacons, alone)]
-    assert means[0] < means[1] < means[2] - 0.2 * (means[2] - means[0]), means
+    full, beacons, alone = (float(nll[counts].mean()) for nll in (full, beacons, alone))
+    assert full < alone
+    # Beacons know how books are written, which the base does not: they may even do better than it with the whole text.
+    assert beacons < alone - 0.5 * (alone - full), (full, beacons, alone)
