@@ -168,7 +168,7 @@ def test_evaluate_leaves_the_mode_as_it_was(model):
         (
             lambda model: lm.measure(model, text(40), "beacons"),
             InputError,
-            'method must be "full", "alone", "recent", or "beacons" or "shuffled" with a ratio; got \'beacons\'.',
+            'method must be "full", "alone", "recent", or with a ratio "beacons" or "shuffled"; got \'beacons\'.',
         ),
         (
             lambda model: lm.recent_losses(model, text(40), window=8),

@@ -12,7 +12,7 @@ FLOORS = [
     {"errors"},
     {"config"},
     {"plan"},
-    {"causal", "files", "fingerprint", "projection", "room", "rope"},
+    {"causal", "files", "fingerprint", "processes", "projection", "room", "rope"},
     {"entries", "json_lines"},
     {"batch", "cache", "data"},
     {"adapt"},

@@ -53,11 +53,25 @@ class Processes:
         if self.count > 1:
             distributed.barrier()
 
+    @contextlib.contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """The first process does the block, then the others do: they find the files that it has made or mended."""
+        if not self.is_first:
+            self.barrier()
+        yield
+        if self.is_first:
+            self.barrier()
+
+
+def num_launched() -> int:
+    """Processes that a launcher has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
 
 @contextlib.contextmanager
 def processes() -> Iterator[Processes]:
     """Join the processes that a launcher has started; alone where none has."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if num_launched() == 1:
         yield Processes()
         return
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -294,7 +293,9 @@ def harness(
     Their data come from the hub. Prompts of up to a chunk are the base model's own business, so that their scores are
     equal at every ratio; longer ones are compressed on the way in. Here the question is part of the prompt.
     """
-    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    from activation_beacon.processes import num_launched
+
+    if (count := num_launched()) > 1:
         raise InputError(
             f"`beacon eval harness` runs in one process; torchrun has started {count}. Start it without torchrun."
         )
@@ -412,13 +413,10 @@ def _evaluate(
         task = make(loaded)
         plan = Plan(wanted.methods, wanted.ratios, wanted.lengths, wanted.limit)
         list(planned_ways(task, plan))  # what is not known is refused before a folder is made
-        if not group.is_first:
-            group.barrier()
-        else:
-            warn_untrained(loaded.config)
-        results = Results(wanted.out, _facts(loaded), rank=group.rank)
         if group.is_first:
-            group.barrier()
+            warn_untrained(loaded.config)
+        with group.first_before_others():
+            results = Results(wanted.out, _facts(loaded), rank=group.rank)
         with _progress(is_shown=group.is_first) as progress:
             run_task(loaded.model, task, plan, results, peers=wanted.peers, progress=progress, group=group)
         group.barrier()

@@ -103,13 +103,16 @@ def beacon_losses(model: Any, ids: Sequence[int], ratio: Ratio) -> Losses:
 
 @torch.no_grad()
 def shuffled_losses(model: Any, ids: Sequence[int], other: Sequence[int], ratio: Ratio) -> Losses:
-    """Each chunk of the text read on the beacons of as many chunks of another one: what they are worth that remember nothing of it.
+    """Each chunk of the text read on the beacons of as many chunks of another one, which remember nothing of it.
 
     Args:
         model: with beacons attached.
         ids: the text.
-        other: at least as long, but for the last chunk.
+        other: ids of at least as many chunks, but for the last one.
         ratio: of the beacons.
+
+    Raises:
+        CapacityError: if the beacons do not fit the base model's positions.
     """
     start_time = time.perf_counter()
     size = model.beacon_config.chunk_size
@@ -231,7 +234,7 @@ def measure(
         losses = shuffled_losses(model, ids, other, ratio)
     else:
         raise InputError(
-            f'method must be "full", "alone", "recent", or "beacons" or "shuffled" with a ratio; got {method!r}.'
+            f'method must be "full", "alone", "recent", or with a ratio "beacons" or "shuffled"; got {method!r}.'
         )
     return loss_record(losses, size)
 

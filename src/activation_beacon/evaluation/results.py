@@ -69,8 +69,9 @@ class Results:
         Raises:
             StorageError: if a file cannot be read, written or removed.
         """
-        known = {key_of(record) for record in read_lines(self.path)}
-        for path in self._parts():
+        parts = self._parts()
+        known = {key_of(record) for record in read_lines(self.path)} if parts else set()
+        for path in parts:
             others = {key_of(record): record for record in read_lines(path)}
             append_lines(self.path, [record for key, record in others.items() if key not in known])
             known |= others.keys()

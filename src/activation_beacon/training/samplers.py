@@ -42,11 +42,8 @@ def token_stores(
     made: list[TokenStore | None] = []
     for name, least in (("documents", LEAST_CHUNKS * smallest), ("dev", settings.length_of_dev_texts)):
         sources = getattr(settings, name)
-        if not group.is_first:
-            group.barrier()
-        made.append(_store(settings, name, sources, tokenizer, folder, least, tell) if sources else None)
-        if group.is_first:
-            group.barrier()
+        with group.first_before_others():
+            made.append(_store(settings, name, sources, tokenizer, folder, least, tell) if sources else None)
     return Stores(*made)
 
 
