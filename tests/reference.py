@@ -32,12 +32,14 @@ class Layout:
     chunk: list[int] = field(default_factory=list)  # the pass that a slot belongs to; the tail's is the last
     read_at: list[int] = field(default_factory=list)  # position at which a slot is read
     held_at: list[int | None] = field(default_factory=list)  # position at which it is held for later chunks, if it is
+    anchor: list[int] = field(default_factory=list)  # slot of the last token that a beacon stands for; a token's own
 
     def add(self, token: int | None, chunk: int, read_at: int) -> int:
         self.token.append(token)
         self.chunk.append(chunk)
         self.read_at.append(read_at)
         self.held_at.append(None)
+        self.anchor.append(len(self.anchor))
         return len(self.token) - 1
 
 
@@ -64,10 +66,14 @@ def lay_out(
         num_chunks += 1
     held = 0
     for chunk in range(num_chunks):
-        sinks, kept = [], []
+        sinks, kept, slot_of = [], [], {}
         for offset, unit in enumerate(read_order(chunk * chunk_size, chunk_size, ratios[chunk], placement)):
             token = unit if isinstance(unit, int) else None
             slot = layout.add(token, chunk, held + offset)
+            if token is None:
+                layout.anchor[slot] = slot_of[unit[-1]]
+            else:
+                slot_of[token] = slot
             if token is not None and token < num_sinks:
                 sinks.append(slot)
             elif is_raw[token] if token is not None else not all(is_raw[member] for member in unit):
@@ -107,13 +113,17 @@ class Result:
 class TwoBranches(nn.Module):
     """A projection with a beacon copy; both project every slot, and one is chosen."""
 
-    def __init__(self, base: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, base: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor | None
+    ) -> None:
         super().__init__()
-        self.base, self.weight, self.bias = base, weight, bias
+        self.base, self.weight, self.bias, self.gate = base, weight, bias, gate
         self.is_beacon = torch.zeros(0, dtype=torch.bool)
+        self.anchor = torch.zeros(0, dtype=torch.long)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        beacon = nn.functional.linear(hidden, self.weight, self.bias)
+        source = hidden if self.gate is None else hidden[:, self.anchor] + self.gate * hidden
+        beacon = nn.functional.linear(source, self.weight, self.bias)
         return torch.where(self.is_beacon[:, None], beacon, self.base(hidden))
 
 
@@ -124,7 +134,7 @@ class Reference:
         base: without beacons; copied.
         beacons: beacon weights by their names in an adapter's file ("embedding", "layers.0.q.weight", ...). Gradients
             flow to them.
-        settings: `chunk_size`, `num_sinks`, `placement`, `local_tokens`.
+        settings: `chunk_size`, `num_sinks`, `placement`, `local_tokens`. Beacons with gates are anchored.
     """
 
     def __init__(self, base: PreTrainedModel, beacons: Mapping[str, torch.Tensor], **settings: Any) -> None:
@@ -141,7 +151,8 @@ class Reference:
                 weight = beacons.get(f"layers.{index}.{letter}.weight")
                 if weight is not None:
                     name = next(name for name in names if hasattr(attention, name))
-                    branch = TwoBranches(getattr(attention, name), weight, beacons.get(f"layers.{index}.{letter}.bias"))
+                    own = [beacons.get(f"layers.{index}.{letter}.{what}") for what in ("bias", "gate")]
+                    branch = TwoBranches(getattr(attention, name), weight, *own)
                     setattr(attention, name, branch)
                     self.branches.append(branch)
 
@@ -162,6 +173,7 @@ class Reference:
         is_beacon = torch.tensor([token is None for token in layout.token])
         for branch in self.branches:
             branch.is_beacon = is_beacon
+            branch.anchor = torch.tensor(layout.anchor)
         embedded = self.model.get_input_embeddings()(ids)
         slots = [self.beacons["embedding"] if token is None else embedded[token] for token in layout.token]
         self.layout = layout

@@ -9,6 +9,7 @@ from families import EAGER_ONLY, FAMILIES, random_ids, with_beacons
 
 CHUNK = 16
 CONFIG = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3)
+ANCHORED = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3, anchored=True)
 RATIOS = (4, 2, 8, 4)
 CASES = [(family, attention) for family in FAMILIES for attention in ("sdpa", "eager")]
 CASES = [(family, attention) for family, attention in CASES if attention == "eager" or family not in EAGER_ONLY]
@@ -31,9 +32,12 @@ def hidden_chunk_by_chunk(model, ids, ratios):
     return torch.cat(seen, dim=1)
 
 
-@pytest.mark.parametrize(("family", "attention"), CASES)
-def test_all_chunks_at_once_equal_the_loop_over_chunks(family, attention):
-    model = with_beacons(family, CONFIG, attention=attention).train()
+@pytest.mark.parametrize(
+    ("family", "attention", "config"),
+    [*((*case, CONFIG) for case in CASES), ("llama", "sdpa", ANCHORED), ("phi3", "eager", ANCHORED)],
+)
+def test_all_chunks_at_once_equal_the_loop_over_chunks(family, attention, config):
+    model = with_beacons(family, config, attention=attention).train()
     ids = random_ids(4 * CHUNK + 5, batch=2)
     expected = hidden_chunk_by_chunk(model, ids, RATIOS)
     with chunks_at_once(model):
@@ -46,9 +50,9 @@ def test_all_chunks_at_once_equal_the_loop_over_chunks(family, attention):
         torch.testing.assert_close(ours[name], gradient, atol=1e-4 * float(gradient.abs().max()), rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_gradient_checkpointing_gives_the_same_gradients(attention):
-    model = with_beacons("gemma3_text", CONFIG, attention=attention).train()
+@pytest.mark.parametrize(("attention", "config"), [("sdpa", CONFIG), ("eager", CONFIG), ("sdpa", ANCHORED)])
+def test_gradient_checkpointing_gives_the_same_gradients(attention, config):
+    model = with_beacons("gemma3_text", config, attention=attention).train()
     ids = random_ids(4 * CHUNK + 5)
     with chunks_at_once(model):
         plain = gradients(model, model.hidden_states(ids, RATIOS).square().sum())

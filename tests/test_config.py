@@ -23,6 +23,7 @@ PROJECTION_RULE = "projections must be some of q, k, v, o, each once; got {}."
         ({"chunk_size": 8, "ratios": (2,), "num_sinks": 8}, {"num_sinks": 8}),
         ({"local_tokens": 5000}, {"local_tokens": 5000}),
         ({"placement": "append"}, {"placement": "append"}),
+        ({"anchored": True}, {"anchored": True}),
     ],
 )
 def test_good_settings_are_kept_in_order(settings, expected):
@@ -46,6 +47,7 @@ def test_good_settings_are_kept_in_order(settings, expected):
             {"chunk_size": 8, "ratios": 2, "num_sinks": 9},
             "num_sinks (9) must not exceed chunk_size (8). Use fewer sinks.",
         ),
+        ({"anchored": 1}, "anchored must be true or false; got 1."),
         ({"placement": "middle"}, "placement must be one of interleave, append; got 'middle'."),
         ({"placement": None}, "placement must be one of interleave, append; got None."),
         ({"ratios": ()}, "ratios must name at least one compression ratio, such as (2, 4, 8, 16, 32); got none."),
@@ -125,6 +127,7 @@ def test_numbers_that_follow_from_the_settings():
             projections=("k", "v", "o"),
             num_sinks=2,
             local_tokens=7,
+            anchored=True,
             placement="append",
             base_model="me/base",
             base_revision="main",

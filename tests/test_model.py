@@ -353,6 +353,20 @@ def test_untrained_beacons_start_from_the_base():
     assert len(trained) == 1 + 3 * 3 * 2
 
 
+@pytest.mark.parametrize("placement", ["interleave", "append"])
+@torch.no_grad()
+def test_untrained_anchored_beacons_hold_what_the_last_tokens_of_their_units_hold(placement):
+    config = BeaconConfig(chunk_size=CHUNK, ratios=RATIOS, num_sinks=2, anchored=True, placement=placement)
+    model, ids = attach(tiny("qwen2"), config), random_ids(CHUNK + 1)
+    cache = model.compress(ids, ratio=4)
+    layer = model.model.layers[0]
+    with model.beacon_disabled():
+        values = layer.self_attn.v_proj(layer.input_layernorm(model.get_input_embeddings()(ids)))
+    expected = values.unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)
+    held = [0, 1, *range(3, CHUNK, 4), CHUNK]
+    torch.testing.assert_close(cache.layers[0].values, expected[:, :, held], rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_deep_copy_is_independent():
     model, ids = with_beacons("llama", SINKS), random_ids(60)

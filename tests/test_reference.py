@@ -103,6 +103,7 @@ def test_a_layout_by_hand():
     assert layout.chunk == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2]
     assert layout.read_at == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 4]
     assert layout.held_at == [0, b, 1, b, b, 2, b, b, b, b, 3, b]
+    assert layout.anchor == [0, 1, 1, 3, 4, 4, 6, 7, 8, 9, 9, 11]
 
 
 def test_an_appended_layout_with_raw_tokens_by_hand():
@@ -111,6 +112,7 @@ def test_an_appended_layout_with_raw_tokens_by_hand():
     assert layout.token == [0, 1, 2, 3, b, b, 4]
     assert layout.read_at == [0, 1, 2, 3, 4, 5, 4]
     assert layout.held_at == [b, 0, 1, 2, 3, b, b]  # the second beacon's unit is raw
+    assert layout.anchor == [0, 1, 2, 3, 1, 3, 6]
 
 
 @pytest.mark.parametrize("length", [4, 5])
@@ -142,8 +144,9 @@ def test_what_was_compressed_matters_to_what_follows(family):
 
 
 @functools.lru_cache(maxsize=2)
-def _pair(family, num_sinks, attention):
-    model = with_beacons(family, BeaconConfig(chunk_size=CHUNK, num_sinks=num_sinks), attention=attention)
+def _pair(family, num_sinks, attention, anchored=False):
+    config = BeaconConfig(chunk_size=CHUNK, num_sinks=num_sinks, anchored=anchored)
+    model = with_beacons(family, config, attention=attention)
     return model, reference_of(family, model)
 
 
@@ -153,6 +156,13 @@ def _pair(family, num_sinks, attention):
 def test_every_family_ratio_and_sink_at_every_step(family, num_sinks, ratio):
     attention = "eager" if family in EAGER_ONLY else "sdpa"
     check_every_step(*_pair(family, num_sinks, attention), ratio, seed=ratio)
+
+
+@pytest.mark.parametrize("ratio", [2, 8, 32])
+@pytest.mark.parametrize("family", TESTED)
+def test_every_family_with_anchored_beacons_at_every_step(family, ratio):
+    attention = "eager" if family in EAGER_ONLY else "sdpa"
+    check_every_step(*_pair(family, 4, attention, anchored=True), ratio, seed=ratio)
 
 
 @pytest.mark.parametrize("num_sinks", [0, 4])
@@ -174,6 +184,8 @@ SETTINGS = [
     {"projections": ("q", "k", "v", "o")},
     {"projections": ("v",)},
     {"num_sinks": CHUNK},
+    {"anchored": True, "local_tokens": 5, "projections": ("q", "k", "v", "o")},
+    {"anchored": True, "placement": "append", "num_sinks": 4},
     {"placement": "append", "local_tokens": 40, "num_sinks": 1, "projections": ("q", "k", "v", "o")},
 ]
 

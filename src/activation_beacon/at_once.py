@@ -49,12 +49,14 @@ class Chunks:
         positions: list[int] = []
         raw: list[int] = []
         beacons: list[int] = []
+        anchors: list[int] = []
         first = 0
         for layout in layouts:
             self.spans.append((first, layout.num_slots, len(kept)))
             positions += range(len(kept), len(kept) + layout.num_slots)
             raw += [first + slot for slot in layout.raw_slots]
             beacons += [first + slot for slot in layout.beacon_slots]
+            anchors += [first + slot for slot in layout.anchor_slots]
             kept += [first + slot for slot in layout.kept_slots]
             first += layout.num_slots
         self.spans.append((first, tail_length, len(kept)))
@@ -66,6 +68,7 @@ class Chunks:
         self.position_ids = torch.tensor(positions, device=device)[None]  # (1, N)
         self.raw_slots = torch.tensor(raw, device=device)  # (T,)
         self.beacon_slots = torch.tensor(beacons, dtype=torch.long, device=device)
+        self.anchor_slots = torch.tensor(anchors, dtype=torch.long, device=device)
         self._masks: dict[tuple[int, int, int | None, torch.dtype | None], torch.Tensor | None] = {}
 
     def attend(
@@ -181,6 +184,7 @@ def read_at_once(
         attention_mask=ids.new_ones((1, 1, 1, 1), dtype=torch.bool),  # "prepared by the caller": none is made of it
         use_cache=False,
         beacon_slots=chunks.beacon_slots,
+        beacon_anchors=chunks.anchor_slots,
         beacon_chunks=chunks,
     )
     return output.last_hidden_state.index_select(1, chunks.raw_slots)

@@ -47,7 +47,8 @@ def put_branches(attachment: Attachment) -> None:
         attachment.handles.append(layer.attention.register_forward_hook(forget_beacon_slots, always_call=True))
         for site in layer.projections:
             weight, bias = dense_weight(site.linear), getattr(site.linear, "bias", None)
-            site.linear.beacon = BeaconProjection(weight, bias, attachment.state)
+            is_anchored = attachment.config.anchored and site.name != "o"
+            site.linear.beacon = BeaconProjection(weight, bias, attachment.state, is_anchored=is_anchored)
             attachment.handles.append(site.linear.register_forward_hook(replace_beacon_rows))
 
 

@@ -26,6 +26,8 @@ class BeaconConfig:
         projections: attention projections of which beacons have their own copy, out of q, k, v, o.
         num_sinks: first tokens of a text whose keys and values are kept raw in front, besides being compressed.
         local_tokens: raw tokens that the tail keeps at least, after a chunk has been closed (0 = the paper).
+        anchored: whether beacons project the state of the last token before them with their own, see
+            `projection.BeaconProjection` (False = the paper).
         placement: "interleave" puts one beacon after each unit; "append" puts all at the chunk's end (ablation only).
         base_model: where the base model comes from: "default", a hub id, or a path (relative to the adapter's folder).
         base_revision: revision of the base model on the hub, or the package that it was taken from.
@@ -41,6 +43,7 @@ class BeaconConfig:
     projections: tuple[str, ...] = ("q", "k", "v")
     num_sinks: int = 0
     local_tokens: int = 0
+    anchored: bool = False
     placement: Placement = "interleave"
     base_model: str | None = None
     base_revision: str | None = None
@@ -53,6 +56,8 @@ class BeaconConfig:
         _check_int("chunk_size", self.chunk_size, least=2)
         _check_int("num_sinks", self.num_sinks, least=0)
         _check_int("local_tokens", self.local_tokens, least=0)
+        if not isinstance(self.anchored, bool):
+            raise ConfigError(f"anchored must be true or false; got {self.anchored!r}.")
         if self.placement not in PLACEMENTS:
             raise ConfigError(f"placement must be one of {', '.join(PLACEMENTS)}; got {self.placement!r}.")
         if self.num_sinks > self.chunk_size:
@@ -92,7 +97,8 @@ class BeaconConfig:
     @property
     def fingerprint_settings(self) -> str:
         """The settings that a compressed context depends on, as they enter the adapter's fingerprint."""
-        return f"{self.chunk_size} {self.projections} {self.num_sinks} {self.local_tokens} {self.placement}"
+        anchored = " anchored" if self.anchored else ""
+        return f"{self.chunk_size} {self.projections} {self.num_sinks} {self.local_tokens} {self.placement}{anchored}"
 
     def num_beacons(self, ratio: int) -> int:
         """Beacons that one chunk leaves behind at `ratio`."""

@@ -95,6 +95,10 @@ def export_official(adapter_folder: str | Path, base_folder: str | Path, target:
     _check_family(settings)
     if config.local_tokens:
         raise UnsupportedModelError(f"The authors' code has no local_tokens; this adapter has {config.local_tokens}.")
+    if config.anchored:
+        raise UnsupportedModelError(
+            "The authors' code has no anchored beacons. Only adapters that were trained with `anchored: false` can go out."
+        )
     base = _read_tensors(Path(base_folder))
     expected, found = config.base_fingerprint, _base_fingerprint(settings, base)
     if expected is not None and not is_same_fingerprint(expected, found):

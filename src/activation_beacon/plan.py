@@ -143,6 +143,7 @@ class ChunkLayout:
     num_slots: int
     raw_slots: tuple[int, ...]  # slot of each raw token
     beacon_slots: tuple[int, ...]  # slot of each beacon
+    anchor_slots: tuple[int, ...]  # slot of the last token that each beacon stands for
     kept_slots: tuple[int, ...]  # sinks first (chunk 1 only), then beacons and raw runs in the order of the text
     num_sinks: int
     num_beacons: int  # beacons among the kept
@@ -183,6 +184,7 @@ def chunk_layout(
         num_slots=chunk_size + units,
         raw_slots=raw_slots,
         beacon_slots=beacon_slots,
+        anchor_slots=raw_slots[ratio - 1 :: ratio],
         kept_slots=(*raw_slots[:num_sinks], *sorted(beacons + kept_raw)),
         num_sinks=num_sinks,
         num_beacons=len(beacons),

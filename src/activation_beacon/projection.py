@@ -18,12 +18,14 @@ from torch import nn
 class PassState(threading.local):
     """What the layers of one model must know about the pass in progress, for each thread its own.
 
-    `beacon_slots` (n,) are the slots of the pass that hold beacons, or None; `chunks` says how a pass over several chunks
+    `beacon_slots` (n,) are the slots of the pass that hold beacons, or None, and `anchor_slots` (n,) those of the last
+    tokens that they stand for; `chunks` says how a pass over several chunks
     at once is cut into them (`at_once.Chunks`), None in ordinary passes; `is_disabled` turns the beacons off.
     """
 
     def __init__(self) -> None:
         self.beacon_slots: torch.Tensor | None = None
+        self.anchor_slots: torch.Tensor | None = None
         self.chunks: Any = None
         self.is_disabled = False
 
@@ -34,17 +36,35 @@ class PassState(threading.local):
 class BeaconProjection(nn.Module):
     """The beacons' own copy of one projection: `y = x W^T + b` (section 3.1: W_Q, W_K, W_V of the beacon).
 
+    Anchored, x is the state of the last token that a beacon stands for, and of the beacon's own as much as a gate lets
+    through: `y = (a + g x) W^T + b`, with g zero at the start. Before training such a beacon is what that token's own key and
+    value are, which serves a reader well; training adds what the tokens before it held.
+
     Args:
         weight: (N, M), copied.
         bias: (N,) or None, copied.
         state: shared by all projections of a model.
+        is_anchored: whether to start from the tokens' states.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, state: PassState) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, state: PassState, *, is_anchored: bool = False
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.gate = nn.Parameter(self.weight.new_zeros(weight.shape[1])) if is_anchored else None
         self.state = state
+
+    def rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What of the slots (B, T, M) of a pass is projected: (B, n, M)."""
+        state = self.state
+        assert state.beacon_slots is not None, "called in passes with beacons"
+        own = hidden.index_select(1, state.beacon_slots)
+        if self.gate is None:
+            return own
+        assert state.anchor_slots is not None, "whoever says where beacons are says what they stand for"
+        return hidden.index_select(1, state.anchor_slots) + self.gate.to(hidden.dtype) * own
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Project beacon rows (B, n, M) to (B, n, N)."""
@@ -57,7 +77,7 @@ def replace_beacon_rows(linear: nn.Module, args: tuple[torch.Tensor, ...], outpu
     slots = beacon.state.beacon_slots
     if slots is None:
         return None
-    rows = beacon(args[0].index_select(1, slots))
+    rows = beacon(beacon.rows(args[0]))
     return output.index_copy(1, slots, rows.to(output.dtype))
 
 
@@ -65,10 +85,12 @@ def take_beacon_slots(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[
     """Forward pre-hook of an attention module: takes what is ours off its arguments, for those below it to find."""
     state: PassState = attention.beacon_state  # type: ignore[assignment]
     state.beacon_slots = kwargs.pop("beacon_slots", None)
+    state.anchor_slots = kwargs.pop("beacon_anchors", None)
     state.chunks = kwargs.pop("beacon_chunks", None)
     return args, kwargs
 
 
 def forget_beacon_slots(attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of an attention module, called also after an error: leaves nothing behind."""
-    attention.beacon_state.beacon_slots = attention.beacon_state.chunks = None  # type: ignore[union-attr]
+    state: PassState = attention.beacon_state  # type: ignore[assignment]
+    state.beacon_slots = state.anchor_slots = state.chunks = None

@@ -157,6 +157,7 @@ def _settings(config: "BeaconConfig") -> dict[str, Any]:
         "chunk_size": config.chunk_size,
         "num_sinks": config.num_sinks,
         "local_tokens": config.local_tokens,
+        "anchored": config.anchored,
         "placement": config.placement,
         **trained_fields(config),
     }
@@ -164,8 +165,9 @@ def _settings(config: "BeaconConfig") -> dict[str, Any]:
 
 def _setting_lines(config: "BeaconConfig") -> list[tuple[str, str]]:
     local = f", at least {config.local_tokens} raw tokens in the tail" if config.local_tokens else ""
+    anchored = ", anchored beacons" if config.anchored else ""
     beacons = "" if config.placement == "interleave" else f", beacons placed by {config.placement!r}"
     return [
-        ("chunks", f"{config.chunk_size:,} tokens, {config.num_sinks} sinks{local}{beacons}"),
+        ("chunks", f"{config.chunk_size:,} tokens, {config.num_sinks} sinks{local}{anchored}{beacons}"),
         ("trained", "yes" if config.is_trained else "no (untrained)"),
     ]

@@ -41,6 +41,13 @@ def train(
     chunk_size: Annotated[int | None, typer.Option("--chunk-size", help="Tokens of the adapter's chunks.")] = None,
     ratios: Annotated[str | None, typer.Option("--ratios", help="Such as 2,4,8,16,32.")] = None,
     sinks: Annotated[int | None, typer.Option("--sinks", help="First tokens that are kept raw.")] = None,
+    anchored: Annotated[
+        bool | None,
+        typer.Option(
+            "--anchored/--not-anchored",
+            help="Beacons start from the last token that they stand for; give sinks as well.",
+        ),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="At its height.")] = None,
     distillation: Annotated[
         float | None, typer.Option("--distillation", help="Weight of the uncompressed model's predictions in the loss.")
@@ -81,6 +88,7 @@ def train(
         "chunk_size": chunk_size,
         "ratios": None if ratios is None else list(options.parse_ratios(ratios)),
         "num_sinks": sinks,
+        "anchored": anchored,
     }
     stage = {
         "steps": steps, "length": length, "batch_size": batch_size, "micro_batch_size": micro_batch_size,

@@ -248,7 +248,7 @@ class TrainingSettings:
 
 
 DEV_CHUNKS = 4
-CONFIG_FIELDS = ("chunk_size", "ratios", "projections", "num_sinks", "local_tokens", "placement")
+CONFIG_FIELDS = ("chunk_size", "ratios", "projections", "num_sinks", "local_tokens", "anchored", "placement")
 # A run may be continued elsewhere, saved more often, or on more processes.
 NOT_DECISIVE = (
     "output", "save_every", "dev_every", "dev", "dev_texts", "dev_length", "keep_checkpoints", "report_to", "workers", "wrapper",
