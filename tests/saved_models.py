@@ -1,6 +1,7 @@
 """Tiny base models and adapters on disk, with a tokenizer of one token for each byte and a chat template."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -45,9 +46,9 @@ def save_base(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def save_adapter(folder: Path, base: Path, *, seed: int, training: dict | None = None) -> Path:
+def save_adapter(folder: Path, base: Path, *, seed: int, **settings: Any) -> Path:
     model, _ = activation_beacon.load_pretrained_base(str(base))
-    attach(model, BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), base_model=str(base), training=training))
+    attach(model, BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), base_model=str(base), **settings))
     torch.manual_seed(seed)
     with torch.no_grad():
         for _, parameter in model.beacon_parameters():

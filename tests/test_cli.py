@@ -399,6 +399,17 @@ def test_inspect_tells_what_an_adapter_is(run, files):
     assert values["is_trained"] is False
 
 
+def test_an_anchored_adapter_that_is_untrained_says_what_it_holds(run, files):
+    save_adapter(Path("anchored"), files / "base", seed=4, num_sinks=2, anchored=True)
+    assert "chunks            32 tokens, 2 sinks, anchored beacons\n" in good(run("inspect", "anchored"))
+    assert loaded_json(run("inspect", "anchored", "--json"))["anchored"] is True
+    result = run("compress", "{files}/text.txt", "-o", "out.beacon", "--model", "anchored", "--ratio", "4")
+    assert "held    2 sinks + 224 beacons + 6 raw tokens in the tail\n" in good(result)
+    assert result.stderr.splitlines()[0] == (
+        "untrained: this adapter's beacons hold one token of each unit of a compressed text, and nothing of the others."
+    )
+
+
 def test_inspect_knows_the_default_adapter(run):
     values = loaded_json(run("inspect", "default", "--json"))
     assert values["base_model"] == "default"

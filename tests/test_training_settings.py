@@ -74,7 +74,7 @@ BAD_RUNS = [
     ({"stages": 3}, "stages must be a list; got 3."),
     ({"stages": [3]}, "Stage 1 must hold names and values; got 3."),
     ({"stages": [{"step": 3}]}, "Stage 1 names step, which is not known. Known: batch_size, chunk_size,"),
-    ({"config": {"chunk": 3}}, "config names chunk, which is not known. Known: chunk_size, local_tokens,"),
+    ({"config": {"chunk": 3}}, "config names chunk, which is not known. Known: anchored, chunk_size,"),
     ({"wrapper": "zero"}, "wrapper must be one of ddp, fsdp; got 'zero'."),
     (
         {"wrapper": "fsdp", "optimizer": "muon"},

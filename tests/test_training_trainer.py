@@ -34,7 +34,11 @@ class Texts:
 def settings(folder, **changes):
     stage = {"steps": 6, "length": 4 * CHUNK, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-3}
     stage |= changes.pop("stage", {})
-    values = {"documents": ("texts",), "save_every": 100, "config": BeaconConfig(chunk_size=CHUNK, ratios=(2, 4))}
+    values = {
+        "documents": ("texts",),
+        "save_every": 100,
+        "config": BeaconConfig(chunk_size=CHUNK, ratios=(2, 4), num_sinks=1, anchored=True),
+    }
     return TrainingSettings(output=str(folder), stages=(Stage(**stage),), **{**values, **changes})
 
 

@@ -91,7 +91,7 @@ class BeaconConfig:
 
     @property
     def is_trained(self) -> bool:
-        """Whether a training run is on record. Untrained beacons are worse than no context at all."""
+        """Whether a training run is on record. Untrained beacons are worse than no context at all, unless they are anchored."""
         return self.training is not None
 
     @property
