@@ -48,9 +48,10 @@ def with_branch(bias: bool = True) -> Attention:
 
 def test_a_branch_starts_as_a_copy():
     linear = nn.Linear(4, 6)
-    branch = BeaconProjection(linear.weight, linear.bias, PassState())
+    branch = BeaconProjection(linear.weight, linear.bias, state := PassState())
     hidden = torch.randn(2, 3, 4)
-    assert torch.equal(branch(hidden), linear(hidden))
+    state.beacon_slots = torch.tensor([0, 2])
+    assert torch.equal(branch(hidden), linear(hidden[:, [0, 2]]))
     assert branch.weight is not linear.weight
     assert branch.weight.requires_grad
     assert branch.weight.data_ptr() != linear.weight.data_ptr()
@@ -65,9 +66,23 @@ def test_beacon_rows_are_the_branchs_and_all_others_the_bases(bias, slots):
     out = attention(hidden, beacon_slots=torch.tensor(slots), other=1)
     plain = attention(hidden)
     for slot in range(5):
-        expected = attention.q_proj.beacon(hidden[:, slot]) if slot in slots else plain[:, slot]
+        beacon = attention.q_proj.beacon
+        own = torch.nn.functional.linear(hidden[:, slot], beacon.weight, beacon.bias)
+        expected = own if slot in slots else plain[:, slot]
         torch.testing.assert_close(out[:, slot], expected)
     assert attention.seen == [{"other": 1}, {}]
+
+
+def test_an_anchored_branch_starts_from_the_anchors_and_opens_its_gate_to_the_beacons():
+    linear, state, hidden = nn.Linear(4, 6), PassState(), torch.randn(2, 6, 4)
+    branch = BeaconProjection(linear.weight, linear.bias, state, is_anchored=True)
+    state.beacon_slots, state.anchor_slots = torch.tensor([2, 5]), torch.tensor([1, 4])
+    assert torch.equal(branch(hidden), linear(hidden[:, [1, 4]]))
+    branch(hidden).sum().backward()
+    assert branch.gate.grad.any()
+    with torch.no_grad():
+        branch.gate.copy_(torch.tensor([0.5, 0.0, 1.0, -2.0]))
+    torch.testing.assert_close(branch(hidden), linear(hidden[:, [1, 4]] + branch.gate * hidden[:, [2, 5]]))
 
 
 def test_an_idle_branch_is_the_base_bit_for_bit():

@@ -56,19 +56,15 @@ class BeaconProjection(nn.Module):
         self.gate = nn.Parameter(self.weight.new_zeros(weight.shape[1])) if is_anchored else None
         self.state = state
 
-    def rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What of the slots (B, T, M) of a pass is projected: (B, n, M)."""
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Project what beacons read of the slots (B, T, M) of a pass to (B, n, N)."""
         state = self.state
         assert state.beacon_slots is not None, "called in passes with beacons"
-        own = hidden.index_select(1, state.beacon_slots)
-        if self.gate is None:
-            return own
-        assert state.anchor_slots is not None, "whoever says where beacons are says what they stand for"
-        return hidden.index_select(1, state.anchor_slots) + self.gate.to(hidden.dtype) * own
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Project beacon rows (B, n, M) to (B, n, N)."""
-        return nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        rows = hidden.index_select(1, state.beacon_slots)
+        if self.gate is not None:
+            assert state.anchor_slots is not None, "whoever says where beacons are says what they stand for"
+            rows = hidden.index_select(1, state.anchor_slots) + self.gate.to(hidden.dtype) * rows
+        return nn.functional.linear(rows.to(self.weight.dtype), self.weight, self.bias)
 
 
 def replace_beacon_rows(linear: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
@@ -77,8 +73,7 @@ def replace_beacon_rows(linear: nn.Module, args: tuple[torch.Tensor, ...], outpu
     slots = beacon.state.beacon_slots
     if slots is None:
         return None
-    rows = beacon(beacon.rows(args[0]))
-    return output.index_copy(1, slots, rows.to(output.dtype))
+    return output.index_copy(1, slots, beacon(args[0]).to(output.dtype))
 
 
 def take_beacon_slots(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
