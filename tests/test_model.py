@@ -268,10 +268,10 @@ def test_attaching_that_fails_half_way_leaves_nothing(monkeypatch, calls, error)
 
     made = []
 
-    def failing(*args):
+    def failing(*args, **kwargs):
         if len(made) == calls:
             raise error
-        made.append(original(*args))
+        made.append(original(*args, **kwargs))
         return made[-1]
 
     original = attachment.BeaconProjection

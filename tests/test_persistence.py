@@ -189,7 +189,7 @@ def test_a_folder_without_an_adapter_is_named(tmp_path):
         ('{"format_version": 2}', r"is not a valid adapter configuration: format_version must be 1; got 2\. Use the"),
         (
             '{"format_version": 1, "gist": 3}',
-            r"is not a valid adapter configuration: Unknown settings: gist\. Known ones: base_fingerprint, base_model,",
+            r"is not a valid adapter configuration: Unknown settings: gist\. Known ones: anchored, base_fingerprint, base_model,",
         ),
         (
             '{"format_version": 1, "chunk_size": 1000}',
