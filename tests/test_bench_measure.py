@@ -7,8 +7,9 @@ from typer.testing import CliRunner
 from activation_beacon import BeaconConfig, BeaconModel, detach
 from activation_beacon.bench import measure, report, shapes
 from activation_beacon.bench.cost import FULL_ATTENTION, Compression, ModelShape, decode_bytes, end_to_end_speedup
-from activation_beacon.bench.measure import Cell, Run
+from activation_beacon.bench.measure import Cell
 from activation_beacon.bench.records import FILE, Records
+from activation_beacon.bench.timing import Run
 from activation_beacon.cli import app
 from activation_beacon.errors import CapacityError, MismatchError
 from evaluation_models import beacon_model, byte_tokenizer
@@ -30,6 +31,14 @@ def test_cells_put_full_attention_beside_each_ratio():
     found = list(measure.cells([8, 16], [1, 2], [2, 4], 5))
     assert found[:3] == [Cell(8, 1, None, 5), Cell(8, 1, 2, 5), Cell(8, 1, 4, 5)]
     assert [(cell.length, cell.batch_size) for cell in found[::3]] == [(8, 1), (8, 2), (16, 1), (16, 2)]
+
+
+def test_presses_stand_beside_the_beacons_of_their_ratio():
+    found = list(measure.cells([8], [1], [2, 4], 0, ["snapkv", "knorm"]))
+    assert [(cell.ratio, cell.press) for cell in found] == [
+        (None, None),
+        *((ratio, press) for ratio in (2, 4) for press in (None, "snapkv", "knorm")),
+    ]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -93,8 +102,17 @@ def test_the_table_has_a_line_for_each_way():
     assert beacons.split()[:9] == ["64", "1", "x4", "2.00", "s", "2.00x", "500.0", "ms", "2.00x"]
 
 
+def test_kvpress_is_compared_with_full_attention_too_and_has_no_bound():
+    runs = {Cell(64, 1, None, 0): made(8), Cell(64, 1, 4, 0): made(4), Cell(64, 1, 4, 0, "knorm"): made(16)}
+    rows = report.summary(runs, TINY, num_new=3, chunk_size=16, element_bytes=2)
+    assert [(row.way, row.total_speedup) for row in rows] == [("full", 1), ("x4", 2), ("knorm x4", 0.5)]
+    assert (rows[2].first_token_bound, rows[2].step_bound, rows[2].total_bound) == (None, None, None)
+    assert report.table(rows)[3].split()[2:4] == ["knorm", "x4"]
+
+
 def test_a_picture_is_drawn(tmp_path):
     runs = {Cell(n, 1, ratio, 0): made(n * (1 if ratio else 2)) for n in (32, 64) for ratio in (None, 4)}
+    runs |= {cell._replace(press="knorm"): made(9) for cell in runs if cell.ratio}
     report.draw(tmp_path / "speed.png", report.summary(runs, TINY, num_new=3, chunk_size=16, element_bytes=2))
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
@@ -179,6 +197,10 @@ def test_chunks_and_idle_print_their_numbers(options):
     ("args", "message"),
     [
         (["speed", "--shape", "gpt-5"], "--shape must be one of smollm2-135m, llama-2-7b, llama-3-8b, qwen2-7b"),
+        (
+            ["speed", "--peers", "snapkv,kvzip"],
+            "--peers must be some of snapkv, expected-attention, pyramidkv, knorm; got 'kvzip'.",
+        ),
         (["speed", "--batch-sizes", "0"], "--batch-sizes must be ints such as"),
         (["speed", "--lengths", "many"], "--lengths must be ints such as 2048,4096; got 'many'."),
     ],

@@ -48,6 +48,10 @@ def test_good_settings_are_kept_in_order(settings, expected):
             "num_sinks (9) must not exceed chunk_size (8). Use fewer sinks.",
         ),
         ({"anchored": 1}, "anchored must be true or false; got 1."),
+        (
+            {"anchored": True, "projections": ("o",)},
+            "anchored beacons need a copy of q, k or v; projections name o alone. Name one of them, or leave anchored out.",
+        ),
         ({"placement": "middle"}, "placement must be one of interleave, append; got 'middle'."),
         ({"placement": None}, "placement must be one of interleave, append; got None."),
         ({"ratios": ()}, "ratios must name at least one compression ratio, such as (2, 4, 8, 16, 32); got none."),

@@ -10,9 +10,10 @@ from transformers import LlamaForCausalLM
 
 import activation_beacon
 from activation_beacon.evaluation.methods import beacon_entries, read_context
-from activation_beacon.evaluation.peers import PEERS, PYTHON, WORKER, Peers, peer_records
+from activation_beacon.evaluation.peers import PEERS, WORKER, Peers, peer_records
 from activation_beacon.evaluation.results import Key
 from activation_beacon.evaluation.samples import Question, Sample, asked_ids
+from activation_beacon.peers_environment import PYTHON
 from activation_beacon.prompts import ChatPrompt
 from evaluation_models import STORY
 from saved_models import save_adapter, save_base

@@ -137,6 +137,11 @@ def test_settings_that_a_context_depends_on_count_for_the_adapter(changes):
     assert other.base_fingerprint == plain.base_fingerprint
 
 
+def test_anchored_counts_where_the_weights_are_the_same():
+    plain, anchored = (BeaconConfig(chunk_size=16, ratios=(2, 4), anchored=anchored) for anchored in (False, True))
+    assert plain.fingerprint_settings != anchored.fingerprint_settings
+
+
 def test_ratios_and_remarks_do_not_count():
     plain = with_beacons("llama", CONFIG)
     other = with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4, 8), training={"steps": 1}))

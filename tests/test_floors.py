@@ -21,7 +21,7 @@ FLOORS = [
     {"generation", "persistence", "default_base", "prompts", "books"},
     {"base_models"},
     {"model"},
-    {"hub", "official"},
+    {"hub", "official", "peers_environment"},
     {"__init__"},
     {"training", "evaluation", "bench"},
     {"server"},

@@ -184,7 +184,7 @@ def read_at_once(
         attention_mask=ids.new_ones((1, 1, 1, 1), dtype=torch.bool),  # "prepared by the caller": none is made of it
         use_cache=False,
         beacon_slots=chunks.beacon_slots,
-        beacon_anchors=chunks.anchor_slots,
+        beacon_anchor_slots=chunks.anchor_slots,
         beacon_chunks=chunks,
     )
     return output.last_hidden_state.index_select(1, chunks.raw_slots)

@@ -58,6 +58,10 @@ class BeaconConfig:
         _check_int("local_tokens", self.local_tokens, least=0)
         if not isinstance(self.anchored, bool):
             raise ConfigError(f"anchored must be true or false; got {self.anchored!r}.")
+        if self.anchored and self.projections == ("o",):
+            raise ConfigError(
+                "anchored beacons need a copy of q, k or v; projections name o alone. Name one of them, or leave anchored out."
+            )
         if self.placement not in PLACEMENTS:
             raise ConfigError(f"placement must be one of {', '.join(PLACEMENTS)}; got {self.placement!r}.")
         if self.num_sinks > self.chunk_size:

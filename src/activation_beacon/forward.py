@@ -180,7 +180,7 @@ class _Reader:
             past_key_values=memory,
             use_cache=True,
             beacon_slots=torch.tensor(layout.beacon_slots, device=ids.device),
-            beacon_anchors=torch.tensor(layout.anchor_slots, device=ids.device),
+            beacon_anchor_slots=torch.tensor(layout.anchor_slots, device=ids.device),
         )
         if output is not None:
             self._collect(output, members, starts, cache.config.chunk_size)

@@ -19,8 +19,8 @@ class PassState(threading.local):
     """What the layers of one model must know about the pass in progress, for each thread its own.
 
     `beacon_slots` (n,) are the slots of the pass that hold beacons, or None, and `anchor_slots` (n,) those of the last
-    tokens that they stand for; `chunks` says how a pass over several chunks
-    at once is cut into them (`at_once.Chunks`), None in ordinary passes; `is_disabled` turns the beacons off.
+    tokens that they stand for; `chunks` says how a pass over several chunks at once is cut into them (`at_once.Chunks`),
+    None in ordinary passes; `is_disabled` turns the beacons off.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ def take_beacon_slots(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[
     """Forward pre-hook of an attention module: takes what is ours off its arguments, for those below it to find."""
     state: PassState = attention.beacon_state  # type: ignore[assignment]
     state.beacon_slots = kwargs.pop("beacon_slots", None)
-    state.anchor_slots = kwargs.pop("beacon_anchors", None)
+    state.anchor_slots = kwargs.pop("beacon_anchor_slots", None)
     state.chunks = kwargs.pop("beacon_chunks", None)
     return args, kwargs
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from activation_beacon.bench.measure import Cell, Run
+from activation_beacon.bench.measure import Cell
+from activation_beacon.bench.timing import Run
 from activation_beacon.errors import MismatchError, StorageError
 from activation_beacon.files import reason
 from activation_beacon.json_lines import append_lines, read_lines

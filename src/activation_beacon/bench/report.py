@@ -8,23 +8,26 @@ from typing import Any
 
 from activation_beacon.bench import cost
 from activation_beacon.bench.cost import Compression, ModelShape
-from activation_beacon.bench.measure import Cell, Run
+from activation_beacon.bench.measure import Cell
+from activation_beacon.bench.timing import Run
 
 HEAD = ("tokens", "texts", "way", "first token", "", "a token", "", "total", "", "bound", "cache", "", "peak")
-WIDTHS = (9, 6, 7, 13, 8, 11, 8, 11, 8, 8, 12, 8, 12)
+WIDTHS = (9, 6, 22, 13, 8, 11, 8, 11, 8, 8, 12, 8, 12)
 
 
 @dataclass(frozen=True)
 class Row:
     """One way of reading one text: medians over its repeats, in seconds and bytes.
 
-    Ratios, above 1 where beacons are better, are medians over repeats of full attention's value to this one's in the same
-    repeat; None where full attention was not run. Bounds are what operations (reading, total) and bytes (writing) give.
+    Ratios, above 1 where full attention is worse, are medians over repeats of full attention's value to this one's in the
+    same repeat; None where full attention was not run. Bounds are what operations (reading, total) and bytes (writing) give;
+    None for kvpress.
     """
 
     length: int
     batch_size: int
     ratio: int | None
+    press: str | None
     repeats: int
     first_token_s: float
     step_s: float
@@ -36,9 +39,16 @@ class Row:
     step_speedup: float | None
     total_speedup: float | None
     cache_factor: float | None
-    first_token_bound: float
-    step_bound: float
-    total_bound: float
+    first_token_bound: float | None
+    step_bound: float | None
+    total_bound: float | None
+
+    @property
+    def way(self) -> str:
+        """What to call it."""
+        if self.ratio is None:
+            return "full"
+        return f"x{self.ratio}" if self.press is None else f"{self.press} x{self.ratio}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -49,27 +59,21 @@ def summary(
     runs: Mapping[Cell, Run], shape: ModelShape, *, num_new: int, chunk_size: int, element_bytes: int
 ) -> list[Row]:
     """One row for each text and way, in the order of the runs."""
-    groups: dict[tuple[int, int, int | None], dict[int, Run]] = {}
+    groups: dict[Cell, dict[int, Run]] = {}
     for cell, run in runs.items():
-        groups.setdefault((cell.length, cell.batch_size, cell.ratio), {})[cell.repeat] = run
+        groups.setdefault(cell._replace(repeat=0), {})[cell.repeat] = run
     rows = []
-    for (length, batch_size, ratio), repeats in sorted(
-        groups.items(), key=lambda item: (*item[0][:2], item[0][2] or 0)
-    ):
-        full = groups.get((length, batch_size, None), {})
-        bounds = _bounds(shape, length, Compression(ratio, chunk_size), num_new, batch_size, element_bytes)
-        rows.append(_row(length, batch_size, ratio, repeats, full, bounds))
+    for cell in sorted(groups, key=lambda cell: (*cell[:2], cell.ratio or 0, cell.press or "")):
+        full = groups.get(cell._replace(ratio=None, press=None), {})
+        bounds: Mapping[str, float] = {}
+        if cell.press is None:
+            how = Compression(cell.ratio, chunk_size)
+            bounds = _bounds(shape, cell.length, how, num_new, cell.batch_size, element_bytes)
+        rows.append(_row(cell, groups[cell], full, bounds))
     return rows
 
 
-def _row(
-    length: int,
-    batch_size: int,
-    ratio: int | None,
-    repeats: Mapping[int, Run],
-    full: Mapping[int, Run],
-    bounds: Mapping[str, float],
-) -> Row:
+def _row(cell: Cell, repeats: Mapping[int, Run], full: Mapping[int, Run], bounds: Mapping[str, float]) -> Row:
     names = ("first_token_s", "step_s", "slowest_step_s", "total_s")
     medians = {name: statistics.median(getattr(run, name) for run in repeats.values()) for name in names}
     pairs = [(full[number], run) for number, run in repeats.items() if number in full]
@@ -79,9 +83,10 @@ def _row(
 
     peaks = [run.peak_bytes for run in repeats.values() if run.peak_bytes is not None]
     return Row(
-        length,
-        batch_size,
-        ratio,
+        cell.length,
+        cell.batch_size,
+        cell.ratio,
+        cell.press,
         len(repeats),
         cache_bytes=next(iter(repeats.values())).cache_bytes,
         peak_bytes=max(peaks) if peaks else None,
@@ -90,7 +95,9 @@ def _row(
         total_speedup=speedup("total_s"),
         cache_factor=speedup("cache_bytes"),
         **medians,
-        **bounds,
+        first_token_bound=bounds.get("first_token_bound"),
+        step_bound=bounds.get("step_bound"),
+        total_bound=bounds.get("total_bound"),
     )
 
 
@@ -114,9 +121,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     """Lines of text; behind each time stands how many times faster than full attention it is."""
     lines = [_line(HEAD)]
     for row in rows:
-        way = "full" if row.ratio is None else f"x{row.ratio}"
         times = ((row.first_token_s, row.first_token_speedup), (row.step_s, row.step_speedup))
-        cells = [f"{row.length:,}", str(row.batch_size), way]
+        cells = [f"{row.length:,}", str(row.batch_size), row.way]
         for seconds, speedup in (*times, (row.total_s, row.total_speedup)):
             cells += [_seconds(seconds), _factor(speedup)]
         cells += [_factor(row.total_bound), _mebibytes(row.cache_bytes), _factor(row.cache_factor)]
@@ -159,8 +165,8 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     batch = min(row.batch_size for row in rows)
     for axis, (title, (measured, bound)) in zip(axes, panels.items(), strict=True):
-        for number, ratio in enumerate(sorted({row.ratio for row in rows if row.ratio})):
-            line = [row for row in rows if row.ratio == ratio and row.batch_size == batch]
+        for number, way in enumerate(dict.fromkeys(row.way for row in rows if row.ratio)):
+            line = [row for row in rows if row.way == way and row.batch_size == batch]
             found = [row for row in line if getattr(row, measured) is not None]
             colour = f"C{number}"
             axis.plot(
@@ -168,15 +174,11 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
                 [getattr(row, measured) for row in found],
                 "o-",
                 color=colour,
-                label=f"x{ratio}",
+                label=way,
             )
-            axis.plot(
-                [row.length for row in line],
-                [getattr(row, bound) for row in line],
-                "--",
-                color=colour,
-                label=f"x{ratio}, by operations",
-            )
+            paper = [(row.length, getattr(row, bound)) for row in line if getattr(row, bound) is not None]
+            if paper:
+                axis.plot(*zip(*paper, strict=True), "--", color=colour, label=f"{way}, by operations")
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xscale("log", base=2)
         lengths = sorted({row.length for row in rows})

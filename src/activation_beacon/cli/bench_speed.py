@@ -2,6 +2,7 @@
 
 import json as json_format
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,9 @@ from activation_beacon.cli.models import load_model
 from activation_beacon.errors import CapacityError, InputError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from activation_beacon.bench.peers import TimedPeers
     from activation_beacon.bench.records import Records
 
 Shape = Annotated[
@@ -26,6 +30,7 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threa
 SPEED_EPILOG = options.examples(
     "beacon bench speed --lengths 4096,8192 --ratios 8",
     "beacon bench speed --lengths 4096,8192,16384,32768 --ratios 8 --enough 150 -o speed-cpu",
+    "beacon bench speed --lengths 8192 --ratios 8 --peers snapkv,expected-attention   # after `make peers`",
     "beacon bench speed --shape qwen2-7b --device cuda --dtype bfloat16 --lengths 32768,131072 -o speed-gpu",
 )
 
@@ -42,6 +47,11 @@ def speed(
     full_up_to: Annotated[
         int | None, typer.Option("--full-up-to", min=0, help="Run full attention up to so many tokens only.")
     ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option("--peers", help="Methods of kvpress to time beside, at as many entries, such as snapkv,knorm."),
+    ] = None,
+    peers_python: options.PeersPython = options.PEERS_PYTHON,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder to keep runs in, and to go on from; gets a picture too."),
@@ -59,6 +69,7 @@ def speed(
 
     For each text: seconds to the first token, for each token more, and in total; the cache, and the memory held at most.
     Factors compare with full attention in the same repeat; the bound is what counting operations gives for the total.
+    With --peers, methods of kvpress are run in its own environment, in turn with these, at as many cache entries.
     The last line is one JSON object.
     """
     from activation_beacon.bench import measure, report
@@ -70,19 +81,22 @@ def speed(
         parse_lengths(batch_sizes, "--batch-sizes"),
         options.parse_ratios(ratios),
     )
+    presses = _presses(peers)
     name, attached = _model(model, base, shape, chunk_size, device, dtype, threads)
     chunk_size = attached.beacon_config.chunk_size
     records = Records(output, {**_setting(name, attached), "new_tokens": new_tokens})
     notice("warming up")
     measure.warm_up(attached, ways)
-    for number, cells in enumerate(_texts(sizes, batches, ways, full_up_to)):
-        began = time.perf_counter()
-        for repeat in range(repeats):
-            if repeat and enough is not None and time.perf_counter() - began > enough:
-                break
-            for cell in cells:
-                _run(attached, cell._replace(repeat=repeat), new_tokens, records)
-        notice(f"{number + 1} of {len(sizes) * len(batches)} texts done")
+    with _peers(attached, presses, ways, peers_python) as timed:
+        for number, cells in enumerate(_texts(sizes, batches, ways, presses, full_up_to)):
+            began = time.perf_counter()
+            for repeat in range(repeats):
+                if repeat and enough is not None and time.perf_counter() - began > enough:
+                    break
+                for cell in cells:
+                    _run(attached, timed, cell._replace(repeat=repeat), new_tokens, records)
+            notice(f"{number + 1} of {len(sizes) * len(batches)} texts done")
+        by = {} if timed is None else {"peers": timed.versions}
     rows = report.summary(
         records.runs,
         ModelShape.of(attached.config.get_text_config(decoder=True)),
@@ -94,28 +108,57 @@ def speed(
         typer.echo("\n".join(report.table(rows)))
     if output is not None and rows:
         _draw(output / "speed.png", rows)
-    _print_line({**records.setting, "rows": [row.to_dict() for row in rows]})
+    _print_line({**records.setting, **by, "rows": [row.to_dict() for row in rows]})
 
 
-def _texts(sizes: list[int], batches: list[int], ways: tuple[int, ...], full_up_to: int | None) -> list[list[Any]]:
-    """The cells of each text, full attention first."""
+def _presses(peers: str | None) -> tuple[str, ...]:
+    from activation_beacon.bench.peers import PRESSES
+
+    names = tuple(name.strip() for name in peers.split(",")) if peers is not None else ()
+    if unknown := [name for name in names if name not in PRESSES]:
+        raise InputError(f"--peers must be some of {', '.join(PRESSES)}; got {unknown[0]!r}.")
+    return tuple(dict.fromkeys(names))
+
+
+def _peers(
+    model: Any, presses: tuple[str, ...], ways: tuple[int, ...], python: Path
+) -> "AbstractContextManager[TimedPeers | None]":
+    from activation_beacon.bench.peers import timed_peers
+
+    if not presses:
+        return nullcontext()
+    notice("starting kvpress")
+    return timed_peers(model, presses, ways, python)
+
+
+def _texts(
+    sizes: list[int], batches: list[int], ways: tuple[int, ...], presses: tuple[str, ...], full_up_to: int | None
+) -> list[list[Any]]:
+    """The cells of each text, full attention first; kvpress reads as it does, so that it is left out with it."""
     from activation_beacon.bench.measure import cells
 
+    def is_wanted(cell: Any) -> bool:
+        return full_up_to is None or cell.length <= full_up_to or (cell.ratio is not None and cell.press is None)
+
     return [
-        [cell for cell in cells([size], [batch], ways, 0) if cell.ratio or full_up_to is None or size <= full_up_to]
+        [cell for cell in cells([size], [batch], ways, 0, presses) if is_wanted(cell)]
         for size in sizes
         for batch in batches
     ]
 
 
-def _run(model: Any, cell: Any, new_tokens: int, records: "Records") -> None:
+def _run(model: Any, peers: "TimedPeers | None", cell: Any, new_tokens: int, records: "Records") -> None:
     from activation_beacon.bench import measure
 
     if cell in records.runs:
         return
-    way = "full attention" if cell.ratio is None else f"ratio {cell.ratio}"
+    way = "full attention" if cell.ratio is None else f"{cell.press or 'beacons'} at ratio {cell.ratio}"
     try:
-        found = measure.run(model, cell, new_tokens)
+        if cell.press is None:
+            found = measure.run(model, cell, new_tokens)
+        else:
+            assert peers is not None, "started where there are presses"
+            found = peers.run(cell, new_tokens)
     except CapacityError as error:
         notice(f"{cell.length:,} tokens, {way}: {error}")
         return

@@ -38,15 +38,6 @@ Methods = Annotated[
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Samples of each length at most.")]
 OnErrorOption = Annotated[str, typer.Option("--on-error", help="skip or stop at a broken record.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of what is drawn.")]
-PEERS_PYTHON = Path(".venv-peers/bin/python")  # as `make peers` makes it
-PeersPython = Annotated[
-    Path,
-    typer.Option(
-        "--peers-python",
-        metavar="FILE",
-        help="Python of an environment with kvpress, for its methods (`make peers`).",
-    ),
-]
 Background = Annotated[
     list[Path] | None,
     typer.Option(
@@ -121,7 +112,7 @@ def needles(
     kinds: Annotated[str, typer.Option("--kinds", help="Kinds of needles.")] = "sentence,number,uuid",
     limit: Limit = None,
     methods: Methods = METHODS,
-    peers_python: PeersPython = PEERS_PYTHON,
+    peers_python: options.PeersPython = options.PEERS_PYTHON,
     background: Background = None,
     seed: Seed = 0,
     device: options.Device = None,
@@ -153,7 +144,7 @@ def multi_turn(
     length: Annotated[str, typer.Option("--length", help="Tokens of a prompt with its three turns.")] = "8192",
     limit: Limit = 10,
     methods: Methods = METHODS,
-    peers_python: PeersPython = PEERS_PYTHON,
+    peers_python: options.PeersPython = options.PEERS_PYTHON,
     background: Background = None,
     seed: Seed = 0,
     device: options.Device = None,
@@ -188,7 +179,7 @@ def qa(
     length: Annotated[str, typer.Option("--length", help="Tokens of a prompt.")] = "4096",
     limit: Limit = 20,
     methods: Methods = METHODS,
-    peers_python: PeersPython = PEERS_PYTHON,
+    peers_python: options.PeersPython = options.PEERS_PYTHON,
     seed: Seed = 0,
     on_error: OnErrorOption = "stop",
     device: options.Device = None,
@@ -222,7 +213,7 @@ def reconstruction(
     length: Annotated[str, typer.Option("--length", help="Tokens of a prompt.")] = "4096",
     limit: Limit = 10,
     methods: Methods = METHODS,
-    peers_python: PeersPython = PEERS_PYTHON,
+    peers_python: options.PeersPython = options.PEERS_PYTHON,
     background: Background = None,
     seed: Seed = 0,
     device: options.Device = None,
@@ -253,7 +244,7 @@ def ruler(
     ] = "",
     samples: Annotated[int, typer.Option("--limit", min=1, help="Samples of each task and length.")] = 2,
     methods: Methods = "full,beacons,recent,head-tail,streaming-llm",
-    peers_python: PeersPython = PEERS_PYTHON,
+    peers_python: options.PeersPython = options.PEERS_PYTHON,
     seed: Seed = 0,
     device: options.Device = None,
     dtype: options.DtypeOption = None,

@@ -48,6 +48,16 @@ Temperature = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the randomness, to get the same answer again.")]
 Context = Annotated[Path, typer.Argument(metavar="FILE", help="A context that `beacon compress` wrote.")]
 
+PEERS_PYTHON = Path(".venv-peers/bin/python")  # as `make peers` makes it
+PeersPython = Annotated[
+    Path,
+    typer.Option(
+        "--peers-python",
+        metavar="FILE",
+        help="Python of an environment with kvpress, for its methods (`make peers`).",
+    ),
+]
+
 
 def examples(*lines: str) -> str:
     """The end of a command's help. The mark keeps the lines as they are."""

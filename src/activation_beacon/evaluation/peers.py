@@ -7,7 +7,6 @@ DIR/peers/answers.jsonl, line by line: answers are taken from there, also those 
 import contextlib
 import hashlib
 import json
-import os
 import subprocess
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from typing import Any
 
 import torch
 
-from activation_beacon.base_models import DEFAULT_BASE_NAME
-from activation_beacon.default_base import prepare_default_base
 from activation_beacon.errors import PeerError
 from activation_beacon.evaluation.contexts import end_ids
 from activation_beacon.evaluation.methods import beacon_entries
@@ -25,6 +22,7 @@ from activation_beacon.evaluation.results import Key
 from activation_beacon.evaluation.samples import Sample, answer_sample, asked_ids, scored
 from activation_beacon.files import reason, write_text
 from activation_beacon.json_lines import lines_from
+from activation_beacon.peers_environment import PYTHON, environment, model_options, require_python
 from activation_beacon.prompts import ChatPrompt
 
 PEERS = {
@@ -37,12 +35,8 @@ PEERS = {
 }
 FOLDER, JOBS, ANSWERS = "peers", "jobs", "answers"  # files of processes that are not the first: jobs-1.jsonl and so on
 WORKER = Path(__file__).with_name("peers_worker.py")
-PYTHON = Path(".venv-peers/bin/python")
 PLAIN = "none"  # the worker's name for reading without compression
 CONTROL_TOKENS = 16  # of the control's answer; further on, roundings of two versions of transformers may tell
-
-QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # kvpress's process is none of torchrun's
 
 Wanted = tuple[Key, Sample]
 Answered = tuple[str, str, int]  # job, press, entries
@@ -64,12 +58,7 @@ class Peers:
     worker: Path = WORKER
 
     def __post_init__(self) -> None:
-        if not self.python.is_file():
-            raise PeerError(
-                f"The methods {', '.join(PEERS)} are run by kvpress in an environment of its own, and there is no {self.python}. "
-                "Make it with `make peers`, or anywhere with `python -m venv DIR` and `DIR/bin/pip install torch kvpress==0.5.5`, "
-                "and name DIR/bin/python with --peers-python."
-            )
+        require_python(self.python, list(PEERS))
 
 
 def peer_records(
@@ -192,7 +181,7 @@ class _Exchange:
         """Answers that are there already, then those that come; ends when the worker does."""
         write_text(self.jobs, "".join(json.dumps(job) + "\n" for job in jobs))
         yield from self._new_lines()
-        command = [str(peers.python), "-I", str(peers.worker), str(self.jobs), str(self.path), *_model_options(model)]
+        command = [str(peers.python), "-I", str(peers.worker), str(self.jobs), str(self.path), *model_options(model)]
         last = ""
         with _started(command) as process:
             for text in process.stderr or ():
@@ -224,7 +213,7 @@ def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env={**{name: value for name, value in os.environ.items() if name not in LAUNCHED}, **QUIET},
+            env=environment(),
         )
     except OSError as error:
         raise PeerError(f"{command[0]} cannot be run: {reason(error)}. Make it anew with `make peers`.") from error
@@ -234,13 +223,3 @@ def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
             process.wait()
         finally:
             process.kill()
-
-
-def _model_options(model: Any) -> list[str]:
-    """Options of the worker that make it load the same base model."""
-    name = model.name_or_path
-    base = str(prepare_default_base() if name == DEFAULT_BASE_NAME else name)
-    known = model.beacon_config
-    revision = known.base_revision if known.base_model == name and base == name else None
-    options = ["--base", base, "--dtype", str(model.dtype).removeprefix("torch."), "--device", str(model.device)]
-    return options if revision is None else [*options, "--revision", revision]

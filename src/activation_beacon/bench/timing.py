@@ -1,0 +1,101 @@
+"""A text read and continued, timed, whatever model and cache it is; random tokens; memory held at most.
+
+It needs torch alone: the process that runs kvpress loads this file too, so that all are timed by the same code.
+"""
+
+import itertools
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was measured.
+
+    Attributes:
+        first_token_s: seconds until the logits of the first token to be written.
+        step_s: median seconds of writing one token more.
+        slowest_step_s: of those, the slowest: the one that closes a chunk, if one does.
+        total_s: reading and writing.
+        cache_bytes: keys and values held at the end.
+        peak_bytes: held at most; by torch on a GPU, by the whole process on a CPU; None where it cannot be told.
+    """
+
+    first_token_s: float
+    step_s: float
+    slowest_step_s: float
+    total_s: float
+    cache_bytes: int
+    peak_bytes: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def random_ids(vocabulary: int, batch_size: int, length: int, device: torch.device) -> torch.Tensor:
+    """Tokens (B, T) drawn evenly; for each length the same ones."""
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(0, vocabulary, (batch_size, length), generator=generator).to(device)
+
+
+def timed(model: Any, cache: Any, ids: torch.Tensor, num_new: int) -> Run:
+    """Read ids (B, T) into an empty cache in one call, then write `num_new` tokens greedily.
+
+    Args:
+        model: called as a causal language model of transformers is.
+        cache: with `layers` that hold `keys` and `values`.
+        ids: (B, T).
+        num_new: tokens to be written after the first.
+    """
+    _reset_peak(ids.device)
+    start = now(ids.device)
+    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    times = [now(ids.device)]
+    for _ in range(num_new):
+        token = logits[:, -1:].argmax(-1)
+        logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        times.append(now(ids.device))
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    return Run(
+        first_token_s=times[0] - start,
+        step_s=statistics.median(steps),
+        slowest_step_s=max(steps),
+        total_s=times[-1] - start,
+        cache_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
+        peak_bytes=_peak(ids.device),
+    )
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device is done with what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# --- memory ------------------------------------------------------------------------------------------------------------
+
+PEAK_RESET = Path("/proc/self/clear_refs")  # Linux: writing 5 begins the peak of resident memory anew
+STATUS = Path("/proc/self/status")
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif PEAK_RESET.exists():
+        PEAK_RESET.write_text("5")
+
+
+def _peak(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if not STATUS.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
+    return int(lines["VmHWM"].split()[0]) * 1024
