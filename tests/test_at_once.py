@@ -111,10 +111,11 @@ def test_a_text_of_one_chunk_is_read_as_the_base_reads_it():
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_attention_that_cannot_be_handed_a_chunk_is_refused_by_name():
+@pytest.mark.parametrize("name", ["flex_attention", "flash_attention_2", "flash_attention_3"])
+def test_attention_that_cannot_be_handed_a_chunk_is_refused_by_name(name):
     model = with_beacons("llama", CONFIG)
-    model.config._attn_implementation = "flex_attention"
-    refused = pytest.raises(UnsupportedError, match=r"attn_implementation \(flex_attention\) cannot read all chunks")
+    model.config._attn_implementation = name
+    refused = pytest.raises(UnsupportedError, match=rf"attn_implementation \({name}\) cannot read all chunks")
     with refused, chunks_at_once(model):
         pass
 

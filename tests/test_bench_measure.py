@@ -181,6 +181,25 @@ def test_speed_leaves_full_attention_out_where_it_takes_too_long(options):
     ]
 
 
+def test_speed_goes_on_after_a_text_that_does_not_fit_the_gpu(options, tmp_path, monkeypatch):
+    whole = measure.run
+
+    def run(model, cell, num_new):
+        if cell.length == 96 and cell.ratio is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, cell, num_new)
+
+    monkeypatch.setattr(measure, "run", run)
+    args = ["--lengths", "64,96", "--ratios", "4", "--new-tokens", "1", "--repeats", "1", "--json", "-o", tmp_path]
+    result = invoke("speed", *options, *args)
+    assert "96 tokens, full attention: does not fit the GPU's memory" in result.stderr
+    assert [(row["length"], row["ratio"]) for row in json.loads(result.stdout)["rows"]] == [
+        (64, None),
+        (64, 4),
+        (96, 4),
+    ]
+
+
 def test_chunks_and_idle_print_their_numbers(options):
     result = invoke("chunks", *options, "--chunks", "9", "--ratio", "4")
     assert result.exit_code == 0, result.output

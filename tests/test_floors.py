@@ -12,6 +12,7 @@ FLOORS = [
     {"errors"},
     {"config"},
     {"plan"},
+    {"constants"},
     {"causal", "files", "fingerprint", "processes", "projection", "room", "rope"},
     {"entries", "json_lines"},
     {"batch", "cache", "data"},

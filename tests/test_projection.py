@@ -112,9 +112,15 @@ def test_gradients_reach_the_branch_through_its_rows_only():
 
 def test_a_base_of_another_dtype_gets_its_own_dtype_back():
     attention = with_branch().to(torch.bfloat16)
-    attention.q_proj.beacon.float()
-    out = attention(torch.randn(1, 5, 4).to(torch.bfloat16), beacon_slots=torch.tensor([3]))
+    beacon = attention.q_proj.beacon.float()
+    hidden = torch.randn(1, 5, 4).to(torch.bfloat16)
+    out = attention(hidden, beacon_slots=torch.tensor([3]))
     assert out.dtype == torch.bfloat16
+    # Computed in it too: a product in float32 is many times slower where there is hardware for halves.
+    halves = nn.functional.linear(hidden[:, 3], beacon.weight.bfloat16(), beacon.bias.bfloat16())
+    assert torch.equal(out[:, 3], halves)
+    out[:, 3].sum().backward()
+    assert beacon.weight.grad.dtype == torch.float32
 
 
 def test_each_thread_has_a_pass_of_its_own():

@@ -26,7 +26,7 @@ def test_a_moved_key_is_the_models_own_at_the_new_position(family):
     model = tiny(family)
     site = find_decoder(model, ("q", "k", "v"))
     before, after = [0, 3, 40, 200], [5, 0, 41, 17]
-    mover = KeyMover(site.ropes, [b - a for a, b in zip(before, after, strict=True)])
+    mover = KeyMover(site.ropes, tuple(b - a for a, b in zip(before, after, strict=True)))
     for layer, (keys, expected) in enumerate(zip(keys_at(model, before), keys_at(model, after), strict=True)):
         moved = mover.move(keys, layer)
         assert moved.dtype == keys.dtype
@@ -68,13 +68,13 @@ def test_the_rotation_is_computed_in_float32_whatever_the_keys_are():
     site = find_decoder(tiny("llama"), ("q", "k", "v"))
     keys = torch.randn(1, 2, 1, 8).to(torch.bfloat16)
     rope = site.ropes[0]
-    cos, sin = rope.rotation((100_003,), keys.device)
+    cos, sin = rope.rotation(torch.tensor([100_003]))
     assert cos.dtype == sin.dtype == torch.float32
     exact = (100_003.0 * rope.rotary.inv_freq.double()).cos()
     torch.testing.assert_close(cos[0, 0, :4].double(), exact, atol=1e-2, rtol=0)
-    moved = rope.move(keys, rope.rotation((31,), keys.device))
+    moved = rope.move(keys, rope.rotation(torch.tensor([31])))
     assert moved.dtype == torch.bfloat16
-    reference = rope.move(keys.float(), rope.rotation((31,), keys.device))
+    reference = rope.move(keys.float(), rope.rotation(torch.tensor([31])))
     assert torch.equal(moved, reference.to(torch.bfloat16))
 
 

@@ -127,6 +127,11 @@ BAD = [
     (["{files}/texts.jsonl", "-o", "run", "--base", "{files}/none"], "There is no folder"),
     (["{files}/texts.jsonl", "-o", "run", "--length", "100"], "length (100) must exceed chunk_size (1024)"),
     (["{files}/texts.jsonl", "-o", "run", "--steps", "0"], "steps must be an int of at least 1; got 0."),
+    (
+        ["{files}/texts.jsonl", "-o", "run", "--base", "{files}/base", "--chunk-size", "32", "--length", "128",
+         "--dtype", "float16"],
+        "Gradients are too small for float16. Use --dtype bfloat16, or float32.",
+    ),
     (["{files}/texts.jsonl", "-o", "run", "--optimizer", "sgd"], "optimizer must be one of adamw, muon; got 'sgd'."),
     (["{files}/texts.jsonl", "-o", "run", "--ratios", "2,x"], "--ratios must be ints such as 2,8,32; got '2,x'."),
     (["{files}/texts.jsonl", "-o", "run", "--chunk-size", "1000"], "chunk_size (1000) must be divisible by every ratio"),

@@ -157,7 +157,7 @@ def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, distance: int 
     here, there = _lone_token_keys(model, site, 0), _lone_token_keys(model, site, distance)
     for index, (rope, key, expected) in enumerate(zip(site.ropes, here, there, strict=True)):
         try:
-            moved = key if rope is None else rope.move(key, rope.rotation((distance,), key.device))
+            moved = key if rope is None else rope.move(key, rope.rotation(torch.tensor([distance], device=key.device)))
         except (RuntimeError, TypeError) as failure:
             raise _unsupported(model, f"the keys of layer {index} cannot be moved by rotation ({failure})") from failure
         error = (moved - expected).norm() / expected.norm()

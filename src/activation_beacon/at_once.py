@@ -27,7 +27,6 @@ from activation_beacon.rope import KeyMover
 # B batch · T tokens of a text · N slots of all chunks and the tail · H query heads · K kv heads · D head dim · M model dim
 
 WITH_MASKS = ("eager", "sdpa")  # attention that takes the mask that it is given
-WITHOUT_MASKS = ("flash_attention_2", "flash_attention_3")  # causal from the lower right by itself
 
 
 class Chunks:
@@ -62,7 +61,7 @@ class Chunks:
         self.spans.append((first, tail_length, len(kept)))
         positions += range(len(kept), len(kept) + tail_length)
         raw += range(first, first + tail_length)
-        shifts = [shift for layout in layouts for shift in layout.shifts]
+        shifts = tuple(shift for layout in layouts for shift in layout.shifts)
         self.mover = KeyMover(site.ropes, shifts)
         self.kept_slots = torch.tensor(kept, dtype=torch.long, device=device)  # (entries held at the end,)
         self.position_ids = torch.tensor(positions, device=device)[None]  # (1, N)
@@ -80,7 +79,6 @@ class Chunks:
         value: torch.Tensor,
         *,
         mask_dtype: torch.dtype | None,
-        takes_mask: bool,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Attention output (B, N, H, D) of queries (B, H, N, D) over keys and values (B, K, N, D), chunk by chunk.
@@ -92,7 +90,6 @@ class Chunks:
             key: as above.
             value: as above.
             mask_dtype: of additive masks; None for boolean ones.
-            takes_mask: whether `attention` is told by a mask who sees whom.
             kwargs: the base's further arguments.
         """
         held_keys = self.mover.move(key.index_select(2, self.kept_slots), self.layer_of[module])
@@ -103,9 +100,7 @@ class Chunks:
             if held:
                 keys = torch.cat((held_keys[:, :, :held], keys), dim=2)
                 values = torch.cat((held_values[:, :, :held], values), dim=2)
-            mask = None
-            if takes_mask:
-                mask = self._mask(size, held, kwargs.get("sliding_window"), mask_dtype)
+            mask = self._mask(size, held, kwargs.get("sliding_window"), mask_dtype)
             outputs.append(attention(module, query.narrow(2, first, size), keys, values, mask, **kwargs)[0])
         return torch.cat(outputs, dim=1)
 
@@ -143,10 +138,10 @@ def chunks_at_once(model: Any) -> Iterator[None]:
     """
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation
-    if before not in (*WITH_MASKS, *WITHOUT_MASKS):
-        known = ", ".join((*WITH_MASKS, *WITHOUT_MASKS))
+    if before not in WITH_MASKS:
         raise UnsupportedError(
-            f"attn_implementation ({before}) cannot read all chunks in one pass. Use one of {known}, or read chunk by chunk."
+            f"attn_implementation ({before}) cannot read all chunks in one pass. Use one of {', '.join(WITH_MASKS)}, "
+            "or read chunk by chunk."
         )
     _register(before)
     config._attn_implementation = AT_ONCE + before
@@ -213,7 +208,6 @@ def _register(implementation: str) -> None:
             key,
             value,
             mask_dtype=query.dtype if implementation == "eager" else None,
-            takes_mask=implementation in WITH_MASKS,
             **kwargs,
         )
         return output, None

@@ -371,7 +371,8 @@ class BeaconCache(Cache):
         if model is None:
             return context
         model.check_context(context)
-        return context.to(model.get_input_embeddings().weight.device, model.dtype)
+        weight = model.get_input_embeddings().weight  # the model's own dtype is that of beacons that may be in training
+        return context.to(weight.device, weight.dtype)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {"token_ids": self.token_ids}

@@ -136,7 +136,7 @@ class BeaconLayer(DynamicLayer):
     ) -> "BeaconLayer":
         """A layer that holds these tensors, not copies of them."""
         layer = cls()
-        layer.lazy_initialization(keys, values)
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         layer.keys, layer.values, layer.stored = keys, values, stored
         return layer
 

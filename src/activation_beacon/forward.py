@@ -17,6 +17,7 @@ from activation_beacon.adapt import DecoderSite, can_end_early, understands_told
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import LowerRight
+from activation_beacon.constants import constant
 from activation_beacon.entries import BeaconLayer, ChunkLayer, PassEnded, Quantized, merge, take
 from activation_beacon.plan import ChunkLayout, Row, RowReading, TextPlanner, closing_rounds
 from activation_beacon.rope import KeyMover
@@ -179,8 +180,8 @@ class _Reader:
             ),
             past_key_values=memory,
             use_cache=True,
-            beacon_slots=torch.tensor(layout.beacon_slots, device=ids.device),
-            beacon_anchor_slots=torch.tensor(layout.anchor_slots, device=ids.device),
+            beacon_slots=constant(layout.beacon_slots, ids.device),
+            beacon_anchor_slots=constant(layout.anchor_slots, ids.device),
         )
         if output is not None:
             self._collect(output, members, starts, cache.config.chunk_size)
@@ -189,14 +190,14 @@ class _Reader:
     def _keep(self, members: tuple[int, ...], memory: Cache, layout: ChunkLayout) -> None:
         """Append what the chunk leaves behind to the memory of its rows, and drop the rest."""
         cache = self.cache
-        kept = torch.tensor(layout.kept_slots, device=self.ids.device)
         mover = KeyMover(self.site.ropes, layout.shifts)
         others = [row for row in range(cache.batch_size) if row not in members]
         longest_other = max((cache.rows[row].cache_length for row in others), default=0)
         layers = []
         for index, (chunk, layer) in enumerate(zip(memory.layers, cache.layers, strict=True)):
-            keys = mover.move(chunk.keys.index_select(2, kept.to(chunk.keys.device)), index)
-            values = chunk.values.index_select(2, kept.to(chunk.values.device))
+            kept = constant(layout.kept_slots, chunk.keys.device)
+            keys = mover.move(chunk.keys.index_select(2, kept), index)
+            values = chunk.values.index_select(2, kept)
             chunk.keys = chunk.values = None
             layers.append(_joined_layer(layer, chunk, keys, values, members, others, longest_other))
         cache.layers = layers
@@ -378,12 +379,9 @@ class _Reader:
 def interleave(model: BaseModel, ids: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
     """Input embeddings (B, T, M) of a chunk: its tokens (B, w) with the beacon's embedding between them."""
     tokens = model.get_input_embeddings()(ids)
-    beacon = model.beacon_embedding.to(tokens.dtype)[None, None]
-    source = torch.cat((tokens, beacon.expand(tokens.shape[0], 1, -1)), dim=1)
-    order = [ids.shape[1]] * layout.num_slots
-    for token, slot in enumerate(layout.raw_slots):
-        order[slot] = token
-    return source.index_select(1, torch.tensor(order, device=ids.device))
+    is_beacon = constant(layout.is_beacon, ids.device, torch.bool)[:, None]
+    spread = tokens.index_select(1, constant(layout.token_of_slot, ids.device))
+    return torch.where(is_beacon, model.beacon_embedding.to(tokens.dtype), spread)
 
 
 def _appended_ids(cache: BeaconCache, new: NewTokens) -> torch.Tensor:

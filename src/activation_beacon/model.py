@@ -450,7 +450,7 @@ class BeaconModel(BeaconGeneration):
             return
         for layer, rope in zip(cache.layers, self._beacon.site.ropes, strict=True):
             if rope is not None and layer.keys is not None:
-                cos, sin = rope.rotation([-position for position in first], layer.keys.device)
+                cos, sin = rope.rotation(torch.tensor(first, device=layer.keys.device).neg())
                 layer.keys = rope.move(layer.keys, (cos.transpose(0, 1), sin.transpose(0, 1)))
 
     def _forward_long(

@@ -154,7 +154,19 @@ class ChunkLayout:
         """What the chunk leaves behind, in numbers."""
         return ClosedChunk(self.ratio, self.num_beacons, self.num_raw)
 
-    @property
+    @functools.cached_property
+    def token_of_slot(self) -> tuple[int, ...]:
+        """For each slot the token that stands there; any for a beacon's."""
+        tokens = dict(zip(self.raw_slots, itertools.count()))
+        return tuple(tokens.get(slot, 0) for slot in range(self.num_slots))
+
+    @functools.cached_property
+    def is_beacon(self) -> tuple[bool, ...]:
+        """For each slot, whether a beacon stands there."""
+        raw = set(self.raw_slots)
+        return tuple(slot not in raw for slot in range(self.num_slots))
+
+    @functools.cached_property
     def shifts(self) -> tuple[int, ...]:
         """For each kept entry, the position it is moved to less the one it was read at."""
         return tuple(target - slot for target, slot in enumerate(self.kept_slots))

@@ -69,15 +69,20 @@ def num_launched() -> int:
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[Processes]:
-    """Join the processes that a launcher has started; alone where none has."""
+def processes(device: str | None = None) -> Iterator[Processes]:
+    """Join the processes that a launcher has started; alone where none has.
+
+    Args:
+        device: where they compute, such as "cpu"; by default each on a GPU of its own, if there are any.
+    """
     if num_launched() == 1:
         yield Processes()
         return
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
+    has_gpus = torch.cuda.is_available() and (device is None or torch.device(device).type == "cuda")
+    if has_gpus:
         torch.cuda.set_device(local_rank)
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    distributed.init_process_group("nccl" if has_gpus else "gloo", timeout=PATIENCE)
     try:
         yield Processes(distributed.get_rank(), distributed.get_world_size(), local_rank)
     finally:

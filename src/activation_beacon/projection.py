@@ -64,7 +64,8 @@ class BeaconProjection(nn.Module):
         if self.gate is not None:
             assert state.anchor_slots is not None, "whoever says where beacons are says what they stand for"
             rows = hidden.index_select(1, state.anchor_slots) + self.gate.to(hidden.dtype) * rows
-        return nn.functional.linear(rows.to(self.weight.dtype), self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(rows.dtype)
+        return nn.functional.linear(rows, self.weight.to(rows.dtype), bias)
 
 
 def replace_beacon_rows(linear: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from activation_beacon.constants import constant
+
 # B batch · K kv heads · n entries · D head dim · F frequencies
 
 Layout = Literal["half", "repeated", "interleaved"]
@@ -27,10 +29,10 @@ class LayerRope:
     layout: Layout
     module_name: str  # the modeling module, whose apply_rotary_pos_emb is used
 
-    def rotation(self, shifts: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (1, n, F or 2F) in float32 that turn a key by each of `shifts` positions."""
-        inv_freq = getattr(self.rotary, self.frequencies).to(device=device, dtype=torch.float32)
-        angles = torch.tensor(shifts, dtype=torch.float32, device=device)[:, None] * inv_freq
+    def rotation(self, shifts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (1, n, F or 2F) in float32 that turn a key by each of `shifts` (n,) positions."""
+        inv_freq = getattr(self.rotary, self.frequencies).to(device=shifts.device, dtype=torch.float32)
+        angles = shifts.float()[:, None] * inv_freq
         if self.layout == "repeated":
             angles = torch.cat((angles, angles), dim=-1)
         elif self.layout == "interleaved":
@@ -47,7 +49,7 @@ class LayerRope:
 class KeyMover:
     """Moves the keys that one pass leaves behind; each kind of layer makes its rotation once for each device."""
 
-    def __init__(self, ropes: Sequence[LayerRope | None], shifts: Sequence[int]) -> None:
+    def __init__(self, ropes: Sequence[LayerRope | None], shifts: tuple[int, ...]) -> None:
         self.ropes = ropes
         self.shifts = shifts
         self._rotations: dict[tuple[LayerRope, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -59,7 +61,7 @@ class KeyMover:
             return keys
         kind = (rope, keys.device)
         if kind not in self._rotations:
-            self._rotations[kind] = rope.rotation(self.shifts, keys.device)
+            self._rotations[kind] = rope.rotation(constant(self.shifts, keys.device))
         return rope.move(keys, self._rotations[kind])
 
 

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 Shape = Annotated[
     str | None,
-    typer.Option("--shape", help="Random weights of a known shape, instead of a model; see `beacon bench plan`."),
+    typer.Option(
+        "--shape",
+        help="Random weights of a known shape, instead of a model; see `beacon bench plan`. bfloat16 on a GPU, unless "
+        "--dtype says otherwise.",
+    ),
 ]
 ChunkSize = Annotated[int, typer.Option("--chunk-size", min=2, help="Tokens of a chunk, with --shape.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; by default all.")]
@@ -148,6 +152,8 @@ def _texts(
 
 
 def _run(model: Any, peers: "TimedPeers | None", cell: Any, new_tokens: int, records: "Records") -> None:
+    import torch
+
     from activation_beacon.bench import measure
 
     if cell in records.runs:
@@ -161,6 +167,12 @@ def _run(model: Any, peers: "TimedPeers | None", cell: Any, new_tokens: int, rec
             found = peers.run(cell, new_tokens)
     except CapacityError as error:
         notice(f"{cell.length:,} tokens, {way}: {error}")
+        return
+    except torch.OutOfMemoryError:
+        found = None
+    if found is None:  # what the traceback held is free here
+        torch.cuda.empty_cache()
+        notice(f"{cell.length:,} tokens, {way}: does not fit the GPU's memory")
         return
     records.add(cell, found)
     notice(f"{cell.length:,} tokens, {cell.batch_size} texts, {way}: {seconds_text(found.total_s)}")
@@ -275,7 +287,8 @@ def _model(
     if shape not in SHAPES:
         raise InputError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}.")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = getattr(torch, "float32" if dtype is None else str(dtype))
+    usual = "float32" if torch.device(where).type == "cpu" else "bfloat16"
+    kind = getattr(torch, usual if dtype is None else str(dtype))
     return shape, random_model(shape, chunk_size=chunk_size, device=where, dtype=kind)
 
 

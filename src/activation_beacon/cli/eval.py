@@ -398,7 +398,7 @@ def _evaluate(
     from activation_beacon.evaluation.runner import Plan, planned_ways, run_task
     from activation_beacon.processes import processes
 
-    with processes() as group:
+    with processes(device) as group:
         device = device or (str(group.device()) if group.count > 1 else None)
         loaded = load_model(model, base=base, device=device, dtype=dtype)
         task = make(loaded)

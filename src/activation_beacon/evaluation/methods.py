@@ -124,7 +124,7 @@ def _evict(model: Any, cache: Any, count: int) -> None:
     surplus = cache.get_seq_length() - count
     if surplus <= 0:
         return
-    shifts = [0] * SINKS + [-surplus] * (count - SINKS)
+    shifts = (0,) * SINKS + (-surplus,) * (count - SINKS)
     mover = KeyMover(model._beacon.site.ropes, shifts)
     for index, layer in enumerate(cache.layers):
         layer.keys = mover.move(_without(layer.keys, surplus), index)

@@ -216,6 +216,7 @@ class Engine:
         with self._blaming(task.job):
             before = task.reading.cache.tokens_seen
             logits = task.reading.step()
+            _wait(self.model)
             seconds = time.perf_counter() - start
             self._debt = seconds if self.num_rows else 0.0
             if self.observer is not None:
@@ -347,6 +348,12 @@ class _Blaming:
             logger.error("a job failed", exc_info=error)
         self.end(error)
         return True
+
+
+def _wait(model: Any) -> None:
+    """Until a GPU has done what it was given, so that seconds are those of the work."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
 
 
 def _end_ids(model: Any) -> frozenset[int]:

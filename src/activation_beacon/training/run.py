@@ -71,7 +71,7 @@ def train(
     folder = Path(settings.output)
     check_sources(settings)
     _check_output(folder, resume=resume)
-    with processes() as group:
+    with processes(device) as group:
         model, tokenizer = _model(settings, group, device)
         stores = token_stores(settings, tokenizer, folder / "tokens", group, tell)
         samplers = [stage_sampler(settings, number, stores, tokenizer) for number in range(len(settings.stages))]
@@ -152,6 +152,8 @@ def _model(settings: TrainingSettings, group: Processes, device: str | None) -> 
             f"The base model {settings.base} has no tokenizer, and texts cannot be read without one. "
             "Put its tokenizer.json beside its config.json."
         )
+    if base.dtype == torch.float16:
+        raise ConfigError("Gradients are too small for float16. Use --dtype bfloat16, or float32.")
     config = settings.config
     if settings.base == "default":
         config = dataclasses.replace(config, base_model="default", base_revision=DEFAULT_BASE_REVISION)

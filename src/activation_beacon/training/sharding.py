@@ -27,8 +27,8 @@ def wrap(module: nn.Module, kind: Wrapper, group: Processes, layers: list[nn.Mod
             fully_shard(layer)
         fully_shard(module)
         return module
-    device_ids: Any = [group.local_rank] if torch.cuda.is_available() else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
+    device = next(module.parameters()).device
+    return nn.parallel.DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
 
 
 def whole(tensor: Any) -> torch.Tensor:

@@ -271,17 +271,10 @@ class Trainer:
 
     def _accumulate(self, batch: Batch, stage: Stage, num_targets: float, totals: StepTotals) -> None:
         objective = Objective(stage.cross_entropy, stage.distillation, stage.context_weight)
-        with self._precision():
-            result = self.wrapped(_on(batch, self.device), objective)
+        result = self.wrapped(_on(batch, self.device), objective)
         # The wrapper averages over processes what is a sum over all of their targets.
         (result.total * (self.group.count / max(num_targets, 1))).backward()
         totals.add(result, batch)
-
-    def _precision(self) -> Any:
-        dtype = self.model.dtype
-        if dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype)
 
     def _update(self, rate: float, max_norm: float) -> float:
         norm = whole(nn.utils.clip_grad_norm_(list(self.parameters.values()), max_norm))
@@ -373,8 +366,7 @@ class Trainer:
                 stage, sampler, 0, chunk_size=chunk_size, ratios=(ratio,), seed=0, rank=self.group.rank,
                 num_processes=self.group.count,
             ):  # fmt: skip
-                with self._precision():
-                    totals.add(self.module(_on(batch, self.device), Objective()), batch)
+                totals.add(self.module(_on(batch, self.device), Objective()), batch)
             found[str(ratio)] = totals.line(self.group, self.device)["loss"]
         return found
 
