@@ -42,15 +42,16 @@ def stand_in(tmp_path):
     return lambda model, presses=("knorm",): timed_peers(model, presses, (4,), Path(sys.executable), worker=path)
 
 
-def test_a_press_is_asked_for_what_beacons_hold(stand_in):
+@pytest.mark.parametrize("tail", [0, 3])
+def test_a_press_is_asked_for_what_beacons_hold(stand_in, tail):
     model = beacon_model()
     num_sinks, chunk = model.beacon_config.num_sinks, model.beacon_config.chunk_size
     with stand_in(model) as peers:
-        found = peers.run(Cell(5 * chunk + 3, 1, 4, 0, "knorm"), 7)
+        found = peers.run(Cell(5 * chunk + tail, 1, 4, 0, "knorm"), 7)
         assert f"--threads {torch.get_num_threads()}" in peers.versions
     per_entry = ModelShape.of(model.config).cache_bytes(1, 4)
-    beacons = run(model, Cell(5 * chunk + 3, 1, 4, 0), 7)
-    assert found.cache_bytes == 5 * chunk // 4 + 3 + num_sinks == beacons.cache_bytes // per_entry - 7
+    beacons = run(model, Cell(5 * chunk + tail, 1, 4, 0), 7)
+    assert found.cache_bytes == 5 * chunk // 4 + tail + num_sinks == beacons.cache_bytes // per_entry - 7
     assert found.peak_bytes == 7
 
 

@@ -37,8 +37,8 @@ class TimedPeers:
             PeerError: if kvpress could not.
         """
         assert cell.ratio is not None, "kvpress is run at as many entries as beacons hold"
-        # What beacons hold when the last whole chunk is closed.
-        entries = Compression(cell.ratio, self._chunk_size, self._num_sinks).entries(cell.length)
+        # As the first token more is read, the last whole chunk is closed.
+        entries = Compression(cell.ratio, self._chunk_size, self._num_sinks).entries(cell.length + 1) - 1
         job = {"press": cell.press, "length": cell.length, "batch_size": cell.batch_size, "entries": entries}
         job |= {"num_new": num_new, "vocabulary": self._vocabulary}
         assert self._process.stdin is not None
