@@ -32,7 +32,7 @@ test-oldest: .venv-oldest/.installed-dev ## run the tests on the oldest supporte
 test-ray: .venv/.installed-dev .venv/.installed-ray ## run the tests that need Ray (a minute; 200 MB more in .venv)
 	$(BIN)/python -m pytest tests/test_server_ray.py
 
-peers: .venv-peers/.installed-peers ## set up .venv-peers with kvpress, for its methods in beacon eval (1.4 GB)
+peers: .venv-peers/.installed-peers ## set up .venv-peers with kvpress, for its methods in beacon eval and bench speed (1.4 GB)
 
 test-peers: .venv/.installed-dev .venv-peers/.installed-peers ## run the tests that need kvpress (a minute)
 	$(BIN)/python -m pytest -m peers

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from activation_beacon import BeaconConfig
+from activation_beacon import BeaconConfig, at_once
 from activation_beacon.adapt import AT_ONCE
 from activation_beacon.at_once import chunks_at_once
 from activation_beacon.errors import ConfigError, InputError, RatioError, UnsupportedError
@@ -48,6 +48,20 @@ def test_all_chunks_at_once_equal_the_loop_over_chunks(family, attention, config
     theirs = gradients(model, (expected * weights).sum())
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, atol=1e-4 * float(gradient.abs().max()), rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("family", [family for family, attention in CASES if attention == "sdpa"])
+def test_masks_that_are_told_give_the_same_states_and_gradients(family, monkeypatch):
+    model = with_beacons(family, CONFIG, attention="sdpa").train()
+    ids = random_ids(4 * CHUNK + 5, batch=2)
+    seen = []
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr(at_once, "TOLD_ON", devices)
+        with chunks_at_once(model):
+            states = model.hidden_states(ids, RATIOS)
+            seen.append({"states": states.detach(), **gradients(model, states.square().sum())})
+    for name, written in seen[0].items():
+        torch.testing.assert_close(seen[1][name], written, atol=1e-4 * float(written.abs().max()), rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize(("attention", "config"), [("sdpa", CONFIG), ("eager", CONFIG), ("sdpa", ANCHORED)])

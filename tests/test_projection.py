@@ -113,6 +113,8 @@ def test_gradients_reach_the_branch_through_its_rows_only():
 def test_a_base_of_another_dtype_gets_its_own_dtype_back():
     attention = with_branch().to(torch.bfloat16)
     beacon = attention.q_proj.beacon.float()
+    with torch.no_grad():
+        beacon.weight.normal_()  # no longer what a half can hold
     hidden = torch.randn(1, 5, 4).to(torch.bfloat16)
     out = attention(hidden, beacon_slots=torch.tensor([3]))
     assert out.dtype == torch.bfloat16

@@ -26,7 +26,7 @@ def test_a_moved_key_is_the_models_own_at_the_new_position(family):
     model = tiny(family)
     site = find_decoder(model, ("q", "k", "v"))
     before, after = [0, 3, 40, 200], [5, 0, 41, 17]
-    mover = KeyMover(site.ropes, tuple(b - a for a, b in zip(before, after, strict=True)))
+    mover = KeyMover(site.ropes, torch.tensor(after) - torch.tensor(before))
     for layer, (keys, expected) in enumerate(zip(keys_at(model, before), keys_at(model, after), strict=True)):
         moved = mover.move(keys, layer)
         assert moved.dtype == keys.dtype
@@ -39,9 +39,9 @@ def test_a_moved_key_is_the_models_own_at_the_new_position(family):
 def test_moving_nowhere_changes_nothing_and_there_and_back_is_home(family):
     site = find_decoder(tiny(family), ("q", "k", "v"))
     keys = torch.randn(2, 2, 3, 8)
-    here = KeyMover(site.ropes, (0, 0, 0))
-    there = KeyMover(site.ropes, (7, -30, 400))
-    back = KeyMover(site.ropes, (-7, 30, -400))
+    here = KeyMover(site.ropes, torch.tensor((0, 0, 0)))
+    there = KeyMover(site.ropes, torch.tensor((7, -30, 400)))
+    back = KeyMover(site.ropes, torch.tensor((-7, 30, -400)))
     assert torch.equal(here.move(keys, 0), keys)
     torch.testing.assert_close(back.move(there.move(keys, 0), 0), keys, atol=1e-5, rtol=0)
 
@@ -49,7 +49,7 @@ def test_moving_nowhere_changes_nothing_and_there_and_back_is_home(family):
 def test_a_layer_without_positions_keeps_its_keys():
     site = find_decoder(tiny("smollm3"), ("q", "k", "v"))
     keys = torch.randn(1, 2, 3, 8)
-    mover = KeyMover(site.ropes, (1, 2, 3))
+    mover = KeyMover(site.ropes, torch.tensor((1, 2, 3)))
     assert [rope is None for rope in site.ropes] == [False, True, False]
     assert mover.move(keys, 1) is keys
     assert not torch.equal(mover.move(keys, 0), keys)
@@ -58,7 +58,7 @@ def test_a_layer_without_positions_keeps_its_keys():
 def test_layers_of_different_kinds_are_moved_by_their_own_frequencies():
     site = find_decoder(tiny("gemma3_text"), ("q", "k", "v"))
     keys = torch.randn(1, 2, 1, 8)
-    mover = KeyMover(site.ropes, (9,))
+    mover = KeyMover(site.ropes, torch.tensor((9,)))
     sliding, full, other = (mover.move(keys, layer) for layer in range(3))
     assert torch.equal(sliding, other)
     assert not torch.allclose(sliding, full, atol=1e-2)

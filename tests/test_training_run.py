@@ -130,7 +130,7 @@ BAD = [
     (
         ["{files}/texts.jsonl", "-o", "run", "--base", "{files}/base", "--chunk-size", "32", "--length", "128",
          "--dtype", "float16"],
-        "Gradients are too small for float16. Use --dtype bfloat16, or float32.",
+        "The base's dtype (float16) must be bfloat16 or float32: gradients are too small for it. Add --dtype bfloat16.",
     ),
     (["{files}/texts.jsonl", "-o", "run", "--optimizer", "sgd"], "optimizer must be one of adamw, muon; got 'sgd'."),
     (["{files}/texts.jsonl", "-o", "run", "--ratios", "2,x"], "--ratios must be ints such as 2,8,32; got '2,x'."),

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from activation_beacon.adapt import AT_ONCE, DecoderSite
+from activation_beacon.causal import LowerRight
 from activation_beacon.errors import UnsupportedError
 from activation_beacon.forward import BaseModel, interleave
 from activation_beacon.plan import ChunkLayout
@@ -27,6 +28,7 @@ from activation_beacon.rope import KeyMover
 # B batch · T tokens of a text · N slots of all chunks and the tail · H query heads · K kv heads · D head dim · M model dim
 
 WITH_MASKS = ("eager", "sdpa")  # attention that takes the mask that it is given
+TOLD_ON = ("cuda",)  # where a mask that is told keeps the flash kernel in use, gradients included
 
 
 class Chunks:
@@ -43,7 +45,7 @@ class Chunks:
         self, site: DecoderSite, layouts: Sequence[ChunkLayout], tail_length: int, device: torch.device
     ) -> None:
         self.layer_of = {layer.attention: index for index, layer in enumerate(site.layers)}
-        self.spans: list[tuple[int, int, int]] = []  # first slot, slots, entries held before it
+        self.spans: list[tuple[int, int]] = []  # slots, entries held before them
         kept: list[int] = []
         positions: list[int] = []
         raw: list[int] = []
@@ -51,18 +53,18 @@ class Chunks:
         anchors: list[int] = []
         first = 0
         for layout in layouts:
-            self.spans.append((first, layout.num_slots, len(kept)))
+            self.spans.append((layout.num_slots, len(kept)))
             positions += range(len(kept), len(kept) + layout.num_slots)
             raw += [first + slot for slot in layout.raw_slots]
             beacons += [first + slot for slot in layout.beacon_slots]
             anchors += [first + slot for slot in layout.anchor_slots]
             kept += [first + slot for slot in layout.kept_slots]
             first += layout.num_slots
-        self.spans.append((first, tail_length, len(kept)))
+        self.spans.append((tail_length, len(kept)))
         positions += range(len(kept), len(kept) + tail_length)
         raw += range(first, first + tail_length)
-        shifts = tuple(shift for layout in layouts for shift in layout.shifts)
-        self.mover = KeyMover(site.ropes, shifts)
+        shifts = [shift for layout in layouts for shift in layout.shifts]
+        self.mover = KeyMover(site.ropes, torch.tensor(shifts, dtype=torch.long, device=device))
         self.kept_slots = torch.tensor(kept, dtype=torch.long, device=device)  # (entries held at the end,)
         self.position_ids = torch.tensor(positions, device=device)[None]  # (1, N)
         self.raw_slots = torch.tensor(raw, device=device)  # (T,)
@@ -95,17 +97,18 @@ class Chunks:
         held_keys = self.mover.move(key.index_select(2, self.kept_slots), self.layer_of[module])
         held_values = value.index_select(2, self.kept_slots)
         outputs = []
-        for first, size, held in self.spans:
-            keys, values = key.narrow(2, first, size), value.narrow(2, first, size)
+        sizes = [size for size, _ in self.spans]
+        parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
+        for (size, held), (queries, keys, values) in zip(self.spans, parts, strict=True):
             if held:
                 keys = torch.cat((held_keys[:, :, :held], keys), dim=2)
                 values = torch.cat((held_values[:, :, :held], values), dim=2)
             mask = self._mask(size, held, kwargs.get("sliding_window"), mask_dtype)
-            outputs.append(attention(module, query.narrow(2, first, size), keys, values, mask, **kwargs)[0])
+            outputs.append(attention(module, queries, keys, values, mask, **kwargs)[0])
         return torch.cat(outputs, dim=1)
 
     def _mask(self, size: int, held: int, window: int | None, dtype: torch.dtype | None) -> torch.Tensor | None:
-        """Mask (1, 1, size, held + size): causal from the lower right, within a sliding window where there is one."""
+        """Mask (1, 1, size, held + size), or one that is told: causal from the lower right, within a sliding window if any."""
         if window is not None and held + size <= window:
             window = None
         kind = (size, held, window, dtype)
@@ -117,6 +120,8 @@ class Chunks:
         if dtype is None and not held and window is None:
             return None  # sdpa's own causal kernel
         device = self.raw_slots.device
+        if dtype is None and window is None and device.type in TOLD_ON:
+            return LowerRight.on(device)
         queries = torch.arange(held, held + size, device=device)[:, None]
         keys = torch.arange(held + size, device=device)[None]
         seen = keys <= queries

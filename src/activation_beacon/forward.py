@@ -190,7 +190,7 @@ class _Reader:
     def _keep(self, members: tuple[int, ...], memory: Cache, layout: ChunkLayout) -> None:
         """Append what the chunk leaves behind to the memory of its rows, and drop the rest."""
         cache = self.cache
-        mover = KeyMover(self.site.ropes, layout.shifts)
+        mover = KeyMover(self.site.ropes, constant(layout.shifts, self.ids.device))
         others = [row for row in range(cache.batch_size) if row not in members]
         longest_other = max((cache.rows[row].cache_length for row in others), default=0)
         layers = []
@@ -259,7 +259,7 @@ class _Reader:
     def _mask(self, padding: torch.Tensor | None, num_held: int, num_slots: int) -> torch.Tensor | None:
         """The mask that a pass is given: told where that is understood, else what padding there is.
 
-        Without a memory, or for one slot, the base makes no mask either. Gradients do not flow through told masks.
+        Without a memory, or for one slot, the base makes no mask either. With gradients it writes one out, once for all layers.
         """
         is_mask_needed = num_held > 0 and num_slots > 1 and not torch.is_grad_enabled()
         if padding is not None or not is_mask_needed or not understands_told_masks(self.model, self.site):
@@ -379,9 +379,9 @@ class _Reader:
 def interleave(model: BaseModel, ids: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
     """Input embeddings (B, T, M) of a chunk: its tokens (B, w) with the beacon's embedding between them."""
     tokens = model.get_input_embeddings()(ids)
-    is_beacon = constant(layout.is_beacon, ids.device, torch.bool)[:, None]
+    beacon_mask = constant(layout.beacon_mask, ids.device, torch.bool)[:, None]
     spread = tokens.index_select(1, constant(layout.token_of_slot, ids.device))
-    return torch.where(is_beacon, model.beacon_embedding.to(tokens.dtype), spread)
+    return torch.where(beacon_mask, model.beacon_embedding.to(tokens.dtype), spread)
 
 
 def _appended_ids(cache: BeaconCache, new: NewTokens) -> torch.Tensor:

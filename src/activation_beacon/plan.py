@@ -161,7 +161,7 @@ class ChunkLayout:
         return tuple(tokens.get(slot, 0) for slot in range(self.num_slots))
 
     @functools.cached_property
-    def is_beacon(self) -> tuple[bool, ...]:
+    def beacon_mask(self) -> tuple[bool, ...]:
         """For each slot, whether a beacon stands there."""
         raw = set(self.raw_slots)
         return tuple(slot not in raw for slot in range(self.num_slots))
@@ -170,6 +170,13 @@ class ChunkLayout:
     def shifts(self) -> tuple[int, ...]:
         """For each kept entry, the position it is moved to less the one it was read at."""
         return tuple(target - slot for target, slot in enumerate(self.kept_slots))
+
+
+def entries_held(config: BeaconConfig, num_tokens: int, ratio: int) -> int:
+    """Cache entries that are held after so many tokens, read at one ratio: sinks, beacons and the tail."""
+    num_closed = max(0, (num_tokens - 1 - config.local_tokens) // config.chunk_size)
+    sinks = config.num_sinks if num_closed else 0
+    return sinks + num_tokens - num_closed * (config.chunk_size - config.num_beacons(ratio))
 
 
 @functools.lru_cache(maxsize=1024)

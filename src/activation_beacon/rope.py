@@ -13,8 +13,6 @@ from typing import Literal
 import torch
 from torch import nn
 
-from activation_beacon.constants import constant
-
 # B batch · K kv heads · n entries · D head dim · F frequencies
 
 Layout = Literal["half", "repeated", "interleaved"]
@@ -47,9 +45,14 @@ class LayerRope:
 
 
 class KeyMover:
-    """Moves the keys that one pass leaves behind; each kind of layer makes its rotation once for each device."""
+    """Moves the keys that one pass leaves behind; each kind of layer makes its rotation once for each device.
 
-    def __init__(self, ropes: Sequence[LayerRope | None], shifts: tuple[int, ...]) -> None:
+    Args:
+        ropes: of the layers.
+        shifts: (n,) positions that each key is moved by.
+    """
+
+    def __init__(self, ropes: Sequence[LayerRope | None], shifts: torch.Tensor) -> None:
         self.ropes = ropes
         self.shifts = shifts
         self._rotations: dict[tuple[LayerRope, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -61,7 +64,7 @@ class KeyMover:
             return keys
         kind = (rope, keys.device)
         if kind not in self._rotations:
-            self._rotations[kind] = rope.rotation(constant(self.shifts, keys.device))
+            self._rotations[kind] = rope.rotation(self.shifts.to(keys.device))
         return rope.move(keys, self._rotations[kind])
 
 

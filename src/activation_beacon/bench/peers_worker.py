@@ -50,13 +50,23 @@ class Pressed:
         return output
 
 
-def run(timing: Any, model: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """What was measured of one job."""
+def run(timing: Any, model: Any, job: dict[str, Any]) -> dict[str, Any] | None:
+    """What was measured of one job; None if it does not fit the GPU. What memory is left over is given back to the GPU."""
+    found = None
+    with contextlib.suppress(torch.OutOfMemoryError):
+        found = measured(timing, model, job)
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+def measured(timing: Any, model: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Read and continue a text under a press."""
     length = job["length"]
     press = PRESSES[job["press"]](compression_ratio=max(0.0, 1 - (job["entries"] + SLACK) / length))
     ids = timing.random_ids(job["vocabulary"], job["batch_size"], length, model.device)
-    found: dict[str, Any] = timing.timed(Pressed(model, press), DynamicCache(), ids, job["num_new"]).to_dict()
-    return found
+    found = timing.timed(Pressed(model, press), DynamicCache(), ids, job["num_new"])
+    return {**found.to_dict(), "by": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in BY)}
 
 
 def timing_module() -> Any:
@@ -101,8 +111,6 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     timing, model = timing_module(), load(options)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in BY)
-    print(json.dumps({"versions": versions}), file=answers, flush=True)
     with torch.no_grad():
         for line in sys.stdin:
             print(json.dumps({"run": run(timing, model, json.loads(line))}), file=answers, flush=True)

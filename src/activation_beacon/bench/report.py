@@ -12,7 +12,7 @@ from activation_beacon.bench.measure import Cell
 from activation_beacon.bench.timing import Run
 
 HEAD = ("tokens", "texts", "way", "first token", "", "a token", "", "total", "", "bound", "cache", "", "peak")
-WIDTHS = (9, 6, 22, 13, 8, 11, 8, 11, 8, 8, 12, 8, 12)
+WIDTHS = (9, 6, 24, 13, 8, 11, 8, 11, 8, 8, 12, 8, 12)
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Row:
     first_token_bound: float | None
     step_bound: float | None
     total_bound: float | None
+    by: str | None
 
     @property
     def way(self) -> str:
@@ -98,6 +99,7 @@ def _row(cell: Cell, repeats: Mapping[int, Run], full: Mapping[int, Run], bounds
         first_token_bound=bounds.get("first_token_bound"),
         step_bound=bounds.get("step_bound"),
         total_bound=bounds.get("total_bound"),
+        by=next(iter(repeats.values())).by,
     )
 
 

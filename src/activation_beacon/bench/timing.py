@@ -24,6 +24,7 @@ class Run:
         total_s: reading and writing.
         cache_bytes: keys and values held at the end.
         peak_bytes: held at most; by torch on a GPU, by the whole process on a CPU; None where it cannot be told.
+        by: what ran it, if not this package.
     """
 
     first_token_s: float
@@ -32,6 +33,7 @@ class Run:
     total_s: float
     cache_bytes: int
     peak_bytes: int | None
+    by: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

@@ -49,7 +49,8 @@ def speed(
         float | None, typer.Option("--enough", min=0.0, help="No further repeat of a text after so many seconds.")
     ] = None,
     full_up_to: Annotated[
-        int | None, typer.Option("--full-up-to", min=0, help="Run full attention up to so many tokens only.")
+        int | None,
+        typer.Option("--full-up-to", min=0, help="Run full attention, and kvpress, up to so many tokens only."),
     ] = None,
     peers: Annotated[
         str | None,
@@ -91,16 +92,17 @@ def speed(
     records = Records(output, {**_setting(name, attached), "new_tokens": new_tokens})
     notice("warming up")
     measure.warm_up(attached, ways)
+    texts = _texts(sizes, batches, ways, presses, full_up_to)
+    presses = tuple(press for press in presses if any(cell.press == press for cells in texts for cell in cells))
     with _peers(attached, presses, ways, peers_python) as timed:
-        for number, cells in enumerate(_texts(sizes, batches, ways, presses, full_up_to)):
+        for number, cells in enumerate(texts):
             began = time.perf_counter()
             for repeat in range(repeats):
                 if repeat and enough is not None and time.perf_counter() - began > enough:
                     break
                 for cell in cells:
                     _run(attached, timed, cell._replace(repeat=repeat), new_tokens, records)
-            notice(f"{number + 1} of {len(sizes) * len(batches)} texts done")
-        by = {} if timed is None else {"peers": timed.versions}
+            notice(f"{number + 1} of {len(texts)} texts done")
     rows = report.summary(
         records.runs,
         ModelShape.of(attached.config.get_text_config(decoder=True)),
@@ -112,7 +114,7 @@ def speed(
         typer.echo("\n".join(report.table(rows)))
     if output is not None and rows:
         _draw(output / "speed.png", rows)
-    _print_line({**records.setting, **by, "rows": [row.to_dict() for row in rows]})
+    _print_line({**records.setting, "rows": [row.to_dict() for row in rows]})
 
 
 def _presses(peers: str | None) -> tuple[str, ...]:
@@ -170,8 +172,9 @@ def _run(model: Any, peers: "TimedPeers | None", cell: Any, new_tokens: int, rec
         return
     except torch.OutOfMemoryError:
         found = None
-    if found is None:  # what the traceback held is free here
+    if torch.cuda.is_available():  # kvpress needs the same memory; what a traceback held is free here
         torch.cuda.empty_cache()
+    if found is None:
         notice(f"{cell.length:,} tokens, {way}: does not fit the GPU's memory")
         return
     records.add(cell, found)

@@ -124,7 +124,7 @@ def place_context(loaded: Loaded, context: "BeaconCache") -> "BeaconCache":
         raise MismatchError(f"{error} (--model {loaded.name})") from None
     if context.batch_size != 1:
         raise InputError(f"The file holds a batch of {context.batch_size} contexts. Save one of them: context.row(0).")
-    return context.to(loaded.model.device, loaded.model.dtype)
+    return context.to(loaded.model.device, loaded.model.get_input_embeddings().weight.dtype)
 
 
 def question_ids(loaded: Loaded, context: "BeaconCache", text: str, *, plain: bool = False) -> list[int]:

@@ -22,7 +22,7 @@ from activation_beacon.evaluation.contexts import (
     base_read,
     timed,
 )
-from activation_beacon.plan import Ratio
+from activation_beacon.plan import Ratio, entries_held
 from activation_beacon.rope import KeyMover
 
 # B batch · K kv heads · S cache entries · D head dim
@@ -85,10 +85,7 @@ def check_method(name: str) -> Method:
 
 def beacon_entries(model: Any, num_tokens: int, ratio: int) -> int:
     """Cache entries that beacons hold of a text at a ratio."""
-    config = model.beacon_config
-    num_closed = max(0, (num_tokens - 1 - config.local_tokens) // config.chunk_size)
-    sinks = config.num_sinks if num_closed else 0
-    return sinks + num_tokens - num_closed * (config.chunk_size - config.num_beacons(ratio))
+    return entries_held(model.beacon_config, num_tokens, ratio)
 
 
 # --- the methods -----------------------------------------------------------------------------------------------------
@@ -124,7 +121,7 @@ def _evict(model: Any, cache: Any, count: int) -> None:
     surplus = cache.get_seq_length() - count
     if surplus <= 0:
         return
-    shifts = (0,) * SINKS + (-surplus,) * (count - SINKS)
+    shifts = torch.tensor([0] * SINKS + [-surplus] * (count - SINKS), device=cache.layers[0].keys.device)
     mover = KeyMover(model._beacon.site.ropes, shifts)
     for index, layer in enumerate(cache.layers):
         layer.keys = mover.move(_without(layer.keys, surplus), index)

@@ -115,7 +115,7 @@ class Library:
     def _loaded(self, context_id: str) -> BeaconCache:
         cache = self.folder.load(context_id)
         self.model.check_context(cache)
-        return cache.to(self.model.device, self.model.dtype)
+        return cache.to(self.model.device, self.model.get_input_embeddings().weight.dtype)
 
     # --- making ---
 

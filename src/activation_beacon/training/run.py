@@ -153,7 +153,9 @@ def _model(settings: TrainingSettings, group: Processes, device: str | None) -> 
             "Put its tokenizer.json beside its config.json."
         )
     if base.dtype == torch.float16:
-        raise ConfigError("Gradients are too small for float16. Use --dtype bfloat16, or float32.")
+        raise ConfigError(
+            "The base's dtype (float16) must be bfloat16 or float32: gradients are too small for it. Add --dtype bfloat16."
+        )
     config = settings.config
     if settings.base == "default":
         config = dataclasses.replace(config, base_model="default", base_revision=DEFAULT_BASE_REVISION)

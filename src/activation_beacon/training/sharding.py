@@ -21,11 +21,13 @@ def wrap(module: nn.Module, kind: Wrapper, group: Processes, layers: list[nn.Mod
     if group.count == 1:
         return module
     if kind == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        mesh = init_device_mesh(next(module.parameters()).device.type, (group.count,))
         for layer in layers:
-            fully_shard(layer)
-        fully_shard(module)
+            fully_shard(layer, mesh=mesh)
+        fully_shard(module, mesh=mesh)
         return module
     device = next(module.parameters()).device
     return nn.parallel.DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
