@@ -23,8 +23,8 @@ folder, steps, changes = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
 changes_of_clock = changes.pop("unlike_clocks", False)
 with processes() as group:
     stage = {"steps": 3, "batch_size": 4, "micro_batch_size": 1}
-    run = settings(Path(folder), stage=stage, average_decay=0.6, dev_every=1, **changes)
-    trainer = Trainer(attach(tiny("llama"), run.config), run, [Texts()], dev=(Texts(), 2), group=group)
+    run = settings(Path(folder), stage=stage, average_decay=0.6, dev_every=1, dev_texts=2, **changes)
+    trainer = Trainer(attach(tiny("llama"), run.config), run, [Texts()], dev={"dev": Texts()}, group=group)
     trainer.resume()
     trainer.report = lambda line: trainer.stop("enough") if line["step"] == steps else None
     if changes_of_clock:

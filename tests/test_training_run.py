@@ -27,8 +27,11 @@ def files(tmp_path_factory) -> Path:
     (root / "broken.jsonl").write_text(
         json.dumps(lines[0]) + '\n{"text": \n{"id": "x"}\n' + json.dumps(lines[1]) + "\n"
     )
+    asked = {"id": "q", "context": 3 * "The lion spoke to the moon. ", "question": "Who spoke?", "answer": "The lion"}
+    (root / "questions.jsonl").write_text(json.dumps(asked) + "\n")
     (root / "recipe.yaml").write_text(
         f"base: {root / 'base'}\ndocuments: [{root / 'texts.jsonl'}]\ndev: [{root / 'texts.jsonl'}]\nworkers: 0\n"
+        f"dev_questions: [{root / 'questions.jsonl'}]\ndev_texts: 1\ndev_length: 320\n"
         f"config: {{chunk_size: {CHUNK}, ratios: [2, 4]}}\n"
         "stages:\n- {steps: 4, length: 128, batch_size: 2}\n- {steps: 2, length: 128, chunk_size: 16, batch_size: 2}\n"
     )
@@ -57,6 +60,7 @@ def test_a_recipe_makes_an_adapter_with_its_card_curves_and_recipe(files, tmp_pa
     assert values["steps"] == 6
     assert values["is_finished"] is True
     assert "step 6: dev nats x2 " in result.stderr
+    assert "step 6: answers' nats x2 " in result.stderr
     folder = tmp_path / "run" / "adapter"
     model, tokenizer = load(folder)
     assert model.beacon_config.is_trained
@@ -64,6 +68,8 @@ def test_a_recipe_makes_an_adapter_with_its_card_curves_and_recipe(files, tmp_pa
     assert tokenizer is not None
     card = (folder / "README.md").read_text()
     assert "6 of 6 updates" in card
+    assert "Nats per token of answers, to questions that nobody trained on:\n\n| after step | x2 | x4 |" in card
+    assert model.beacon_config.training["dev_answers_nats"].keys() == {"2", "4"}
     assert "| 2 | 2 | 2 | 128 | 16 | documents 1 | cross_entropy 1 | 0.001 |" in card
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     again = run(str(folder / "recipe.json"), "-o", "again", "--json", cwd=tmp_path)

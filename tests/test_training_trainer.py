@@ -281,10 +281,11 @@ def test_stages_follow_one_another_each_with_its_own_texts_and_chunks(tmp_path):
 
 
 def test_losses_on_dev_texts_are_those_of_the_model_at_each_ratio(tmp_path):
-    run = settings(tmp_path, dev_every=6)
+    run = settings(tmp_path, dev_every=6, dev_texts=3)
     model = attach(tiny("llama"), run.config)
-    Trainer(model, run, [Texts()], dev=(Texts(), 3)).run()
+    Trainer(model, run, [Texts()], dev={"dev": Texts(), "dev_answers": Texts()}).run()
     dev = metrics(tmp_path)[-1]["dev"]
+    assert metrics(tmp_path)[-1]["dev_answers"] == dev
     assert dev.keys() == {"2", "4"}
     for ratio in (2, 4):
         losses = []

@@ -34,6 +34,9 @@ def train(
         Sources, typer.Option("--questions", help="Questions with contexts, for a second stage.")
     ] = None,
     dev: Annotated[Sources, typer.Option("--dev", help="Texts to measure on that nobody trains on.")] = None,
+    dev_questions: Annotated[
+        Sources, typer.Option("--dev-questions", help="Questions with contexts to measure on, likewise.")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Updates of each stage.")] = None,
     length: Annotated[int | None, typer.Option("--length", help="Tokens of a text, in whole chunks.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Texts of one update.")] = None,
@@ -79,7 +82,8 @@ def train(
     --resume goes on to the same weights as an unbroken run.
     """
     flags = {
-        "base": base, "adapter": adapter, "questions": questions, "dev": dev, "lora_rank": lora_rank,
+        "base": base, "adapter": adapter, "questions": questions, "dev": dev, "dev_questions": dev_questions,
+        "lora_rank": lora_rank,
         "optimizer": optimizer, "gradient_checkpointing": gradient_checkpointing, "wrapper": wrapper,
         "on_error": on_error, "report_to": report_to, "save_every": save_every, "seed": seed,
         "dtype": None if dtype is None else str(dtype), "output": None if output is None else str(output),
@@ -197,6 +201,7 @@ class _Bar:
             f"{bytes_text(line['memory_bytes'])}"
         )
         self._bar.update(line["step"] - self._bar.n)
-        if "dev" in line:
-            dev = ", ".join(f"x{ratio} {loss:.3f}" for ratio, loss in line["dev"].items())
-            self.notice(f"step {line['step']:,}: dev nats {dev}")
+        for name, what in (("dev", "dev"), ("dev_answers", "answers'")):
+            if name in line:
+                losses = ", ".join(f"x{ratio} {loss:.3f}" for ratio, loss in line[name].items())
+                self.notice(f"step {line['step']:,}: {what} nats {losses}")

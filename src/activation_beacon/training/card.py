@@ -12,7 +12,6 @@ from activation_beacon.training.settings import TrainingSettings
 def training_card(config: BeaconConfig, settings: TrainingSettings, metrics: Sequence[dict[str, Any]]) -> str:
     """The card of an adapter, from its settings and the metrics of its run."""
     summary = config.training or {}
-    dev = [line for line in metrics if line.get("dev")]
     return "\n".join(
         [
             card_front(config),
@@ -24,7 +23,8 @@ def training_card(config: BeaconConfig, settings: TrainingSettings, metrics: Seq
             "",
             "![curves](curves.png)",
             "",
-            *_dev_table(dev, config.ratios),
+            *_dev_table("dev", "after the first chunk, on texts that nobody trained on", metrics, config.ratios),
+            *_dev_table("dev_answers", "of answers, to questions that nobody trained on", metrics, config.ratios),
             "The recipe, to run it again: `beacon train recipe.json --output my-run`.",
             "",
             "```json",
@@ -60,15 +60,16 @@ def _stages(settings: TrainingSettings) -> list[str]:
     return rows
 
 
-def _dev_table(dev: Sequence[dict[str, Any]], ratios: Sequence[int]) -> list[str]:
+def _dev_table(name: str, what: str, metrics: Sequence[dict[str, Any]], ratios: Sequence[int]) -> list[str]:
+    dev = [line for line in metrics if line.get(name)]
     if not dev:
         return []
     rows = [
-        "Nats per token after the first chunk, on texts that nobody trained on:",
+        f"Nats per token {what}:",
         "",
         "| after step | " + " | ".join(f"x{ratio}" for ratio in ratios) + " |",
         "|--:|" + "--:|" * len(ratios),
     ]
     for line in dev:
-        rows.append(f"| {line['step']:,} | " + " | ".join(f"{line['dev'][str(ratio)]:.3f}" for ratio in ratios) + " |")
+        rows.append(f"| {line['step']:,} | " + " | ".join(f"{line[name][str(ratio)]:.3f}" for ratio in ratios) + " |")
     return [*rows, ""]

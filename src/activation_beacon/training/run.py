@@ -23,8 +23,7 @@ from activation_beacon.processes import Processes, processes
 from activation_beacon.training.card import training_card
 from activation_beacon.training.checkpoints import checkpoints
 from activation_beacon.training.metrics import read_metrics
-from activation_beacon.training.samplers import check_sources, stage_sampler, token_stores
-from activation_beacon.training.sampling import DocumentSampler, Sampler
+from activation_beacon.training.samplers import DEV, check_sources, dev_samplers, stage_sampler, token_stores
 from activation_beacon.training.settings import TrainingSettings
 from activation_beacon.training.tracking import open_tracker
 from activation_beacon.training.trainer import Outcome, Report, Trainer
@@ -76,7 +75,7 @@ def train(
         stores = token_stores(settings, tokenizer, folder / "tokens", group, tell)
         samplers = [stage_sampler(settings, number, stores, tokenizer) for number in range(len(settings.stages))]
         trainer = Trainer(
-            model, settings, samplers, dev=_dev(settings, stores.dev), group=group,
+            model, settings, samplers, dev=dev_samplers(settings, stores, tokenizer), group=group,
             report=report if group.is_first else None,
         )  # fmt: skip
         if group.is_first:
@@ -176,13 +175,6 @@ def _model(settings: TrainingSettings, group: Processes, device: str | None) -> 
     return model, tokenizer
 
 
-def _dev(settings: TrainingSettings, store: Any) -> tuple[Sampler, int] | None:
-    if store is None:
-        return None
-    sampler = DocumentSampler(store, length=settings.length_of_dev_texts, chunk_size=settings.config.chunk_size, seed=0)
-    return sampler, settings.dev_texts
-
-
 @contextmanager
 def _tracked(trainer: Trainer) -> Iterator[None]:
     """Metrics go to the tracker that the settings name, too."""
@@ -238,8 +230,12 @@ def _summary(settings: TrainingSettings, outcome: Outcome, metrics: list[dict[st
         "seed": settings.seed,
         "ended": outcome.why,
     }
-    dev = next((line["dev"] for line in reversed(metrics) if "dev" in line), None)
-    return {**summary, "last_loss": last.get("loss"), **({"dev_nats": dev} if dev else {})}
+    found = {name: next((line[name] for line in reversed(metrics) if name in line), None) for name in DEV}
+    return {
+        **summary,
+        "last_loss": last.get("loss"),
+        **{f"{name}_nats": losses for name, losses in found.items() if losses},
+    }
 
 
 def hardware(num_processes: int) -> str:

@@ -13,6 +13,7 @@ from activation_beacon.training.token_store import BuildProgress, TokenStore, bu
 
 LEAST_CHUNKS = 2
 SMALL_FILES = 1 << 21  # bytes
+DEV = ("dev", "dev_answers")  # what is measured on the way: texts, and answers to questions
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def check_sources(settings: TrainingSettings) -> None:
         StorageError: if a source does not exist.
         FileFormatError: if its format is not known.
     """
-    for source in (*settings.documents, *settings.questions, *settings.dev):
+    for source in (*settings.documents, *settings.questions, *settings.dev, *settings.dev_questions):
         data_files(source)
 
 
@@ -100,11 +101,31 @@ def _sampler(kind: str, settings: TrainingSettings, stage: Stage, stores: Stores
         assert stores.documents is not None, "settings are checked: documents are named"
         return DocumentSampler(stores.documents, **sizes)
     if kind == "questions":
-        from activation_beacon.training.questions import PackedQuestions, read_groups
-
-        groups = read_groups(settings.questions, on_error=settings.on_error, exclude=settings.exclude)
-        return PackedQuestions(groups, tokenizer, **sizes)
+        return _questions(settings, settings.questions, tokenizer, sizes)
     from activation_beacon.training.needles import Needles, Reconstruction
 
     made: Any = Needles if kind == "needles" else Reconstruction
     return made(stores.documents, tokenizer, **sizes)
+
+
+def _questions(settings: TrainingSettings, sources: tuple[str, ...], tokenizer: Any, sizes: dict[str, Any]) -> Sampler:
+    from activation_beacon.training.questions import PackedQuestions, read_groups
+
+    groups = read_groups(sources, on_error=settings.on_error, exclude=settings.exclude)
+    return PackedQuestions(groups, tokenizer, **sizes)
+
+
+def dev_samplers(settings: TrainingSettings, stores: Stores, tokenizer: Any) -> dict[str, Sampler]:
+    """What is measured on the way, by its name out of `DEV`."""
+    sizes: dict[str, Any] = {
+        "length": settings.length_of_dev_texts,
+        "chunk_size": settings.config.chunk_size,
+        "seed": 0,
+    }
+    texts, answers = DEV
+    found: dict[str, Sampler] = {}
+    if stores.dev is not None:
+        found[texts] = DocumentSampler(stores.dev, **sizes)
+    if settings.dev_questions:
+        found[answers] = _questions(settings, settings.dev_questions, tokenizer, sizes)
+    return found

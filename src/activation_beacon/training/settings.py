@@ -104,6 +104,7 @@ class TrainingSettings:
         documents: files, folders or hub data sets of long texts.
         questions: the same of questions with their contexts.
         dev: texts nobody trains on, for the curves.
+        dev_questions: questions nobody trains on, with their contexts: nats per token of their answers.
         exclude: ids of records to leave out.
         text_field: field of a record that holds the text.
         on_error: whether a broken record is skipped or stops the run.
@@ -113,8 +114,8 @@ class TrainingSettings:
             share; 0 for the weights of the last step.
         seed: of texts, ratios and new weights.
         save_every: updates between checkpoints.
-        dev_every: updates between losses on `dev`.
-        dev_texts: how many texts these are of.
+        dev_every: updates between losses on `dev` and `dev_questions`.
+        dev_texts: how many texts these are of, of each kind.
         dev_length: tokens of such a text, in whole chunks of the adapter; None for four chunks.
         keep_checkpoints: how many are kept.
         gradient_checkpointing: trade time for memory.
@@ -135,6 +136,7 @@ class TrainingSettings:
     documents: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
     dev: tuple[str, ...] = ()
+    dev_questions: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     text_field: str = "text"
     on_error: Literal["skip", "stop"] = "skip"
@@ -153,7 +155,7 @@ class TrainingSettings:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("documents", "questions", "dev", "exclude"):
+        for name in ("documents", "questions", "dev", "dev_questions", "exclude"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -251,8 +253,8 @@ DEV_CHUNKS = 4
 CONFIG_FIELDS = ("chunk_size", "ratios", "projections", "num_sinks", "local_tokens", "anchored", "placement")
 # A run may be continued elsewhere, saved more often, or on more processes.
 NOT_DECISIVE = (
-    "output", "save_every", "dev_every", "dev", "dev_texts", "dev_length", "keep_checkpoints", "report_to", "workers", "wrapper",
-    "gradient_checkpointing",
+    "output", "save_every", "dev_every", "dev", "dev_questions", "dev_texts", "dev_length", "keep_checkpoints", "report_to", "workers",
+    "wrapper", "gradient_checkpointing",
 )  # fmt: skip
 
 

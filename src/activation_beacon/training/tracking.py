@@ -29,7 +29,7 @@ def open_tracker(name: str, folder: Path, settings: dict[str, Any]) -> tuple[Tra
 def flat(line: dict[str, Any]) -> dict[str, float]:
     """Numbers of a line of metrics by names such as "loss_by_ratio/x8"."""
     found = {name: float(value) for name, value in line.items() if isinstance(value, int | float) and name != "step"}
-    for group in ("loss_by_ratio", "dev"):
+    for group in ("loss_by_ratio", "dev", "dev_answers"):
         found |= {f"{group}/x{ratio}": value for ratio, value in line.get(group, {}).items()}
     return found
 

@@ -84,7 +84,7 @@ class Trainer:
         model: with beacons attached, on the device where it is to be trained.
         settings: the run.
         samplers: one for each stage: what it reads.
-        dev: a sampler of texts nobody trains on, and how many of them; None for no losses on such.
+        dev: samplers of texts nobody trains on, by what their losses are called in the metrics.
         group: the processes that train together.
         report: is called with each line of the metrics.
 
@@ -99,11 +99,11 @@ class Trainer:
         settings: TrainingSettings,
         samplers: list[Sampler],
         *,
-        dev: tuple[Sampler, int] | None = None,
+        dev: Mapping[str, Sampler] | None = None,
         group: Processes | None = None,
         report: Report | None = None,
     ) -> None:
-        self.model, self.settings, self.samplers, self.dev = model, settings, samplers, dev
+        self.model, self.settings, self.samplers, self.dev = model, settings, samplers, dev or {}
         self.group = group or Processes()
         self.report = report
         self.folder = Path(settings.output)
@@ -165,8 +165,8 @@ class Trainer:
         with chunks_at_once(self.model), _Ahead(self._batches, self.settings.num_steps) as ahead:
             while self.progress.step < self.settings.num_steps:
                 line = self._step(clock, ahead)
-                if self.dev is not None and self._is_due(self.settings.dev_every):
-                    line["dev"] = self.dev_losses()
+                if self.dev and self._is_due(self.settings.dev_every):
+                    line |= self.dev_losses()
                 self._tell(line, log)
                 if self._is_due(self.settings.save_every):
                     self.save()
@@ -349,14 +349,13 @@ class Trainer:
         return path
 
     @torch.no_grad()
-    def dev_losses(self) -> dict[str, float]:
-        """Nats per token after the first chunk on texts nobody trains on, at each ratio: the adapter's."""
-        if self.dev is None:
-            return {}
+    def dev_losses(self) -> dict[str, dict[str, float]]:
+        """Nats per token to be predicted, on texts nobody trains on, at each ratio: the adapter's."""
         with self._averaged():
-            return self._dev_losses(*self.dev)
+            return {name: self._dev_losses(sampler) for name, sampler in self.dev.items()}
 
-    def _dev_losses(self, sampler: Sampler, count: int) -> dict[str, float]:
+    def _dev_losses(self, sampler: Sampler) -> dict[str, float]:
+        count = self.settings.dev_texts
         count += -count % self.group.count  # every process reads as many: with fsdp, weights are gathered by all
         chunk_size, found = self.settings.config.chunk_size, {}
         for ratio in self.settings.config.ratios:
