@@ -21,7 +21,8 @@ from families import tiny
 
 folder, steps, changes = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
 changes_of_clock = changes.pop("unlike_clocks", False)
-with processes() as group:
+
+def main(group):  # what holds on to the group is let go of when it returns
     stage = {"steps": 3, "batch_size": 4, "micro_batch_size": 1}
     run = settings(Path(folder), stage=stage, average_decay=0.6, dev_every=1, dev_texts=2, **changes)
     trainer = Trainer(attach(tiny("llama"), run.config), run, [Texts()], dev={"dev": Texts()}, group=group)
@@ -32,6 +33,9 @@ with processes() as group:
     trainer.run(max_minutes=60 if changes_of_clock else None)
     total = sum(float(tensor.double().sum()) for tensor in trainer.adapter_tensors().values())
     Path(folder, f"sum-{group.rank}").write_text(repr(total))
+
+with processes() as group:
+    main(group)
 """
 
 

@@ -5,6 +5,7 @@
 
 import contextlib
 import datetime
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,4 +87,5 @@ def processes(device: str | None = None) -> Iterator[Processes]:
     try:
         yield Processes(distributed.get_rank(), distributed.get_world_size(), local_rank)
     finally:
+        gc.collect()  # what still held on to the group: threads of gloo that outlive the interpreter abort it
         distributed.destroy_process_group()

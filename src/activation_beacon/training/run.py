@@ -67,28 +67,42 @@ def train(
         TrainingError: if the loss is no number, or runs away.
     """
     tell = notice or logger.info
-    folder = Path(settings.output)
     check_sources(settings)
-    _check_output(folder, resume=resume)
+    _check_output(Path(settings.output), resume=resume)
     with processes(device) as group:
-        model, tokenizer = _model(settings, group, device)
-        stores = token_stores(settings, tokenizer, folder / "tokens", group, tell)
-        samplers = [stage_sampler(settings, number, stores, tokenizer) for number in range(len(settings.stages))]
-        trainer = Trainer(
-            model, settings, samplers, dev=dev_samplers(settings, stores, tokenizer), group=group,
-            report=report if group.is_first else None,
-        )  # fmt: skip
-        if group.is_first:
-            write_text(folder / SETTINGS_FILE, json.dumps(settings.to_dict(), indent=2) + "\n")
-        if resume and (progress := trainer.resume()).step:
-            tell(f"Going on after step {progress.step:,} of {settings.num_steps:,}.")
-        with _signals(trainer), _tracked(trainer):
-            outcome = trainer.run(max_minutes=max_minutes)
-        tensors = trainer.adapter_tensors()
-        if group.is_first:
-            write_adapter(settings, outcome, model, tensors, num_processes=group.count)
-        group.barrier()
-        return outcome
+        return _run(settings, group, resume=resume, max_minutes=max_minutes, device=device, report=report, tell=tell)
+
+
+def _run(
+    settings: TrainingSettings,
+    group: Processes,
+    *,
+    resume: bool,
+    max_minutes: float | None,
+    device: str | None,
+    report: Report | None,
+    tell: Callable[[str], None],
+) -> Outcome:
+    """The run of one process. What holds on to the group is let go of when it returns."""
+    folder = Path(settings.output)
+    model, tokenizer = _model(settings, group, device)
+    stores = token_stores(settings, tokenizer, folder / "tokens", group, tell)
+    samplers = [stage_sampler(settings, number, stores, tokenizer) for number in range(len(settings.stages))]
+    trainer = Trainer(
+        model, settings, samplers, dev=dev_samplers(settings, stores, tokenizer), group=group,
+        report=report if group.is_first else None,
+    )  # fmt: skip
+    if group.is_first:
+        write_text(folder / SETTINGS_FILE, json.dumps(settings.to_dict(), indent=2) + "\n")
+    if resume and (progress := trainer.resume()).step:
+        tell(f"Going on after step {progress.step:,} of {settings.num_steps:,}.")
+    with _signals(trainer), _tracked(trainer):
+        outcome = trainer.run(max_minutes=max_minutes)
+    tensors = trainer.adapter_tensors()
+    if group.is_first:
+        write_adapter(settings, outcome, model, tensors, num_processes=group.count)
+    group.barrier()
+    return outcome
 
 
 def write_adapter(
