@@ -55,6 +55,12 @@ def started(model):
         yield found
 
 
+def timed(folder, *options):
+    adapter = save_adapter(folder / "adapter", save_base(folder / "base"), seed=1)
+    args = ["--model", adapter, "--device", "cpu", "--ratios", "4", "--repeats", "1", "--json", *options]
+    return CliRunner().invoke(app, ["bench", "speed", *map(str, args)])
+
+
 @pytest.mark.parametrize("settings", [{}, {"num_sinks": 3}, {"num_sinks": 2, "local_tokens": 5}])
 @pytest.mark.parametrize("tail", [0, 3])
 def test_a_press_is_asked_for_what_beacons_hold(worker, settings, tail):
@@ -101,23 +107,8 @@ def test_a_process_that_ends_says_why(worker, length, why):
 
 
 def test_the_command_times_kvpress_where_full_attention_is_timed(worker, tmp_path):
-    adapter = save_adapter(tmp_path / "adapter", save_base(tmp_path / "base"), seed=1)
-    args = [
-        "bench",
-        "speed",
-        "--model",
-        adapter,
-        "--device",
-        "cpu",
-        "--lengths",
-        "64,98,120",
-        "--ratios",
-        "4",
-        "--new-tokens",
-        "1",
-    ]
-    args += ["--repeats", "1", "--full-up-to", "98", "--peers", "knorm", "--peers-python", sys.executable, "--json"]
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    options = ["--lengths", "64,98,120", "--new-tokens", "1", "--full-up-to", "98", "--peers", "knorm"]
+    result = timed(tmp_path, *options, "--peers-python", sys.executable)
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
     assert [(row["length"], row["press"]) for row in rows] == [
@@ -147,24 +138,8 @@ def test_an_environment_that_is_not_there_is_refused():
 @pytest.mark.peers
 @needs_kvpress
 def test_kvpress_holds_what_beacons_hold(tmp_path):
-    base = save_base(tmp_path / "base")
-    adapter = save_adapter(tmp_path / "adapter", base, seed=1)
-    args = [
-        "bench",
-        "speed",
-        "--model",
-        adapter,
-        "--device",
-        "cpu",
-        "--lengths",
-        "397",
-        "--ratios",
-        "4",
-        "--repeats",
-        "1",
-    ]
-    args += ["--new-tokens", "3", "--peers", ",".join(peers.PRESSES), "--peers-python", KVPRESS, "--json"]
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    options = ["--lengths", "397", "--new-tokens", "3", "--peers", ",".join(peers.PRESSES)]
+    result = timed(tmp_path, *options, "--peers-python", KVPRESS)
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
     full, beacons, *others = values["rows"]
