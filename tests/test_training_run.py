@@ -83,6 +83,46 @@ def test_flags_alone_make_a_run_and_the_summary_says_how_to_go_on(files, tmp_pat
     assert result.exit_code == 0, result.output
     assert "run/adapter\n  steps   3 of 3 (all steps are made)\n  tokens  768 in " in result.stdout
     assert "Documents: 12 texts, " in result.stderr
+    assert "step 3 of 3: loss " in result.stderr
+
+
+def test_what_has_no_option_of_its_own_is_set_by_name(files, tmp_path):
+    lines = (files / "texts.jsonl").read_text().replace('"text"', '"body"')
+    (tmp_path / "bodies.jsonl").write_text(lines)
+    others = [
+        "text_field=body",
+        "stage.decay=0.25",
+        "stage.ratio_draw=text",
+        "config.placement=append",
+        "exclude=[d1, d2]",
+    ]
+    flags = [part for pair in others for part in ("--set", pair)]
+    result = run("bodies.jsonl", *arguments(files)[1:], "-o", "run", "--steps", "2", *flags, cwd=tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "Documents: 10 texts, " in result.stderr
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert (recipe["text_field"], recipe["config"]["placement"]) == ("body", "append")
+    assert (recipe["stages"][0]["decay"], recipe["stages"][0]["ratio_draw"]) == (0.25, "text")
+
+
+def test_broken_questions_and_those_that_do_not_fit_are_counted_or_stop_the_run(files, tmp_path):
+    asked = [json.loads((files / "questions.jsonl").read_text()) | {"question": f"Who spoke {n}?"} for n in range(3)]
+    asked.append(asked[0] | {"context": 60 * asked[0]["context"]})
+    lines = [json.dumps(line) for line in asked]
+    (tmp_path / "questions.jsonl").write_text("\n".join([lines[0], '{"question": ', *lines[1:]]) + "\n")
+    flags = ["--questions", "questions.jsonl", "--steps", "1", "--length", "320"]
+    result = run(*arguments(files), *flags, "-o", "run", cwd=tmp_path)
+    assert result.exit_code == 0, result.output
+    assert (
+        result.stderr.count(
+            "Questions: 4 on 2 contexts. 4 records read, 1 skipped: 1 broken JSON (questions.jsonl, line 2)."
+        )
+        == 1
+    )
+    assert "Questions: 1 are left out: with their contexts they exceed 320 tokens." in result.stderr
+    stopped = run(*arguments(files), *flags, "-o", "other", "--on-error", "stop", cwd=tmp_path)
+    assert stopped.exit_code == 1
+    assert "questions.jsonl, line 2: the line is not JSON" in stopped.stderr
 
 
 def test_a_broken_record_is_skipped_and_counted_or_stops_the_run(files, tmp_path):
@@ -139,6 +179,11 @@ BAD = [
         "The base's dtype (float16) must be bfloat16 or float32: gradients are too small for it. Add --dtype bfloat16.",
     ),
     (["{files}/texts.jsonl", "-o", "run", "--optimizer", "sgd"], "optimizer must be one of adamw, muon; got 'sgd'."),
+    (["{files}/texts.jsonl", "-o", "run", "--set", "decay"], "--set decay is no NAME=VALUE. Write text_field=body, or stage."),
+    (["{files}/texts.jsonl", "-o", "run", "--set", "stages.decay=1"], "--set stages.decay=1 is no NAME=VALUE."),
+    (["{files}/texts.jsonl", "-o", "run", "--set", "exclude=[a"], "--set exclude=[a: the value is not valid YAML"),
+    (["{files}/texts.jsonl", "-o", "run", "--set", "stage.decoy=1"], "Stage 1 names decoy, which is not known. Known: batch_size"),
+    (["{files}/texts.jsonl", "-o", "run", "--set", "stage.decay=often"], "decay must be a number of at least 0; got 'often'."),
     (["{files}/texts.jsonl", "-o", "run", "--ratios", "2,x"], "--ratios must be ints such as 2,8,32; got '2,x'."),
     (["{files}/texts.jsonl", "-o", "run", "--chunk-size", "1000"], "chunk_size (1000) must be divisible by every ratio"),
     (["{files}/texts.jsonl", "-o", "{files}/texts.jsonl/run", "--base", "{files}/base"], "cannot be made"),

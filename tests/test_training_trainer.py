@@ -247,6 +247,11 @@ def test_time_that_is_over_ends_the_run_with_a_low_learning_rate(tmp_path, monke
     assert outcome.checkpoint.is_dir()
 
 
+def test_minutes_count_from_when_the_call_began_and_one_step_is_made_at_least(tmp_path):
+    outcome = trainer(tmp_path, stage={"steps": 50}).run(max_minutes=5, since=time.monotonic() - 6 * 60)
+    assert (outcome.progress.step, outcome.why, outcome.is_finished) == (1, "5 minutes are over", True)
+
+
 def test_a_run_that_was_asked_to_stop_is_not_finished_though_its_time_ends_meanwhile(tmp_path, monkeypatch):
     run = trainer(tmp_path)
     run.report = lambda line: run.stop("asked to")

@@ -1,7 +1,9 @@
 """`beacon train`: texts in, an adapter out."""
 
+import math
 import os
-from collections.abc import Callable
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 STOPPED = 1
+SECONDS_BETWEEN_LINES = 60.0
 Sources = list[str] | None
 
 
@@ -64,9 +67,19 @@ def train(
     on_error: Annotated[str | None, typer.Option("--on-error", help="skip or stop at a broken record.")] = None,
     report_to: Annotated[str | None, typer.Option("--report-to", help="tensorboard or trackio.")] = None,
     save_every: Annotated[int | None, typer.Option("--save-every", help="Updates between checkpoints.")] = None,
+    others: Annotated[
+        Sources,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other setting of a recipe, as often as needed: text_field=body, stage.context_weight=1 (all stages), "
+            "config.placement=append.",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of texts, ratios and new weights.")] = None,
     max_minutes: Annotated[
-        float | None, typer.Option("--max-minutes", min=0.1, help="End in time, with a usable adapter.")
+        float | None,
+        typer.Option("--max-minutes", min=0.1, help="End in time, loading included, with a usable adapter."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --output stands.")] = False,
     device: options.Device = None,
@@ -77,6 +90,8 @@ def train(
 
     A recipe says everything in one file (see recipes/), and options override what it says for all of its stages. Without
     a recipe, one stage on the given texts; with --questions, a second one on packed questions.
+
+    Example: beacon train my-texts/ --base my/decoder -o my-run --max-minutes 60 --set stage.decay=0.3 --set average_decay=0.99
 
     The run's folder gets checkpoints, metrics.jsonl, and the adapter. Ctrl-C, SIGTERM and --max-minutes save and end it;
     --resume goes on to the same weights as an unbroken run.
@@ -98,10 +113,11 @@ def train(
         "steps": steps, "length": length, "batch_size": batch_size, "micro_batch_size": micro_batch_size,
         "learning_rate": learning_rate, "distillation": distillation,
     }  # fmt: skip
+    set_others(others or [], {"": flags, "config": config, "stage": stage})
     settings = _settings(sources or [], _given(flags), _given(config), _given(stage))
     from activation_beacon.training.run import train as run
 
-    with _Bar(settings) as bar:
+    with _Bar(settings.num_steps, max_minutes) as bar:
         outcome = run(settings, resume=resume, max_minutes=max_minutes, device=device, report=bar, notice=bar.notice)
     if int(os.environ.get("RANK", "0")):
         return
@@ -112,6 +128,33 @@ def train(
         typer.echo(_summary(folder, outcome, settings))
     if not outcome.is_finished:
         raise typer.Exit(STOPPED)
+
+
+def set_others(pairs: list[str], groups: dict[str, dict[str, Any]]) -> None:
+    """Put values of `--set` to those of the options.
+
+    Args:
+        pairs: such as "stage.decay=0.3"; values are YAML.
+        groups: values by name, for each group that a name may begin with; "" for names without one.
+
+    Raises:
+        ConfigError: for what is no name and value, or for a group that there is not.
+    """
+    import yaml
+
+    for pair in pairs:
+        path, equals, text = pair.partition("=")
+        group, _, name = path.strip().rpartition(".")
+        if not equals or not name or group not in groups:
+            raise ConfigError(
+                f"--set {pair} is no NAME=VALUE. Write text_field=body, or stage.NAME=VALUE, or config.NAME=VALUE."
+            )
+        try:
+            groups[group][name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"--set {pair}: the value is not valid YAML: {getattr(error, 'problem', error)}."
+            ) from error
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -166,14 +209,13 @@ def _summary(folder: Path, outcome: Any, settings: "TrainingSettings") -> str:
 
 
 class _Bar:
-    """Progress: a bar on a terminal, elsewhere a line now and then."""
+    """Progress: a bar on a terminal, elsewhere a line a minute."""
 
-    def __init__(self, settings: "TrainingSettings") -> None:
-        from tqdm.auto import tqdm
-
+    def __init__(self, num_steps: int, max_minutes: float | None) -> None:
         self._is_first = not int(os.environ.get("RANK", "0"))
-        self._make: Callable[..., Any] = tqdm
-        self._settings = settings
+        self._num_steps = num_steps
+        self._end = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._last_line = -math.inf
         self._bar: Any = None
 
     def __enter__(self) -> "_Bar":
@@ -190,18 +232,31 @@ class _Bar:
 
     def __call__(self, line: dict[str, Any]) -> None:
         """Show the metrics of one update."""
-        if self._bar is None:
-            self._bar = self._make(
-                total=self._settings.num_steps, initial=line["step"] - 1, desc="training", unit="step",
-                mininterval=1.0, dynamic_ncols=True,
-            )  # fmt: skip
         by_ratio = " ".join(f"x{ratio} {loss:.2f}" for ratio, loss in line["loss_by_ratio"].items())
-        self._bar.set_postfix_str(
+        text = (
             f"loss {line['loss']:.3f} ({by_ratio}), {line['tokens_per_second']:,.0f} tokens/s, "
             f"{bytes_text(line['memory_bytes'])}"
         )
-        self._bar.update(line["step"] - self._bar.n)
+        if self._end is not None:
+            text += f", {seconds_text(max(0.0, self._end - time.monotonic()))} left"
+        if sys.stderr.isatty():
+            self._update(line["step"], text)
+        elif line["step"] == self._num_steps or time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self.notice(f"step {line['step']:,} of {self._num_steps:,}: {text}")
         for name, what in (("dev", "dev"), ("dev_answers", "answers'")):
             if name in line:
                 losses = ", ".join(f"x{ratio} {loss:.3f}" for ratio, loss in line[name].items())
                 self.notice(f"step {line['step']:,}: {what} nats {losses}")
+
+    def _update(self, step: int, text: str) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            left = "" if self._end is not None else "<{remaining}"  # the time that is given is shown with the loss
+            self._bar = tqdm(
+                total=self._num_steps, initial=step - 1, desc="training", unit="step", mininterval=1.0, dynamic_ncols=True,
+                bar_format=f"{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}{left}{{postfix}}]",
+            )  # fmt: skip
+        self._bar.set_postfix_str(text)
+        self._bar.update(step - self._bar.n)

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from activation_beacon.processes import Processes, processes
 from activation_beacon.training.card import training_card
 from activation_beacon.training.checkpoints import checkpoints
 from activation_beacon.training.metrics import read_metrics
-from activation_beacon.training.samplers import DEV, check_sources, dev_samplers, stage_sampler, token_stores
+from activation_beacon.training.samplers import DEV, check_sources, dev_samplers, read_sources, stage_samplers
 from activation_beacon.training.settings import TrainingSettings
 from activation_beacon.training.tracking import open_tracker
 from activation_beacon.training.trainer import Outcome, Report, Trainer
@@ -54,7 +55,7 @@ def train(
     Args:
         settings: the run.
         resume: go on where the output folder stands.
-        max_minutes: of this call; the learning rate falls so that it ends in time.
+        max_minutes: of this call, loading and tokenising among them; the learning rate falls so that it ends in time.
         device: such as "cuda:0"; by default a GPU if there is one.
         report: is called with the metrics of each update.
         notice: is called with what a user should know.
@@ -66,11 +67,21 @@ def train(
         ConfigError, InputError, StorageError, MismatchError: before anything is trained.
         TrainingError: if the loss is no number, or runs away.
     """
+    start = time.monotonic()
     tell = notice or logger.info
     check_sources(settings)
     _check_output(Path(settings.output), resume=resume)
     with processes(device) as group:
-        return _run(settings, group, resume=resume, max_minutes=max_minutes, device=device, report=report, tell=tell)
+        return _run(
+            settings,
+            group,
+            resume=resume,
+            max_minutes=max_minutes,
+            since=start,
+            device=device,
+            report=report,
+            tell=tell,
+        )
 
 
 def _run(
@@ -79,6 +90,7 @@ def _run(
     *,
     resume: bool,
     max_minutes: float | None,
+    since: float,
     device: str | None,
     report: Report | None,
     tell: Callable[[str], None],
@@ -86,10 +98,10 @@ def _run(
     """The run of one process. What holds on to the group is let go of when it returns."""
     folder = Path(settings.output)
     model, tokenizer = _model(settings, group, device)
-    stores = token_stores(settings, tokenizer, folder / "tokens", group, tell)
-    samplers = [stage_sampler(settings, number, stores, tokenizer) for number in range(len(settings.stages))]
+    data = read_sources(settings, tokenizer, folder / "tokens", group, tell)
+    samplers = stage_samplers(settings, data, tokenizer, tell)
     trainer = Trainer(
-        model, settings, samplers, dev=dev_samplers(settings, stores, tokenizer), group=group,
+        model, settings, samplers, dev=dev_samplers(settings, data, tokenizer, tell), group=group,
         report=report if group.is_first else None,
     )  # fmt: skip
     if group.is_first:
@@ -97,7 +109,7 @@ def _run(
     if resume and (progress := trainer.resume()).step:
         tell(f"Going on after step {progress.step:,} of {settings.num_steps:,}.")
     with _signals(trainer), _tracked(trainer):
-        outcome = trainer.run(max_minutes=max_minutes)
+        outcome = trainer.run(max_minutes=max_minutes, since=since)
     tensors = trainer.adapter_tensors()
     if group.is_first:
         write_adapter(settings, outcome, model, tensors, num_processes=group.count)

@@ -1,15 +1,21 @@
-"""The samplers of a run: token stores of its sources, and for each stage the mix that it reads."""
+"""What a run reads: its sources, read once, and for each stage a sampler of the mix that it is given."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from activation_beacon.data.data_files import data_files
+from activation_beacon.data.sources import ReadReport
 from activation_beacon.processes import Processes
 from activation_beacon.training.sampling import DocumentSampler, MixedSampler, Sampler
-from activation_beacon.training.settings import Stage, TrainingSettings
+from activation_beacon.training.settings import TrainingSettings
 from activation_beacon.training.token_store import BuildProgress, TokenStore, build_token_store
+
+if TYPE_CHECKING:
+    from activation_beacon.training.questions import QuestionGroup
+
+Tell = Callable[[str], None]
 
 LEAST_CHUNKS = 2
 SMALL_FILES = 1 << 21  # bytes
@@ -17,11 +23,13 @@ DEV = ("dev", "dev_answers")  # what is measured on the way: texts, and answers 
 
 
 @dataclass(frozen=True)
-class Stores:
-    """Tokens of a run's documents and of its dev texts; None where there are none."""
+class RunData:
+    """What a run reads: tokens of its documents and dev texts, None where there are none, and questions on contexts."""
 
     documents: TokenStore | None
     dev: TokenStore | None
+    questions: "list[QuestionGroup]"
+    dev_questions: "list[QuestionGroup]"
 
 
 def check_sources(settings: TrainingSettings) -> None:
@@ -35,28 +43,30 @@ def check_sources(settings: TrainingSettings) -> None:
         data_files(source)
 
 
-def token_stores(
-    settings: TrainingSettings, tokenizer: Any, folder: Path, group: Processes, tell: Callable[[str], None]
-) -> Stores:
-    """Tokenise what the settings name, in the first process; the others open what it made."""
+def read_sources(settings: TrainingSettings, tokenizer: Any, folder: Path, group: Processes, tell: Tell) -> RunData:
+    """Read what the settings name. The first process tokenises documents; the others open what it made.
+
+    Args:
+        folder: for the tokens of documents.
+        tell: is called with what was found, and with file and line of what was skipped.
+
+    Raises:
+        As `sources.read_records`.
+    """
     smallest = min(stage.chunk_size or settings.config.chunk_size for stage in settings.stages)
-    made: list[TokenStore | None] = []
-    for name, least in (("documents", LEAST_CHUNKS * smallest), ("dev", settings.length_of_dev_texts)):
-        sources = getattr(settings, name)
-        with group.first_before_others():
-            made.append(_store(settings, name, sources, tokenizer, folder, least, tell) if sources else None)
-    return Stores(*made)
+    with group.first_before_others():
+        documents = _store(settings, "documents", tokenizer, folder, LEAST_CHUNKS * smallest, tell)
+    with group.first_before_others():
+        dev = _store(settings, "dev", tokenizer, folder, settings.length_of_dev_texts, tell)
+    return RunData(documents, dev, _groups(settings, "questions", tell), _groups(settings, "dev_questions", tell))
 
 
 def _store(
-    settings: TrainingSettings,
-    name: str,
-    sources: tuple[str, ...],
-    tokenizer: Any,
-    folder: Path,
-    least: int,
-    tell: Callable[[str], None],
-) -> TokenStore:
+    settings: TrainingSettings, name: str, tokenizer: Any, folder: Path, least: int, tell: Tell
+) -> TokenStore | None:
+    sources = getattr(settings, name)
+    if not sources:
+        return None
     said = [0]
 
     def progress(state: BuildProgress) -> None:
@@ -79,43 +89,65 @@ def _workers(settings: TrainingSettings, sources: tuple[str, ...]) -> int:
     return 0 if len(sizes) == len(sources) and sum(sizes) < SMALL_FILES else settings.workers
 
 
-def stage_sampler(settings: TrainingSettings, number: int, stores: Stores, tokenizer: Any) -> Sampler:
-    """What one stage reads."""
+def _groups(settings: TrainingSettings, name: str, tell: Tell) -> "list[QuestionGroup]":
+    sources = getattr(settings, name)
+    if not sources:
+        return []
+    from activation_beacon.training.questions import read_groups
+
+    report = ReadReport()
+    groups = read_groups(sources, on_error=settings.on_error, exclude=settings.exclude, report=report)
+    contexts = sum(bool(group.context) for group in groups)
+    tell(f"{_title(name)}: {report.records:,} on {contexts:,} contexts. {report.summary()}")
+    return groups
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+# --- samplers ----------------------------------------------------------------------------------------------------------
+
+
+def stage_samplers(settings: TrainingSettings, data: RunData, tokenizer: Any, tell: Tell) -> list[Sampler]:
+    """What each stage reads."""
+    return [_stage_sampler(settings, number, data, tokenizer, tell) for number in range(len(settings.stages))]
+
+
+def _stage_sampler(settings: TrainingSettings, number: int, data: RunData, tokenizer: Any, tell: Tell) -> Sampler:
     stage = settings.stages[number]
-    seed = settings.seed + number
-    parts = [
-        (_sampler(kind, settings, stage, stores, tokenizer, seed), share)
-        for kind, share in stage.shares.items()
-        if share
-    ]
-    return parts[0][0] if len(parts) == 1 else MixedSampler(parts, seed=seed)
-
-
-def _sampler(kind: str, settings: TrainingSettings, stage: Stage, stores: Stores, tokenizer: Any, seed: int) -> Sampler:
     sizes: dict[str, Any] = {
         "length": stage.length,
         "chunk_size": stage.chunk_size or settings.config.chunk_size,
-        "seed": seed,
+        "seed": settings.seed + number,
     }
+    parts = [(_sampler(kind, data, tokenizer, sizes, tell), share) for kind, share in stage.shares.items() if share]
+    return parts[0][0] if len(parts) == 1 else MixedSampler(parts, seed=sizes["seed"])
+
+
+def _sampler(kind: str, data: RunData, tokenizer: Any, sizes: dict[str, Any], tell: Tell) -> Sampler:
     if kind == "documents":
-        assert stores.documents is not None, "settings are checked: documents are named"
-        return DocumentSampler(stores.documents, **sizes)
+        assert data.documents is not None, "settings are checked: documents are named"
+        return DocumentSampler(data.documents, **sizes)
     if kind == "questions":
-        return _questions(settings, settings.questions, tokenizer, sizes)
+        return _packed(data.questions, "questions", tokenizer, sizes, tell)
     from activation_beacon.training.needles import Needles, Reconstruction
 
     made: Any = Needles if kind == "needles" else Reconstruction
-    return made(stores.documents, tokenizer, **sizes)
+    return made(data.documents, tokenizer, **sizes)
 
 
-def _questions(settings: TrainingSettings, sources: tuple[str, ...], tokenizer: Any, sizes: dict[str, Any]) -> Sampler:
-    from activation_beacon.training.questions import PackedQuestions, read_groups
+def _packed(groups: "list[QuestionGroup]", name: str, tokenizer: Any, sizes: dict[str, Any], tell: Tell) -> Sampler:
+    from activation_beacon.training.questions import PackedQuestions
 
-    groups = read_groups(sources, on_error=settings.on_error, exclude=settings.exclude)
-    return PackedQuestions(groups, tokenizer, **sizes)
+    packed = PackedQuestions(groups, tokenizer, **sizes)
+    if packed.left_out:
+        length = sizes["length"]
+        tell(f"{_title(name)}: {packed.left_out:,} are left out: with their contexts they exceed {length:,} tokens.")
+    return packed
 
 
-def dev_samplers(settings: TrainingSettings, stores: Stores, tokenizer: Any) -> dict[str, Sampler]:
+def dev_samplers(settings: TrainingSettings, data: RunData, tokenizer: Any, tell: Tell) -> dict[str, Sampler]:
     """What is measured on the way, by its name out of `DEV`."""
     sizes: dict[str, Any] = {
         "length": settings.length_of_dev_texts,
@@ -124,8 +156,8 @@ def dev_samplers(settings: TrainingSettings, stores: Stores, tokenizer: Any) -> 
     }
     texts, answers = DEV
     found: dict[str, Sampler] = {}
-    if stores.dev is not None:
-        found[texts] = DocumentSampler(stores.dev, **sizes)
+    if data.dev is not None:
+        found[texts] = DocumentSampler(data.dev, **sizes)
     if settings.dev_questions:
-        found[answers] = _questions(settings, settings.dev_questions, tokenizer, sizes)
+        found[answers] = _packed(data.dev_questions, "dev_questions", tokenizer, sizes, tell)
     return found

@@ -150,16 +150,17 @@ class Trainer:
     def _names(self) -> dict[nn.Parameter, str]:
         return {parameter: name for name, parameter in self.parameters.items()}
 
-    def run(self, *, max_minutes: float | None = None) -> Outcome:
+    def run(self, *, max_minutes: float | None = None, since: float | None = None) -> Outcome:
         """Train until all steps are made, `stop` was called, or the time is over.
 
         Args:
-            max_minutes: of this call. The learning rate then falls in time: the run is over when the time is.
+            max_minutes: The learning rate falls in time: the run is over when the time is. One step is made at least.
+            since: when these minutes began, on the monotonic clock; None for now.
 
         Raises:
             TrainingError: if the loss is no number, or runs away; the last good checkpoint is named.
         """
-        clock = _Clock(max_minutes)
+        clock = _Clock(max_minutes, since)
         log = MetricsLog(self.folder / "metrics.jsonl", self.progress.step) if self.group.is_first else None
         ending = _Ending("all steps are made", is_finished=True)
         with chunks_at_once(self.model), _Ahead(self._batches, self.settings.num_steps) as ahead:
@@ -396,11 +397,11 @@ class _Ahead:
 class _Clock:
     """How much of the time is used up, if there is a limit."""
 
-    def __init__(self, minutes: float | None) -> None:
+    def __init__(self, minutes: float | None, since: float | None = None) -> None:
         self.minutes = minutes
-        self.start = time.monotonic()
+        self.last = time.monotonic()
+        self.start = self.last if since is None else since
         self.longest_step = 0.0
-        self.last = self.start
 
     def tick(self) -> None:
         """A step was made."""
