@@ -286,6 +286,24 @@ def test_every_row_of_a_batch_reads_on_as_alone():
         assert_same(batch.row(b), context, atol=2e-5)
 
 
+def test_rows_stacked_under_different_policies_keep_their_own(tmp_path):
+    contexts = [context_of(38, 2), context_of(20, 8), context_of(31, "auto"), model().compress(
+        random_ids(33, 9), ratio=4, spans=[(34, 40, None)]
+    )]  # fmt: skip
+    batch = BeaconCache.stack(contexts)
+    batch.save(tmp_path / "batch.beacon")
+    for stacked in (batch, BeaconCache.load(tmp_path / "batch.beacon", model()), batch.to("cpu"), batch.fork()):
+        more = [random_ids(length, length)[0].tolist() for length in (20, 31, 40, 33)]
+        model().compress(more, cache=stacked)
+        for b, (context, ids) in enumerate(zip(contexts, more, strict=True)):
+            assert_same(stacked.row(b), model().compress(ids, cache=context.fork()), atol=2e-5)
+            assert stacked.row(b).policy == context.policy
+        with pytest.raises(
+            InputError, match=r"^policy differs among the rows of this batch\. Read policies\[b\] instead\.$"
+        ):
+            _ = stacked.policy
+
+
 def test_a_batch_read_at_once_equals_its_rows():
     texts = [random_ids(length, length)[0].tolist() for length in (33, 4, 50)]
     batch = model().compress(texts, ratio=4)
@@ -381,6 +399,20 @@ def test_cropping_a_ragged_batch(ragged):
     ragged.crop(-3)
     for b, length in enumerate((5, 60, 38)):
         assert_same(ragged.row(b), model().compress(random_ids(length, length)[:, :-3], ratio=4), atol=2e-5)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("ratio", [4, "auto"])
+def test_a_cache_with_local_tokens_reads_on_after_a_crop(ratio, count):
+    own = with_beacons("llama", BeaconConfig(16, (2, 4, 8), local_tokens=5), eos_token_id=None)
+    cache, shorter = (own.compress(random_ids(40, 4)[:, :length], ratio=ratio) for length in (22, 22))
+    cache.crop(-count)  # less is left behind the closed chunk than would close it
+    assert [len(row.chunks) for row in cache.rows] == [1]
+    ids = random_ids(40, 4)[:, 22 - count :]
+    for start in range(ids.shape[1]):
+        own.compress(ids[:, start : start + 1], cache=cache)
+    own.compress(random_ids(40, 4)[:, 22:], cache=shorter)
+    assert_same(cache, shorter, atol=2e-5)
 
 
 def test_cropping_into_a_closed_chunk_is_refused_and_changes_nothing():

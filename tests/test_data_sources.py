@@ -75,6 +75,25 @@ def test_a_zstandard_window_of_128_mib_is_read(tmp_path):
     assert [record.fields for record in read_records(path, on_error="stop")] == ROWS
 
 
+@pytest.mark.parametrize(("name", "pack"), [("a.json", bytes), ("a.json.gz", gzip.compress), ("a.json.zst", zst)])
+@pytest.mark.parametrize(
+    ("value", "places"), [(ROWS, [f"item {number}" for number in range(1, 6)]), (ROWS[0], ["line 1"])]
+)
+def test_a_json_file_is_one_record_or_an_array_of_them(tmp_path, name, pack, value, places):
+    path, report = put(tmp_path, name, pack(b"\xef\xbb\xbf" + json.dumps(value, indent=1).encode())), ReadReport()
+    records = list(read_records(path, on_error="stop", report=report))
+    assert [record.fields for record in records] == (value if isinstance(value, list) else [value])
+    assert [record.place for record in records] == [f"{path}, {place}" for place in places]
+    assert (report.records, report.bytes_read) == (len(places), path.stat().st_size)
+
+
+def test_a_json_file_is_read_if_it_is_named_and_not_for_lying_among_texts(tmp_path):
+    named, lines = put(tmp_path, "a.json", b'{"text": "x"}'), put(tmp_path, "b.jsonl", b'{"text": "y"}')
+    assert [text for _, text in documents([named, lines])] == ["x", "y"]
+    assert [text for _, text in documents(tmp_path)] == [text for _, text in documents(f"{tmp_path}/*")] == ["y"]
+    assert [text for _, text in documents(f"{tmp_path}/*.json")] == ["x"]
+
+
 @pytest.mark.parametrize(("name", "pack"), [("book.txt", bytes), ("book.txt.gz", gzip.compress), ("book.txt.zst", zst)])
 def test_a_text_file_is_one_document(tmp_path, name, pack):
     path = put(tmp_path, name, pack("\ufeffOne.\n\nTwo, größer.\n".encode()))
@@ -150,6 +169,18 @@ def test_a_bad_line_is_skipped_and_counted_or_stops_the_reading(tmp_path, line, 
         ("a.txt", b"one\ntwo\ncaf\xe9\n", 3, "not UTF-8", "bytes that are not UTF-8 (0xe9 at byte 12)"),
         ("a.txt", "text\n".encode("utf-16-le"), 1, "binary", "no text but a binary file, or UTF-16 (a NUL at byte 2)"),
         ("a.txt", b"", 1, "empty document", 'the field "text" is empty'),
+        ("a.json", b'{\n "text":\n}', 3, "broken JSON", "the file is not JSON (Expecting value at line 3, column 1)"),
+        (
+            "a.json",
+            GOOD + GOOD,
+            2,
+            "broken JSON",
+            "the file is not JSON (Extra data at line 2, column 1); if each line",
+        ),
+        ("a.json", b"", 1, "broken JSON", "the file is not JSON (Expecting value at line 1, column 1)"),
+        ("a.json", b'"text"', 1, "no object", "the file is JSON but no object with fields (a str)"),
+        ("a.json", b'{"text":\n"caf\xe9"}', 2, "not UTF-8", "bytes that are not UTF-8 (0xe9 at byte 14)"),
+        ("a.json.gz", b"", 1, "file cut short", "the packed file is cut short"),
         ("a.jsonl.zst", b"", 1, "file cut short", "the packed file is cut short"),
         ("a.jsonl.gz", b"", 1, "file cut short", "the packed file is cut short"),
         ("a.jsonl.zst", zst(jsonl())[:-7], None, "file cut short", "the packed file is cut short"),
@@ -252,16 +283,35 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, name, p
 
 
 @pytest.mark.parametrize(
-    ("source", "name", "split"),
-    [("owner/set", "owner/set", "train"), ("owner/set-2.0:validation[:10%]", "owner/set-2.0", "validation[:10%]")],
+    ("source", "chosen", "split"),
+    [
+        ("owner/set", ("owner/set",), "train"),
+        ("owner/set:test", ("owner/set",), "test"),
+        ("owner/set-2.0:validation[:10%]", ("owner/set-2.0",), "validation[:10%]"),
+        ("owner/set:train[10:20]+test[-5%:]", ("owner/set",), "train[10:20]+test[-5%:]"),
+        ("owner/set:plain_text:validation", ("owner/set", "plain_text"), "validation"),
+        ("owner/set:wikitext-103-v1.0:train[10:20]", ("owner/set", "wikitext-103-v1.0"), "train[10:20]"),
+    ],
 )
-def test_a_name_that_is_no_path_is_a_data_set_of_the_hub_and_streamed(monkeypatch, source, name, split):
+def test_a_name_that_is_no_path_is_a_data_set_of_the_hub_and_streamed(monkeypatch, source, chosen, split):
     calls = []
-    hub = SimpleNamespace(load_dataset=lambda name, **settings: calls.append((name, settings)) or ROWS)
+    hub = SimpleNamespace(load_dataset=lambda *names, **settings: calls.append((names, settings)) or ROWS)
     monkeypatch.setitem(sys.modules, "datasets", hub)
     assert list(documents(source)) == [(row["id"], row["text"]) for row in ROWS]
-    assert calls == [(name, {"split": split, "streaming": True})]
+    assert calls == [(chosen, {"split": split, "streaming": True})]
     assert next(read_records(source)).place == f"{source}, row 1"
+
+
+@pytest.mark.parametrize(
+    "source", ["owner/set:", "owner/set::train", "owner/set:a:", "owner/set:a:b:c", "owner/a.json", "owner/a.md"]
+)
+def test_what_is_no_name_of_the_hub_is_taken_for_a_file_that_is_not_there(source):
+    with pytest.raises(StorageError) as caught:
+        list(documents(source))
+    assert str(caught.value) == (
+        f"There is no file, folder or glob '{source}'. Name one, or a hub data set as owner/name, owner/name:split or "
+        "owner/name:config:split."
+    )
 
 
 def test_a_path_of_that_shape_is_read_from_disk(tmp_path, monkeypatch):
@@ -281,7 +331,7 @@ def test_a_hub_that_fails_is_one_line(monkeypatch):
         list(read_records("owner/set"))
     assert str(caught.value) == (
         "There is no file 'owner/set', and as a data set of the hub it cannot be read: No such thing.. "
-        "Check the name, the split and the network."
+        "Check the name, the configuration and the split (owner/name:config:split), and the network."
     )
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UnsupportedError, match=r'Run `pip install "activation-beacon\[train\]" datasets`'):
@@ -299,6 +349,7 @@ def test_a_hub_that_fails_is_one_line(monkeypatch):
         ({"question": "q", "answer": "a", "answers": ["a", "b"]}, ("", "q", "a", ("a", "b"))),
         ({"context": None, "question": "q", "answers": ["b", "c", "b"]}, ("", "q", "b", ("b", "c"))),
         ({"context": "c", "question": "q", "answers": {"text": ["b"], "answer_start": [3]}}, ("c", "q", "b", ("b",))),
+        ({"context": "c", "question": "q", "answers": [{"text": "b"}, {"text": "d"}]}, ("c", "q", "b", ("b", "d"))),
     ],
 )
 def test_questions_are_read_with_all_their_answers(tmp_path, fields, expected):

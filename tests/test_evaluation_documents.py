@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from activation_beacon.data.sources import ReadReport
 from activation_beacon.errors import FileFormatError, InputError, StorageError
 from activation_beacon.evaluation import documents as docs
 
@@ -87,10 +88,32 @@ def test_a_packed_file_that_is_cut_short_is_not_taken_for_a_whole_one(tmp_path):
         list(docs.read_documents([path]))
 
 
-def test_bad_records_are_skipped_where_that_is_asked_for(tmp_path):
+def test_bad_records_are_skipped_where_that_is_asked_for_and_told_by_file_and_line(tmp_path, caplog):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "x"}\n{"text"\n{"text": "y"}\n')
+    path.write_text('{"text": "x"}\n{"text"\n{"text": "y"}\n{"text": ""}\n')
     assert [document.text for document in docs.read_documents([path], on_error="skip")] == ["x", "y"]
+    assert caplog.messages == [
+        f"Documents: 2 records read, 2 skipped: 1 broken JSON ({path}, line 2); 1 empty document ({path}, line 4)."
+    ]
+
+
+def test_what_was_skipped_is_told_when_enough_was_read_and_not_before(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text"\n{"text": "x"}\n{"text": "y"}\n{"text"\n')
+    reading = docs.read_documents([path], on_error="skip")
+    next(reading)
+    assert caplog.messages == []
+    reading.close()
+    assert caplog.messages == [f"Documents: 1 records read, 1 skipped: 1 broken JSON ({path}, line 1)."]
+
+
+@pytest.mark.parametrize(("content", "summary"), [(LINES, "2 records read, 0 skipped."), ("[]\n" + LINES, None)])
+def test_nothing_is_told_where_nothing_was_skipped_or_the_caller_tells_it(tmp_path, caplog, content, summary):
+    path, report = write(tmp_path, "a.jsonl", content), ReadReport()
+    assert len(list(docs.read_documents([path], on_error="skip", report=report))) == 2
+    assert report.summary() == (summary or f"2 records read, 1 skipped: 1 no object ({path}, line 1).")
+    list(docs.read_documents([write(tmp_path, "b.jsonl")], on_error="skip"))
+    assert caplog.messages == []
 
 
 def test_texts_are_the_first_tokens_of_documents_that_are_long_enough():

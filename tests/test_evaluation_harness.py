@@ -90,6 +90,19 @@ def test_a_ratio_compresses_prompts_of_more_than_a_chunk_only(model, plain_lm):
     assert ours.loglikelihood(long)[0][0] != pytest.approx(plain_lm.loglikelihood(long)[0][0], abs=1e-3)
 
 
+def test_a_model_object_goes_straight_into_lm_evals_own_class():
+    from lm_eval.models.huggingface import HFLM
+
+    model = beacon_model(**POSITIONS)
+    model.beacon_ratio = 4
+    theirs = HFLM(pretrained=model, tokenizer=byte_tokenizer(), device="cpu", batch_size=1)
+    ours = beacon_lm(beacon_model(**POSITIONS), "4")
+    generations = requests("generate_until", *((prompt, UNTIL) for prompt in PROMPTS))
+    assert theirs.generate_until(generations) == ours.generate_until(generations)
+    likelihoods = requests("loglikelihood", *((prompt, " It was late!") for prompt in PROMPTS))
+    assert theirs.loglikelihood(likelihoods) == ours.loglikelihood(likelihoods)
+
+
 def test_the_model_is_registered_and_loads_an_adapter(tmp_path, model):
     from lm_eval.api.registry import get_model
 

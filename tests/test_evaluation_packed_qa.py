@@ -4,12 +4,17 @@ import json
 import re
 
 import pytest
+import torch
 
+from activation_beacon import BeaconConfig
+from activation_beacon.data.sources import ReadReport
 from activation_beacon.errors import InputError
+from activation_beacon.evaluation.metrics import SCORES
 from activation_beacon.evaluation.packed_qa import Passage, packed_samples, read_passages
 from activation_beacon.evaluation.reconstruction import CUE_WORDS, WORDS, reconstruction_samples
-from activation_beacon.evaluation.samples import answer_sample
-from evaluation_models import STORY, beacon_model, byte_prompt, ids_of
+from activation_beacon.evaluation.samples import answer_sample, asked_ids
+from evaluation_models import OWN, STORY, beacon_model, byte_prompt, ids_of
+from families import with_beacons
 
 PROMPT = byte_prompt()
 PASSAGES = [
@@ -27,6 +32,18 @@ def samples():
 def used(sample):
     longest = max(len(PROMPT.question(each.text)) + each.max_new_tokens for each in sample.questions)
     return len(PROMPT.opening(sample.context)) + longest
+
+
+def test_passages_of_one_id_are_told_apart(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        record = {"context": f"The story of {name}.", "question": "Whose?", "answer": name}
+        (tmp_path / name / "qa.jsonl").write_text(json.dumps(record) + "\n")
+    passages = read_passages([tmp_path / "a", tmp_path / "b"])
+    assert [(passage.id, passage.context) for passage in passages] == [
+        ("qa.jsonl:1", "The story of a."),
+        ("qa.jsonl:1#2", "The story of b."),
+    ]
 
 
 def test_every_passage_is_asked_about_once_and_stands_in_its_context(samples):
@@ -106,6 +123,46 @@ def test_records_that_are_no_questions_are_named(tmp_path, row):
         read_passages([path])
 
 
+def test_all_answers_of_a_published_set_are_accepted(tmp_path):
+    asked = {"id": "s", "question": "Where?", "answers": [{"text": "Normandy"}, {"text": "France"}]}
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "One.", "qas": [asked]}]}]}))
+    [sample] = packed_samples(PROMPT, read_passages([path]), LENGTH)
+    [question] = sample.questions
+    assert [SCORES[question.score](answer, question.references) for answer in ("in Normandy", "France", "Spain")] == [
+        pytest.approx(2 / 3), 1, 0
+    ]  # fmt: skip
+
+
+SKIPPED = [
+    {"context": "One.", "question": "Q1?", "answer": "A1"},
+    {"context": "One.", "answer": "A"},
+    {"context": "One.", "question": "Q?", "answers": {"text": [], "answer_start": []}},
+    {"id": "d", "context": "", "question": "1+1?", "answer": "2"},
+]
+
+
+def test_what_is_skipped_is_told_by_file_and_line(tmp_path, caplog):
+    path, report = tmp_path / "q.jsonl", ReadReport()
+    path.write_text("".join(json.dumps(row) + "\n" for row in SKIPPED))
+    summary = (
+        f"2 records read, 3 skipped: 1 missing field ({path}, line 2); 1 unanswerable ({path}, line 3); "
+        "1 without context (d)."
+    )
+    assert len(read_passages([path], on_error="skip")) == 1
+    assert caplog.messages == [f"Questions: {summary}"]
+    read_passages([path], on_error="skip", report=report)
+    assert report.summary() == summary
+    assert len(caplog.messages) == 1
+
+
+def test_nothing_is_told_where_nothing_was_skipped(tmp_path, caplog):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(SKIPPED[0]))
+    read_passages([path], on_error="skip")
+    assert caplog.messages == []
+
+
 def test_nothing_to_ask_about_is_refused():
     with pytest.raises(InputError) as error:
         next(packed_samples(PROMPT, [], LENGTH))
@@ -128,6 +185,35 @@ def test_what_is_to_be_repeated_follows_the_cue():
         assert " ".join(words[start + CUE_WORDS : start + CUE_WORDS + WORDS]) == question.references[0]
         assert len(question.references[0].split()) == WORDS
         assert used(sample) <= 2000
+
+
+@pytest.mark.parametrize(("chunk_size", "local_tokens"), [(1024, 0), (512, 500)])
+def test_the_kind_says_where_the_passage_is_held_when_the_answer_begins(chunk_size, local_tokens):
+    config = BeaconConfig(chunk_size=chunk_size, ratios=(8,), local_tokens=local_tokens)
+    model = with_beacons("llama", config, **OWN, max_position_embeddings=4096)
+    background = ids_of(" ".join(f"word{number}" for number in range(2000)))
+    kinds = set()
+    for sample in reconstruction_samples(PROMPT, background, 2080, count=6, config=config):
+        context, _, [asked] = asked_ids(PROMPT, sample)
+        cache = model.compress(context, ratio=8)
+        model(torch.tensor([asked]), past_key_values=cache)
+        read, num_closed = [*context, *asked], len(context) + len(asked) - cache.tail_length
+        [passage] = sample.questions[0].references
+        is_in = {
+            "compressed": passage in PROMPT.tokenizer.decode(read[:num_closed]),
+            "raw tail": passage in PROMPT.tokenizer.decode(read[num_closed:]),
+        }
+        assert sample.facts["kind"] == next((kind for kind, found in is_in.items() if found), "both")
+        kinds.add(sample.facts["kind"])
+    assert kinds == {"compressed", "raw tail", "both"}
+
+
+def test_without_an_adapter_s_settings_nothing_is_said_of_where_the_passage_is_held():
+    known = reconstruction_samples(PROMPT, ids_of(STORY), 1500, count=4, config=BeaconConfig(chunk_size=512))
+    for one, other in zip(known, reconstruction_samples(PROMPT, ids_of(STORY), 1500, count=4), strict=True):
+        assert {**other.facts, "kind": one.facts["kind"]} == one.facts
+        assert (one.id, one.context, one.questions) == (other.id, other.context, other.questions)
+        assert "kind" not in other.facts
 
 
 def test_reading_back_differs_from_sample_to_sample():

@@ -117,6 +117,16 @@ def test_processes_share_the_samples_and_the_first_takes_in_what_the_others_did(
     )
 
 
+@pytest.mark.parametrize("reader", [{}, {"model": MODEL, "rank": 1}], ids=["a report", "another process"])
+def test_who_does_not_write_a_file_does_not_mend_it(whole, tmp_path, reader):
+    shutil.copytree(whole, tmp_path / "running")
+    lines = tmp_path / "running" / "results.jsonl"
+    lines.write_bytes(content := lines.read_bytes()[:-7])  # the last line is being written
+    results = Results(tmp_path / "running", **reader)
+    assert len(results.records) == len(Results(whole).records) - 1
+    assert lines.read_bytes() == content
+
+
 def test_what_other_processes_did_before_a_run_was_killed_counts(model, documents, whole, tmp_path):
     folder = tmp_path / "out"
     Results(folder, MODEL)

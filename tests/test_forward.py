@@ -54,6 +54,28 @@ def continuation(model, cache):
     return model.generate(random_ids(3, 99), context=cache, max_new_tokens=20, do_sample=False, min_new_tokens=20)
 
 
+# --- logits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("placement", "ratio"), [("append", 4), ("interleave", CHUNK), ("interleave", 4)])
+def test_the_logits_of_a_chunk_s_last_token_are_its_own_and_no_beacon_s(placement, ratio):
+    model = with_beacons("llama", config(placement=placement))
+    ids = random_ids(CHUNK + 1)
+    whole = model(ids, beacon_ratio=ratio).logits
+    close(model(ids, beacon_ratio=ratio, logits_to_keep=2).logits, whole[:, -2:])
+    cache = model.compress(ids[:, : CHUNK - 1], ratio=ratio)
+    close(model(ids[:, CHUNK - 1 :], past_key_values=cache).logits, whole[:, -2:])
+
+
+def test_a_last_column_of_padding_only_has_no_logits():
+    model = with_beacons("llama", config())
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[:, -1] = 0
+    logits = model(random_ids(40, batch=2), attention_mask=mask, beacon_ratio=4, logits_to_keep=1).logits
+    assert logits.shape[:2] == (2, 1)
+    assert not logits.any()
+
+
 # --- cutting -----------------------------------------------------------------------------------------------------------
 
 

@@ -972,6 +972,25 @@ def test_what_generate_returned_on_a_context_is_not_read_again(model, context):
     assert first.past_key_values.tokens_seen == context.tokens_seen + prompt.shape[1] + SHORT - 1
 
 
+MOVES = {
+    "row": lambda cache, path: cache.row(0),
+    "to": lambda cache, path: cache.to(torch.float32),
+    "quantize": lambda cache, path: cache.quantize(8),
+    "compacted": lambda cache, path: cache.compacted(),
+    "stack": lambda cache, path: BeaconCache.stack([cache]),
+    "save and load": lambda cache, path: (cache.save(path), BeaconCache.load(path))[1],
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_what_was_returned_is_not_read_again_after_the_cache_was_moved(model, context, tmp_path, name):
+    first = model.generate(QUESTION, context=context, max_new_tokens=SHORT, return_dict_in_generate=True, **greedy())
+    cache = MOVES[name](first.past_key_values, tmp_path / "one.beacon")
+    prompt = torch.cat([first.sequences, random_ids(4, 9)], dim=1)
+    model.generate(prompt, past_key_values=cache, max_new_tokens=1, **greedy())
+    assert cache.tokens_seen == context.tokens_seen + prompt.shape[1]
+
+
 def test_each_row_of_a_batch_goes_on_after_its_own_context(model):
     contexts = BeaconCache.stack([model.compress(random_ids(length, length), ratio=4) for length in (38, 21)])
     questions = random_ids(3, 5, batch=2)

@@ -16,7 +16,7 @@ def test_every_recipe_is_valid_and_named_in_the_list(path):
     settings = TrainingSettings.from_dict({**read_recipe(path), "output": "run"})
     assert settings.num_steps > 30
     text = (RECIPES_FOLDER / "README.md").read_text(encoding="utf-8")
-    assert f"]({path.name})" in text or path.stem in re.search(r"for name in (.*); do", text)[1].split()
+    assert f"]({path.name})" in text or path.stem in re.search(r"for name in (.*?); do", text, re.DOTALL)[1].split()
 
 
 def test_settings_survive_their_plain_values():

@@ -29,6 +29,8 @@ from activation_beacon.plan import ClosedChunk, RatioPolicy, Row, as_policy
 
 # B batch · S slots · N tokens seen · L layers
 
+PER_ROW = ("rows", "policies", "context_lengths")
+
 
 class BeaconCache(Cache):
     """Compressed contexts: what a model has read of one text or a batch of texts.
@@ -38,8 +40,8 @@ class BeaconCache(Cache):
 
     Attributes:
         config: settings of the adapter that made it.
-        policy: how the chunks to come get their ratios.
         rows: for each row, what it holds, in numbers.
+        policies: for each row, how its chunks to come get their ratios.
         token_ids: (B, N) ids of all tokens seen, right-aligned like the entries.
         base_fingerprint, adapter_fingerprint: of the weights that made it.
         checked_by: the attaching that last compared the fingerprints; None for a cache that has not been used yet.
@@ -63,8 +65,8 @@ class BeaconCache(Cache):
         super().__init__(layers=[])
         self.layers: list[BeaconLayer] = [BeaconLayer() for _ in range(num_layers)]
         self.config = config
-        self.policy = policy or RatioPolicy()
         self.rows: tuple[Row, ...] = (Row(config.chunk_size),) * batch_size
+        self.policies: tuple[RatioPolicy, ...] = (policy or RatioPolicy(),) * batch_size
         self.token_ids = torch.zeros((batch_size, 0), dtype=torch.long, device=device)
         self.base_fingerprint = base_fingerprint
         self.adapter_fingerprint = adapter_fingerprint
@@ -78,6 +80,17 @@ class BeaconCache(Cache):
     def batch_size(self) -> int:
         """Number of rows."""
         return len(self.rows)
+
+    @property
+    def policy(self) -> RatioPolicy:
+        """How the chunks to come get their ratios (of each row; rows that differ: see `policies`)."""
+        if len(set(self.policies)) > 1:
+            raise InputError("policy differs among the rows of this batch. Read policies[b] instead.")
+        return self.policies[0]
+
+    @policy.setter
+    def policy(self, policy: RatioPolicy) -> None:
+        self.policies = (policy,) * self.batch_size
 
     @property
     def num_slots(self) -> int:
@@ -183,6 +196,7 @@ class BeaconCache(Cache):
 
     def _select_rows(self, indices: Sequence[int]) -> None:
         self.rows = tuple(self.rows[index] for index in indices)
+        self.policies = tuple(self.policies[index] for index in indices)
         self.context_lengths = tuple(self.context_lengths[index] for index in indices)
 
     def _select(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -226,9 +240,8 @@ class BeaconCache(Cache):
 
     def fork(self) -> "BeaconCache":
         """A cache of its own that begins with the same contents; tensors are shared, nothing is copied."""
-        other = self._like(self.rows, self.token_ids)
+        other = self._like(self.token_ids)
         other.layers = [layer.copy() for layer in self.layers]
-        other.context_lengths = self.context_lengths
         return other
 
     def compacted(self) -> "BeaconCache":
@@ -237,9 +250,8 @@ class BeaconCache(Cache):
         def own(tensor: torch.Tensor) -> torch.Tensor:
             return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
-        other = self._like(self.rows, own(self.token_ids))
+        other = self._like(own(self.token_ids))
         other.layers = [layer.map(own) for layer in self.layers]
-        other.context_lengths = self.context_lengths
         return other
 
     def to(
@@ -248,7 +260,7 @@ class BeaconCache(Cache):
         """A cache on another device, or with another float dtype for what is dense (and for what is made dense)."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        moved = self._like(self.rows, self.token_ids)
+        moved = self._like(self.token_ids)
         moved.layers = [layer.copy() if dtype is None else layer.with_dtype(dtype) for layer in self.layers]
         if device is not None:
             moved._select(lambda tensor: tensor.to(device))
@@ -267,7 +279,7 @@ class BeaconCache(Cache):
             raise RatioError(f"bits must be 8 or 4; got {bits!r}.")
         if self.is_ragged or len({row.memory_length for row in self.rows}) > 1:
             raise UnsupportedError("A ragged batch cannot be quantised. Quantise each context before stacking.")
-        other = self._like(self.rows, self.token_ids)
+        other = self._like(self.token_ids)
         length = self.rows[0].memory_length
         other.layers = [layer.copy() if layer.keys is None else layer.quantized(bits, length) for layer in self.layers]
         return other
@@ -291,8 +303,9 @@ class BeaconCache(Cache):
         first = contexts[0]
         for context in contexts[1:]:
             first.check_same_origin(context)
-        rows = tuple(row for context in contexts for row in context.rows)
-        stacked = first._like(rows, _stacked([context.token_ids for context in contexts], dim=1))
+        stacked = first._like(_stacked([context.token_ids for context in contexts], dim=1))
+        for name in PER_ROW:
+            setattr(stacked, name, tuple(value for context in contexts for value in getattr(context, name)))
         dense = [[layer.dense() for layer in context.layers] for context in contexts]
         stacked.layers = [
             BeaconLayer.of(
@@ -312,7 +325,8 @@ class BeaconCache(Cache):
         row = self.rows[index]
         slots, length = self.num_slots, row.cache_length
         ids = self.token_ids[index : index + 1, self.token_ids.shape[1] - row.tokens_seen :]
-        single = self._like((row,), ids)
+        single = self._like(ids)
+        single._select_rows([index])
         if self.is_ragged:
             cut = [layer.dense().map(lambda t: t[index : index + 1, :, slots - length :]) for layer in self.layers]
         else:
@@ -385,7 +399,9 @@ class BeaconCache(Cache):
             "config": self.config.to_dict(),
             "base_fingerprint": self.base_fingerprint,
             "adapter_fingerprint": self.adapter_fingerprint,
-            "policy": dataclasses.asdict(self.policy),
+            "policy": dataclasses.asdict(self.policies[0]),
+            **({"policies": list(map(dataclasses.asdict, self.policies))} if len(set(self.policies)) > 1 else {}),
+            **({"context_lengths": self.context_lengths} if any(self.context_lengths) else {}),
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "num_layers": len(self.layers),
             "quantized_bits": self.quantized_bits,
@@ -404,6 +420,9 @@ class BeaconCache(Cache):
             adapter_fingerprint=header["adapter_fingerprint"],
         )
         context.rows, context.token_ids = rows, tensors["token_ids"]
+        if "policies" in header:
+            context.policies = tuple(as_policy(config, **policy) for policy in header["policies"])
+        context.context_lengths = tuple(header.get("context_lengths", context.context_lengths))
         for index in range(header["num_layers"]):
             prefix = f"layers.{index}."
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -413,6 +432,8 @@ class BeaconCache(Cache):
 
     def _check_contents(self, num_tensors: int) -> None:
         """Refuse what a right hash does not rule out: numbers and tensors that do not belong together."""
+        if {len(self.policies), len(self.context_lengths)} != {self.batch_size}:
+            raise FileFormatError("there are not as many policies, or lengths of contexts, as rows")
         longest = max(row.tokens_seen for row in self.rows)
         shape, dtype = tuple(self.token_ids.shape), self.token_ids.dtype
         if shape != (self.batch_size, longest) or dtype != torch.long:
@@ -431,21 +452,28 @@ class BeaconCache(Cache):
 
     # --- the forward's side ---
 
-    def _like(self, rows: tuple[Row, ...], token_ids: torch.Tensor) -> "BeaconCache":
+    def _like(self, token_ids: torch.Tensor) -> "BeaconCache":
+        """A cache of the same rows and makers, without entries yet."""
         other = BeaconCache(
             self.config,
             num_layers=len(self.layers),
-            batch_size=len(rows),
-            policy=self.policy,
+            batch_size=self.batch_size,
             base_fingerprint=self.base_fingerprint,
             adapter_fingerprint=self.adapter_fingerprint,
         )
-        other.rows, other.token_ids = rows, token_ids
+        for name in PER_ROW:
+            setattr(other, name, getattr(self, name))
+        other.token_ids = token_ids
         return other
 
     def adopt(self, other: "BeaconCache") -> None:
         """Become what `other` is, all at once."""
-        self.layers, self.rows, self.token_ids, self.policy = other.layers, other.rows, other.token_ids, other.policy
+        self.layers, self.rows, self.token_ids, self.policies = (
+            other.layers,
+            other.rows,
+            other.token_ids,
+            other.policies,
+        )
 
     def memory_ends(self, rows: Sequence[int]) -> list[int]:
         """Slot after the memory of each of `rows`."""

@@ -105,8 +105,10 @@ def read(
     Raises:
         RatioError, CapacityError: from the plan, before anything is read.
     """
-    planner = TextPlanner(cache.config, cache.policy, site.max_positions)
-    readings = [planner.plan(row, count) for row, count in zip(cache.rows, new.counts, strict=True)]
+    readings = [
+        TextPlanner(cache.config, policy, site.max_positions).plan(row, count)
+        for row, policy, count in zip(cache.rows, cache.policies, new.counts, strict=True)
+    ]
     reader = _Reader(model, site, cache, new, wanted, readings)
     if not any(reading.closings for reading in readings):
         reader.read_tail()
@@ -238,6 +240,9 @@ class _Reader:
         if output is not None:
             self.readout.last = output
             self._collect(output, range(len(counts)), starts, width, offsets=offsets, counts=counts, slots=wanted)
+            if self.wanted.first_column is not None and self.readout.logits is None:  # all that was wanted is padding
+                shape = (len(counts), self.new.columns - self.wanted.first_column, output.logits.shape[-1])
+                self.readout.logits = output.logits.new_zeros(shape)
 
     def _settle(self, lengths: list[int], counts: list[int], num_slots: int, left: bool) -> None:
         """Note what the tail's pass has added, and align rows of different lengths at the right again."""
@@ -282,9 +287,9 @@ class _Reader:
             return None
         if wanted == list(range(len(slots))) and list(slots) == wanted and "beacon_slots" not in inputs:
             return self.model.base_forward(**inputs, logits_to_keep=0)
-        if list(slots) == list(range(len(slots))) and wanted == [len(slots) - 1]:
+        if list(slots) == list(range(len(slots))) and wanted == [len(slots) - 1] and "beacon_slots" not in inputs:
             return self.model.base_forward(**inputs, logits_to_keep=1)
-        index = torch.tensor([slots[number] for number in wanted], device=self.ids.device)
+        index = torch.tensor([slots[number] for number in wanted], dtype=torch.long, device=self.ids.device)
         return self.model.base_forward(**inputs, logits_to_keep=index)
 
     def _column(self, row: int, token: int) -> int:

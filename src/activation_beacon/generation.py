@@ -170,8 +170,9 @@ class BeaconGeneration(Host):
             num_answer = DEFAULT_ANSWER if longest is None else longest - input_ids.shape[1]
         new_ids, mask = _unread(input_ids, attention_mask, cache) if cache.is_continued else (input_ids, attention_mask)
         assert mask is not None
-        planner = TextPlanner(cache.config, cache.policy, self._beacon.site.max_positions)
-        for row, count in zip(cache.rows, mask[:, -new_ids.shape[1] :].sum(dim=1).tolist(), strict=True):
+        counts = mask[:, -new_ids.shape[1] :].sum(dim=1).tolist()
+        for row, policy, count in zip(cache.rows, cache.policies, counts, strict=True):
+            planner = TextPlanner(cache.config, policy, self._beacon.site.max_positions)
             planner.plan(row, int(count) + max(1, num_answer) - 1)
 
     def _prepare_cache_for_generation(

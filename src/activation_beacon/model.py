@@ -257,9 +257,8 @@ class BeaconModel(BeaconGeneration):
         return cache
 
     def _check_names_every_chunk(self, cache: BeaconCache, new: NewTokens) -> None:
-        planner = TextPlanner(cache.config, cache.policy, None)
-        for row, count in zip(cache.rows, new.counts, strict=True):
-            planner.check_names_every_chunk(row.tokens_seen + count)
+        for row, policy, count in zip(cache.rows, cache.policies, new.counts, strict=True):
+            TextPlanner(cache.config, policy, None).check_names_every_chunk(row.tokens_seen + count)
 
     def _new_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> NewTokens:
         input_ids = input_ids.to(self.get_input_embeddings().weight.device)
@@ -629,12 +628,13 @@ def _refuse_packed(position_ids: torch.Tensor | None, new: NewTokens) -> None:
 @contextlib.contextmanager
 def _under_policy(cache: BeaconCache, policy: RatioPolicy | None) -> Iterator[None]:
     """A reading of `cache` under the policy asked for, if one is; on an error the cache has its own again."""
-    before = cache.policy
-    cache.policy = policy or before
+    before = cache.policies
+    if policy is not None:
+        cache.policy = policy
     try:
         yield
     except BaseException:
-        cache.policy = before
+        cache.policies = before
         raise
 
 

@@ -290,7 +290,8 @@ class TextPlanner:
         """
         stop = row.tokens_seen + num_new
         num_closed = self.num_closed(stop) if num_new else len(row.chunks)
-        if num_closed == len(row.chunks) and not self._outgrows(row.cache_length + num_new):
+        is_due = num_closed > len(row.chunks)  # fewer than are closed where a tail of local tokens was cropped
+        if not is_due and not self._outgrows(row.cache_length + num_new):
             self._check_tail(row, row.cache_length + num_new, stop)
             return RowReading(False, (), row.tokens_seen, stop)
         layouts = self.layouts(stop)

@@ -15,6 +15,7 @@ from activation_beacon.errors import StorageError
 if TYPE_CHECKING:
     from activation_beacon.cache import BeaconCache
     from activation_beacon.config import BeaconConfig
+    from activation_beacon.plan import RatioPolicy
 
 
 def inspect(
@@ -59,7 +60,8 @@ def _context(path: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         "file_bytes": file_bytes,
         "dtype": dtype,
         "quantized_bits": context.quantized_bits,
-        "ratio_policy": {"ratio": context.policy.ratio, "budget": context.policy.budget, "spans": context.policy.spans},
+        "ratio_policy": _policy_values(context.policies[0]),
+        **({"ratio_policies": list(map(_policy_values, context.policies))} if len(set(context.policies)) > 1 else {}),
         "base_fingerprint": context.base_fingerprint,
         "adapter_fingerprint": context.adapter_fingerprint,
         **_settings(context.config),
@@ -76,7 +78,7 @@ def _context(path: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         ("saved", bytes_text(context.uncompressed_bytes - context.cache_bytes)),
         ("file", bytes_text(file_bytes)),
         ("dtype", f"{dtype}{bits}"),
-        ("next chunks", _policy_text(context)),
+        ("next chunks", "; ".join(dict.fromkeys(map(_policy_text, context.policies)))),
         (
             "base",
             f"{context.config.base_model or 'unnamed'}, fingerprint {short_fingerprint(context.base_fingerprint)}",
@@ -87,8 +89,11 @@ def _context(path: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     return values, lines
 
 
-def _policy_text(context: "BeaconCache") -> str:
-    policy = context.policy
+def _policy_values(policy: "RatioPolicy") -> dict[str, Any]:
+    return {"ratio": policy.ratio, "budget": policy.budget, "spans": policy.spans}
+
+
+def _policy_text(policy: "RatioPolicy") -> str:
     ratio = ",".join(map(str, policy.ratio)) if isinstance(policy.ratio, tuple) else policy.ratio
     text = f"ratio {ratio}"
     if policy.budget is not None:

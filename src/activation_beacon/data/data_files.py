@@ -14,11 +14,14 @@ from activation_beacon.files import reason
 Source = str | Path
 
 FORMATS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-BY_NAME_ONLY = (".md",)  # in a folder of texts, such a file is about them
+BY_NAME_ONLY = (".md", ".json", ".json.gz", ".json.zst")  # in a folder of texts, such a file is about them
 PACKINGS = (".gz", ".zst")
 BLOCK = 1 << 18
 MAX_WINDOW = 1 << 27  # zstandard refuses windows of more than 8 MiB unless told
-HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<split>[\w.%\[\]:+-]+))?")
+HUB_NAME = re.compile(
+    r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)"
+    r"(?:(?::(?P<config>[\w.+-]+))?:(?P<split>(?:[\w.+-]|\[[\w%:-]*\])+))?"  # a split may be cut: train[10:20]
+)
 
 
 class BadRecord(Exception):  # noqa: N818 - counted or turned into an error by whoever reads, never seen by users
@@ -60,14 +63,16 @@ def data_files(source: Source) -> list[Path]:
         return []
     if glob.has_magic(str(path)):
         found = map(Path, glob.iglob(str(path), recursive=True))  # noqa: PTH207 - pathlib takes no absolute patterns
-        return _known(found, f"The glob {path}", "Check it, and the folder that it starts from.")
+        named = tuple(ending for ending in BY_NAME_ONLY if str(path).endswith(ending))
+        return _known(found, f"The glob {path}", "Check it, and the folder that it starts from.", FORMATS + named)
     raise StorageError(
-        f"There is no file, folder or glob {str(source)!r}. Name one, or a hub data set as owner/name:split."
+        f"There is no file, folder or glob {str(source)!r}. Name one, or a hub data set as owner/name, owner/name:split or "
+        "owner/name:config:split."
     )
 
 
 def file_kind(path: Path) -> str:
-    """.txt, .md, .jsonl or .parquet, whether packed or not.
+    """.txt, .md, .jsonl, .json or .parquet, whether packed or not.
 
     Raises:
         FileFormatError: if the format is not known.
@@ -81,17 +86,17 @@ def file_kind(path: Path) -> str:
 
 
 def hub_name(source: Source) -> re.Match[str] | None:
-    """The parts `name` and `split` of what can only be a hub data set, if it can be one."""
+    """The parts `name`, `config` and `split` of what can only be a hub data set, if it can be one."""
     match = HUB_NAME.fullmatch(source) if isinstance(source, str) else None
-    return None if match is None or match["name"].endswith(FORMATS) else match
+    return None if match is None or match["name"].endswith(FORMATS + BY_NAME_ONLY) else match
 
 
-def _known(entries: Iterable[Path], what: str, way_out: str) -> list[Path]:
+def _known(entries: Iterable[Path], what: str, way_out: str, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     found = sorted(path for path in entries if path.is_file() and not path.name.startswith("."))
-    files = [path for path in found if path.name.endswith(FORMATS)]
+    files = [path for path in found if path.name.endswith(formats)]
     if not files:
         others = f" ({len(found)} others, such as {found[0].name})" if found else ""
-        raise StorageError(f"{what} holds no file of a known format{others}: {', '.join(FORMATS)}. {way_out}")
+        raise StorageError(f"{what} holds no file of a known format{others}: {', '.join(formats)}. {way_out}")
     return files
 
 

@@ -4,9 +4,8 @@ Knows nothing of tokens. A bad record is skipped or stops the reading, as the ca
 either way; a source that does not exist or has an unknown format always stops it.
 """
 
-import json
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,8 @@ from activation_beacon.data.data_files import (
     list_sources,
     needed_package,
 )
+from activation_beacon.data.fields import decoded, object_of, parsed, text_of
+from activation_beacon.data.question_shapes import flat_questions, is_unanswerable
 from activation_beacon.errors import ConfigError, InputError, StorageError
 from activation_beacon.files import reason
 
@@ -28,7 +29,6 @@ OnError = Literal["skip", "stop"]
 
 ROWS = 256
 PLACES_SHOWN = 3
-BYTE_ORDER_MARK = "\ufeff"
 LINE_END = b"\n"
 
 
@@ -74,17 +74,27 @@ class Record:
         line: number of its line or row, from 1.
         fields: what stands in it.
         unit: what `line` counts.
+        path: of a part within what stands there, such as "questions[0]"; "" for all of it.
     """
 
     file: str
     line: int
     fields: dict[str, Any]
-    unit: Literal["line", "row"] = "line"
+    unit: Literal["line", "row", "item"] = "line"
+    path: str = ""
 
     @property
     def place(self) -> str:
         """File and line, as messages name them."""
-        return f"{self.file}, {self.unit} {self.line}"
+        return f"{self.file}, {self.unit} {self.line}" + (f", {self.path}" if self.path else "")
+
+    @property
+    def name(self) -> str:
+        """Its own id, or file and line."""
+        given = self.fields.get("id")
+        if isinstance(given, (str, int)):
+            return str(given)
+        return f"{Path(self.file).name}:{self.line}" + (f"#{self.path}" if self.path else "")
 
 
 @dataclass(frozen=True)
@@ -124,8 +134,9 @@ def read_records(
     """Read one source, record by record.
 
     Args:
-        source: a file (`FORMATS`), a folder of such files, a glob, or a hub data set "owner/name" or "owner/name:split"
-            (its train split unless named). A .txt file is one record.
+        source: a file (`FORMATS`), a folder of such files, a glob, or a hub data set: "owner/name", "owner/name:split" or
+            "owner/name:config:split" (its only or default configuration and its train split unless named). A .txt file is
+            one record, and so is the object in a .json file; an array there has a record in each item.
         on_error: what to do with a bad record.
         report: counts are added to it.
         text_field: name under which the text of a .txt file is handed on.
@@ -161,14 +172,14 @@ def documents(
         As `read_records`; a document that is empty or has no text is a bad record.
     """
     intake = _Intake(on_error, report)
-    for record, name in _wanted(sources, exclude, intake, text_field):
+    for record in _wanted(_all_records(sources, intake, text_field), exclude, intake):
         try:
-            text = _text_of(record.fields, text_field, empty="empty document")
+            text = text_of(record.fields, text_field, empty="empty document")
         except BadRecord as bad:
             intake.refuse(record.place, bad)
             continue
         intake.report.records += 1
-        yield name, text
+        yield record.name, text
 
 
 def questions(
@@ -180,13 +191,20 @@ def questions(
 ) -> Iterator[Question]:
     """Read questions: fields "question", "answer" or "answers", and "context" where there is one.
 
+    Records as SQuAD, QuALITY, NarrativeQA and MuSiQue are published are known by their fields (`question_shapes`). A
+    question that its set calls unanswerable is left out and counted, whatever `on_error` says.
+
     Raises:
         As `read_records`; a question without text or answer is a bad record.
     """
     intake = _Intake(on_error, report)
-    for record, name in _wanted(sources, exclude, intake, "text"):
+    parts = (part for record in _all_records(sources, intake, "text") for part in _parts(record, intake))
+    for record in _wanted(parts, exclude, intake):
+        if is_unanswerable(record.fields):
+            intake.report.skip("unanswerable", record.place)
+            continue
         try:
-            question = _question_of(name, record.fields)
+            question = _question_of(record)
         except BadRecord as bad:
             intake.refuse(record.place, bad)
             continue
@@ -197,24 +215,26 @@ def questions(
 # --- records -----------------------------------------------------------------------------------------------------------
 
 
-def _wanted(
-    sources: Source | Sequence[Source], exclude: Collection[str], intake: _Intake, text_field: str
-) -> Iterator[tuple[Record, str]]:
+def _wanted(records: Iterator[Record], exclude: Collection[str], intake: _Intake) -> Iterator[Record]:
     left_out = {exclude} if isinstance(exclude, str) else set(exclude)
+    for record in records:
+        if record.name in left_out or record.name.partition("#")[0] in left_out:
+            intake.report.skip("excluded", record.name)
+        else:
+            yield record
+
+
+def _all_records(sources: Source | Sequence[Source], intake: _Intake, text_field: str) -> Iterator[Record]:
     for source in list_sources(sources):
         data_files(source)  # what is named wrongly is told before anything is read
     for source in list_sources(sources):
-        for record in _records(source, intake, text_field):
-            given = record.fields.get("id")
-            name = str(given) if isinstance(given, (str, int)) else f"{Path(record.file).name}:{record.line}"
-            if name in left_out or name.partition("#")[0] in left_out:
-                intake.report.skip("excluded", name)
-            else:
-                yield record, name
+        yield from _records(source, intake, text_field)
 
 
 def _records(source: Source, intake: _Intake, text_field: str) -> Iterator[Record]:
-    readers = {".txt": _read_text, ".md": _read_text, ".jsonl": _read_lines, ".parquet": _read_parquet}
+    readers = {
+        ".txt": _read_text, ".md": _read_text, ".jsonl": _read_lines, ".json": _read_json, ".parquet": _read_parquet
+    }  # fmt: skip
     files = data_files(source)
     if not files:
         yield from _read_hub(str(source))
@@ -228,14 +248,38 @@ def _records(source: Source, intake: _Intake, text_field: str) -> Iterator[Recor
 
 
 def _read_text(path: Path, intake: _Intake, text_field: str) -> Iterator[Record]:
+    for text in _read_whole(path, intake, decoded):
+        yield Record(str(path), 1, {text_field: text})
+
+
+def _read_json(path: Path, intake: _Intake, _text_field: str) -> Iterator[Record]:
+    for value in _read_whole(path, intake, lambda octets: _object_or_list(parsed(octets, "file"))):
+        if isinstance(value, dict):
+            yield Record(str(path), 1, value)
+            return
+        for number, item in enumerate(value, start=1):
+            try:
+                record = Record(str(path), number, object_of(item, "item"), "item")
+            except BadRecord as bad:
+                intake.refuse(f"{path}, item {number}", bad)
+                continue
+            yield record
+
+
+def _object_or_list(value: Any) -> Any:
+    return value if isinstance(value, list) else object_of(value, "file")
+
+
+def _read_whole(path: Path, intake: _Intake, read: Callable[[bytes], Any]) -> Iterator[Any]:
+    """What a file holds as a whole; nothing if it is refused."""
     octets = b""
     try:
         octets = b"".join(blocks(path, intake.count_bytes))
-        text = _decoded(octets)
+        value = read(octets)
     except BadRecord as bad:
         intake.refuse(f"{path}, line {octets.count(LINE_END, 0, bad.offset) + 1}", bad)
         return
-    yield Record(str(path), 1, {text_field: text})
+    yield value
 
 
 def _read_lines(path: Path, intake: _Intake, _text_field: str) -> Iterator[Record]:
@@ -245,7 +289,7 @@ def _read_lines(path: Path, intake: _Intake, _text_field: str) -> Iterator[Recor
             if not octets.strip():
                 continue
             try:
-                record = Record(str(path), number, _fields_of(octets))
+                record = Record(str(path), number, object_of(parsed(octets, "line"), "line"))
             except BadRecord as bad:
                 intake.refuse(f"{path}, line {number}", bad)
                 continue
@@ -275,72 +319,50 @@ def _read_hub(source: str) -> Iterator[Record]:
     assert match is not None  # data_files saw to it
     datasets = needed_package("datasets", source)
     try:
-        rows = datasets.load_dataset(match["name"], split=match["split"] or "train", streaming=True)
+        chosen = [match["config"]] if match["config"] else []
+        rows = datasets.load_dataset(match["name"], *chosen, split=match["split"] or "train", streaming=True)
         for number, fields in enumerate(rows, start=1):
             yield Record(source, number, dict(fields), "row")
     except Exception as error:  # the hub fails in many ways
         raise StorageError(
             f"There is no file {source!r}, and as a data set of the hub it cannot be read: {reason(error)}. "
-            "Check the name, the split and the network."
+            "Check the name, the configuration and the split (owner/name:config:split), and the network."
         ) from error
 
 
-# --- fields ------------------------------------------------------------------------------------------------------------
+# --- questions ---------------------------------------------------------------------------------------------------------
 
 
-def _decoded(octets: bytes) -> str:
-    try:
-        text = octets.decode("utf-8")
-    except UnicodeDecodeError as error:
-        detail = f"bytes that are not UTF-8 (0x{octets[error.start]:02x} at byte {error.start + 1})"
-        raise BadRecord("not UTF-8", detail, error.start) from error
-    if (zero := octets.find(0)) >= 0:
-        raise BadRecord("binary", f"no text but a binary file, or UTF-16 (a NUL at byte {zero + 1})", zero)
-    return text.removeprefix(BYTE_ORDER_MARK)
+def _parts(record: Record, intake: _Intake) -> Iterator[Record]:
+    """The questions that a record holds, each as a flat record."""
+
+    def refuse(path: str, bad: BadRecord) -> None:
+        intake.refuse(replace(record, path=path).place, bad)
+
+    for path, fields in flat_questions(record.fields, refuse):
+        yield replace(record, path=path, fields=fields)
 
 
-def _fields_of(octets: bytes) -> dict[str, Any]:
-    text = _decoded(octets)
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadRecord("broken JSON", f"the line is not JSON ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("broken JSON", f"the line is not JSON that can be read ({reason(error)})") from error
-    if not isinstance(fields, dict):
-        raise BadRecord("no object", f"the line is JSON but no object with fields (a {type(fields).__name__})")
-    return fields
-
-
-def _text_of(fields: dict[str, Any], name: str, *, empty: str) -> str:
-    if name not in fields:
-        known = ", ".join(map(str, fields)) or "none"
-        raise BadRecord("missing field", f'there is no field "{name}" (fields: {known})')
-    text = fields[name]
-    if not isinstance(text, str):
-        raise BadRecord("wrong type", f'the field "{name}" is no text but a {type(text).__name__}')
-    if not text.strip():
-        raise BadRecord(empty, f'the field "{name}" is empty')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRecord("not UTF-8", f'the field "{name}" holds half a character (a lone surrogate)') from error
-    return text
-
-
-def _question_of(name: str, fields: dict[str, Any]) -> Question:
-    question = _text_of(fields, "question", empty="empty question")
+def _question_of(record: Record) -> Question:
+    fields = record.fields
+    question = text_of(fields, "question", empty="empty question")
     answers = _answers_of(fields)
     if "answer" in fields or not answers:
-        answers = [_text_of(fields, "answer", empty="empty answer"), *answers]
-    context = _text_of(fields, "context", empty="empty context") if fields.get("context") else ""
-    return Question(name, context, question, answers[0], tuple(dict.fromkeys(answers)))
+        answers = [text_of(fields, "answer", empty="empty answer"), *answers]
+    context = text_of(fields, "context", empty="empty context") if fields.get("context") else ""
+    return Question(record.name, context, question, answers[0], tuple(dict.fromkeys(answers)))
 
 
 def _answers_of(fields: dict[str, Any]) -> list[str]:
-    """All accepted answers, as a list or as SQuAD has them."""
+    """All accepted answers: a list of texts or of objects with a "text", or one object with a list as SQuAD has on the hub."""
     found = fields.get("answers")
     if isinstance(found, dict):
         found = found.get("text")
-    texts = found if isinstance(found, (list, tuple)) else []
-    return [_text_of({"answers": text}, "answers", empty="empty answer") for text in texts]
+    given = found if isinstance(found, (list, tuple)) else []
+    return [_answer_of(each) for each in given]
+
+
+def _answer_of(given: Any) -> str:
+    if isinstance(given, dict):
+        return text_of(given, "text", empty="empty answer")
+    return text_of({"answers": given}, "answers", empty="empty answer")

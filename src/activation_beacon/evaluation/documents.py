@@ -1,11 +1,15 @@
 """Documents that a user gives: read from files, and cut to texts of a given length in tokens."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from activation_beacon.data.sources import OnError, documents
+from activation_beacon.data.sources import OnError, ReadReport, documents
+
+logger = logging.getLogger(__name__)
 
 CHARACTERS_PER_TOKEN = 8  # more than texts have; a text that has more is tokenised whole
 MARGIN = 64  # last tokens of a cut text, which the cut may have changed
@@ -33,7 +37,11 @@ class Text:
 
 
 def read_documents(
-    sources: Sequence[str | Path], *, field: str = "text", on_error: OnError = "stop"
+    sources: Sequence[str | Path],
+    *,
+    field: str = "text",
+    on_error: OnError = "stop",
+    report: ReadReport | None = None,
 ) -> Iterator[Document]:
     """Documents in the order given: files, folders, globs or hub data sets, as `data.sources.documents` reads them.
 
@@ -41,14 +49,21 @@ def read_documents(
         sources: where they stand.
         field: where a record's text stands.
         on_error: what becomes of a record without one.
+        report: counts are added to it, and the caller tells them; without one, what was left out is logged when the
+            reading ends, be it that no more documents are asked for.
 
     Raises:
         StorageError: if a file cannot be read.
         FileFormatError: for an unknown kind of file.
         InputError: for a record that has no text, unless such are skipped.
     """
-    for name, text in documents(sources, text_field=field, on_error=on_error):
-        yield Document(name, text)
+    counts = ReadReport() if report is None else report
+    try:
+        for name, text in documents(sources, text_field=field, on_error=on_error, report=counts):
+            yield Document(name, text)
+    finally:
+        if report is None and counts.skipped:
+            logger.warning("Documents: %s", counts.summary())
 
 
 def texts(
@@ -71,6 +86,14 @@ def texts(
         if ids is not None:
             count += 1
             yield Text(document.id, [*prefix, *ids])
+
+
+def told_apart(names: Iterable[str]) -> Iterator[str]:
+    """The names, with "#2" and so on at those that came before."""
+    seen: Counter[str] = Counter()
+    for name in names:
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name}#{seen[name]}"
 
 
 def first_documents(paths: Sequence[str | Path], *, num_tokens: int) -> str:

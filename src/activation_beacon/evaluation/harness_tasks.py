@@ -14,7 +14,7 @@ from typing import Any
 from activation_beacon.errors import InputError, MismatchError, StorageError
 from activation_beacon.evaluation.blocks import Table
 from activation_beacon.files import reason
-from activation_beacon.json_lines import append_lines, read_lines
+from activation_beacon.json_lines import append_lines, lines_from, read_lines
 
 FILE = "harness.jsonl"
 BASE = "none"  # the ratio that stands for the base model alone
@@ -28,7 +28,7 @@ class HarnessResults:
 
     Args:
         folder: made when the first line is written.
-        facts: the settings; lines made with others are not mixed with these.
+        facts: the settings; lines made with others are not mixed with these. None to read only.
 
     Raises:
         FileFormatError: if a line is damaged.
@@ -38,7 +38,7 @@ class HarnessResults:
     def __init__(self, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
         self.path = Path(folder) / FILE
         self.facts = None if facts is None else json.loads(json.dumps(facts))
-        self.lines = read_lines(self.path)
+        self.lines = lines_from(self.path, 0)[0] if facts is None else read_lines(self.path)
         for line in self.lines:
             theirs = line["facts"]
             if self.facts is not None and theirs != self.facts:
@@ -67,16 +67,23 @@ class HarnessResults:
         self.lines += found
 
     def table(self) -> Table:
-        """A row for each metric, a column for each ratio: value, and its standard error where lm-eval gives one."""
+        """A row for each metric, with its samples, and a column for each ratio.
+
+        A cell is a value, and its standard error where lm-eval gives one.
+        """
         ratios = sorted({line["ratio"] for line in self.lines}, key=lambda text: int(text) if text.isdecimal() else 0)
-        rows: dict[tuple[str, str], dict[str, str]] = {}
+        rows: dict[tuple[str, str, int | None], dict[str, str]] = {}
         for line in self.lines:
             error = "" if line["stderr"] is None else f" ± {line['stderr']:.3f}"
-            rows.setdefault((line["task"], line["metric"]), {})[line["ratio"]] = f"{line['value']:.3f}{error}"
-        header = ["task", *("base" if ratio == BASE else f"x{ratio}" for ratio in ratios)]
+            key = line["task"], line["metric"], line["samples"]
+            rows.setdefault(key, {})[line["ratio"]] = f"{line['value']:.3f}{error}"
+        header = ["task", "n", *("base" if ratio == BASE else f"x{ratio}" for ratio in ratios)]
         return Table(
             header,
-            [[f"{task}, {metric}", *(row.get(ratio, "-") for ratio in ratios)] for (task, metric), row in rows.items()],
+            [
+                [f"{task}, {metric}", "-" if count is None else str(count), *(row.get(ratio, "-") for ratio in ratios)]
+                for (task, metric, count), row in rows.items()
+            ],
         )
 
 

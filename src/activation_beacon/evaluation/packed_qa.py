@@ -1,14 +1,18 @@
 """Questions on contexts packed long: the passage that answers stands among others, and is asked about afterwards."""
 
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from activation_beacon.data.sources import OnError, questions
+from activation_beacon.data.sources import OnError, ReadReport, questions
 from activation_beacon.errors import InputError
+from activation_beacon.evaluation.documents import told_apart
 from activation_beacon.evaluation.samples import SLACK, Question, Sample
 from activation_beacon.prompts import ChatPrompt
+
+logger = logging.getLogger(__name__)
 
 GAP = "\n\n"
 QUESTIONS = 3  # on one context
@@ -25,21 +29,33 @@ class Passage:
     questions: tuple[tuple[str, tuple[str, ...]], ...]
 
 
-def read_passages(sources: Sequence[str | Path], *, on_error: OnError = "stop") -> list[Passage]:
-    """Passages of records with `context`, `question` and `answer` (or `answers`); equal contexts become one.
+def read_passages(
+    sources: Sequence[str | Path], *, on_error: OnError = "stop", report: ReadReport | None = None
+) -> list[Passage]:
+    """Passages of questions on contexts, as `data.sources.questions` reads them; equal contexts become one, equal ids are told
+    apart.
 
-    Records without a context are passed over.
+    Args:
+        sources: where they stand.
+        on_error: what becomes of a record that is no question.
+        report: counts are added to it, and the caller tells them; without one, what was left out is logged.
 
     Raises:
         StorageError, FileFormatError, InputError: as `data.sources.questions` does.
     """
+    counts = ReadReport() if report is None else report
     found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     names: dict[str, str] = {}
-    for question in questions(sources, on_error=on_error):
-        if question.context:
-            names.setdefault(question.context, question.id)
-            found.setdefault(question.context, []).append((question.question, question.answers))
-    return [Passage(names[context], context, tuple(asked)) for context, asked in found.items()]
+    for question in questions(sources, on_error=on_error, report=counts):
+        if not question.context:
+            counts.skip("without context", question.id)
+            continue
+        names.setdefault(question.context, question.id)
+        found.setdefault(question.context, []).append((question.question, question.answers))
+    if report is None and counts.skipped:
+        logger.warning("Questions: %s", counts.summary())
+    apart = told_apart(names[context] for context in found)
+    return [Passage(name, context, tuple(asked)) for name, (context, asked) in zip(apart, found.items(), strict=True)]
 
 
 def packed_samples(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from activation_beacon.errors import FileFormatError, MismatchError, StorageError
 from activation_beacon.files import reason, write_text
-from activation_beacon.json_lines import append_lines, read_lines
+from activation_beacon.json_lines import append_lines, lines_from, read_lines
 
 RESULTS, RUN = "results.jsonl", "run.json"
 PART = "results-{}.jsonl"  # what a process that is not the first has finished
@@ -53,7 +53,8 @@ class Results:
             self._make_folder()
             self._check_model(dict(model))
         for path in (self.folder / RESULTS, *self._parts()):
-            for record in read_lines(path):
+            is_own = model is not None and path == self.path
+            for record in read_lines(path) if is_own else lines_from(path, 0)[0]:  # others may be writing theirs
                 self.records[key_of(record)] = record
         if model is not None and rank == 0:
             self.gather()
@@ -72,7 +73,7 @@ class Results:
         parts = self._parts()
         known = {key_of(record) for record in read_lines(self.path)} if parts else set()
         for path in parts:
-            others = {key_of(record): record for record in read_lines(path)}
+            others = {key_of(record): record for record in lines_from(path, 0)[0]}
             append_lines(self.path, [record for key, record in others.items() if key not in known])
             known |= others.keys()
             self.records |= others

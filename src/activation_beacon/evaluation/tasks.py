@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from activation_beacon.data.sources import OnError
 from activation_beacon.errors import InputError
 from activation_beacon.evaluation import language_modelling
-from activation_beacon.evaluation.documents import Text, prefix_ids, read_documents, texts
+from activation_beacon.evaluation.documents import Text, prefix_ids, read_documents, texts, told_apart
 from activation_beacon.evaluation.methods import METHODS
 from activation_beacon.evaluation.multi_turn import multi_turn_samples
 from activation_beacon.evaluation.needles import KINDS, needle_samples
@@ -82,11 +82,9 @@ class LanguageModelling:
     def samples(self, length: int) -> Iterator[Text]:
         """Texts of exactly so many tokens, one of each document that is long enough."""
         documents = read_documents(self.paths, field=self.field, on_error=self.on_error)
-        found = texts(documents, self.tokenizer, length=length, prefix=self._prefix())
-        seen: dict[str, int] = {}
-        for text in found:
-            seen[text.id] = seen.get(text.id, 0) + 1
-            yield text if seen[text.id] == 1 else Text(f"{text.id}#{seen[text.id]}", text.ids)
+        found, same = itertools.tee(texts(documents, self.tokenizer, length=length, prefix=self._prefix()))
+        for text, name in zip(found, told_apart(text.id for text in same), strict=True):
+            yield Text(name, text.ids)
 
     def run(self, model: Any, samples: Sequence[Text], index: int, method: str, ratio: Ratio | None) -> dict[str, Any]:
         """One text read in one way."""
