@@ -1,8 +1,11 @@
+import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from typer.testing import CliRunner
 
 from activation_beacon.bench.cost import (
@@ -16,11 +19,16 @@ from activation_beacon.bench.cost import (
     end_to_end_speedup,
     longest_text,
     memory_bytes,
+    obstacle,
     prefill_flops,
 )
+from activation_beacon.bench.shapes import read_shape
 from activation_beacon.cli import app
-from activation_beacon.errors import ConfigError
-from families import SIZES, beacon_tensors, random_ids, tiny, with_beacons
+from activation_beacon.config import BeaconConfig
+from activation_beacon.default_base import _default_config
+from activation_beacon.errors import BaseModelError, CapacityError, ConfigError, UnsupportedModelError
+from activation_beacon.plan import Row, TextPlanner, as_policy
+from families import FAMILIES, SIZES, TESTED, beacon_tensors, random_ids, tiny, with_beacons
 
 TINY = ModelShape(
     num_layers=2, hidden_size=8, num_heads=4, num_kv_heads=2, head_dim=2, intermediate_size=16, vocab_size=10
@@ -58,8 +66,6 @@ def test_operations_of_weights_and_attention_are_those_of_their_products():
 
 
 def test_entries_and_bytes_are_those_of_a_real_cache():
-    from activation_beacon import BeaconConfig
-
     model = with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4), num_sinks=3))
     shape = ModelShape.of(model.config)
     for length in (16, 17, 40, 65):
@@ -75,8 +81,6 @@ def test_weights_are_those_of_real_models():
     norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     assert shape.num_weights == sum(parameter.numel() for parameter in model.parameters()) - norms
     assert ModelShape.of(LlamaConfig(**SIZES)).head_dim == SIZES["head_dim"]
-    from activation_beacon import BeaconConfig
-
     beacons = beacon_tensors(with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4))))
     assert shape.beacon_weights == sum(tensor.numel() for tensor in beacons.values())
 
@@ -110,12 +114,19 @@ def test_a_text_of_whole_chunks_pays_for_its_last_one_when_writing_begins():
     assert end_to_end_speedup(shape, 8192, 64, how) < end_to_end_speedup(shape, 8193, 64, how) - 0.1
 
 
-def test_beacons_pay_from_the_break_even_on():
-    how = Compression(8)
-    tokens = break_even(SHAPES["smollm2-135m"], how)
-    assert end_to_end_speedup(SHAPES["smollm2-135m"], tokens, 0, how) > 1
-    assert end_to_end_speedup(SHAPES["smollm2-135m"], tokens - how.chunk_size, 0, how) <= 1
+@pytest.mark.parametrize("num_new", [0, 1, 5, 8, 30])
+@pytest.mark.parametrize(
+    "how", [Compression(2, 4), Compression(2, 8), Compression(4, 8), Compression(4, 8, 2)], ids=str
+)
+def test_the_break_even_lies_behind_the_last_text_that_loses(how, num_new):
+    losing = [tokens for tokens in range(1, 600) if end_to_end_speedup(TINY, tokens, num_new, how) <= 1]
+    assert losing[-1] < 500
+    assert break_even(TINY, how, num_new=num_new, limit=2000) == losing[-1] + 1
+
+
+def test_beacons_that_never_pay_have_no_break_even():
     assert break_even(SHAPES["qwen2-7b"], Compression(2), limit=4096) is None
+    assert break_even(TINY, FULL_ATTENTION, limit=4096) is None
 
 
 def test_writing_costs_its_entries_and_the_chunks_that_it_closes():
@@ -132,12 +143,68 @@ def test_writing_reads_all_weights_and_the_cache():
     assert decode_bytes(TINY, 20, FULL_ATTENTION, 2) == (TINY.num_weights - 80) * 2 + TINY.cache_bytes(20, 2)
 
 
-def test_the_longest_text_fits_and_one_token_more_does_not():
-    shape, how, room = SHAPES["llama-3-8b"], Compression(8), 24 * 2**30
-    tokens = longest_text(shape, how, room, 2)
-    assert memory_bytes(shape, tokens, how, 2) <= room < memory_bytes(shape, tokens + how.chunk_size, how, 2)
-    assert tokens > 4 * longest_text(shape, FULL_ATTENTION, room, 2)
-    assert longest_text(shape, how, 2**30, 2) == 0
+def test_writing_to_a_batch_reads_the_weights_once():
+    how = Compression(4, 8)
+    weights = 2 * (2 * (8 * 4 * 2 * 2 + 8 * 2 * 2 * 2 + 3 * 8 * 16) + 10 * 8)
+    entries = 2 * 2 + 4  # two chunks closed, four tokens behind them
+    assert decode_bytes(TINY, 20, how, 2, batch_size=3) == weights + 3 * entries * 2 * 2 * (2 * 2) * 2
+
+
+def test_memory_is_weights_adapter_activations_and_the_cache_at_its_largest():
+    how, adapter = Compression(4, 8), 2 * 8 * (8 + 4 + 4) + 8
+    weights = 2 * (8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 16) + 2 * 10 * 8
+    entry, slot = 2 * 2 * (2 * 2), 2 * 16 + 4 * 8
+    assert memory_bytes(TINY, 20, FULL_ATTENTION, 4) == 4 * (weights + 20 * slot + 20 * entry)
+    assert memory_bytes(TINY, 20, FULL_ATTENTION, 4, num_new=5) == 4 * (weights + 20 * slot + 25 * entry)
+    closing = 10 * slot + (2 + 10) * entry  # the second chunk is read behind the first one's beacons
+    assert memory_bytes(TINY, 20, how, 4) == 4 * (weights + adapter + closing)
+    assert memory_bytes(TINY, 20, how, 4, batch_size=3) == 4 * (weights + adapter + 3 * closing)
+    assert memory_bytes(TINY, 20, how, 4, num_new=5) == 4 * (weights + adapter + closing + 2 * entry)
+    assert memory_bytes(TINY, 7, how, 4, num_new=1) == 4 * (weights + adapter + 7 * slot + 8 * entry)
+    assert memory_bytes(TINY, 7, how, 4, num_new=2) == 4 * (weights + adapter + 10 * slot + 10 * entry)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("ratio", [None, 8, 32])
+def test_the_longest_text_fits_a_gpu_and_one_token_more_does_not(ratio, batch_size):
+    shape = dataclasses.replace(SHAPES["llama-3-8b"], max_positions=None)
+    how, room = Compression(ratio), 24 * 2**30
+    tokens, stops = longest_text(shape, how, 2, gpu_bytes=room, batch_size=batch_size, num_new=64)
+    assert stops == "memory"
+    fits, exceeds = (
+        memory_bytes(shape, length, how, 2, batch_size=batch_size, num_new=64) for length in (tokens, tokens + 1)
+    )
+    assert fits <= room < exceeds
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("ratio", [2, 4, 8])
+def test_the_longest_text_in_the_positions_is_the_longest_that_is_read(ratio, sinks):
+    planner = TextPlanner(config := BeaconConfig(16, (2, 4, 8), num_sinks=sinks), as_policy(config, ratio), 64)
+    shape = dataclasses.replace(TINY, max_positions=64)
+    tokens, stops = longest_text(shape, Compression(ratio, 16, sinks), 2)
+    assert stops == "positions"
+    planner.plan(Row(16), tokens)
+    with pytest.raises(CapacityError):
+        planner.plan(Row(16), tokens + 1)
+
+
+def test_ratio_times_the_positions_can_be_read_but_for_one_raw_chunk():
+    shape = SHAPES["smollm2-135m"]
+    assert longest_text(shape, FULL_ATTENTION, 2) == (8192, "positions")
+    assert longest_text(shape, FULL_ATTENTION, 2, num_new=64) == (8128, "positions")
+    # 56 chunks closed leave 7,168 entries, and 1,024 tokens behind them fill the positions; closing that chunk would exceed them.
+    assert longest_text(shape, Compression(8), 2) == (57 * 1024, "positions")
+
+
+def test_positions_and_memory_both_limit():
+    shape, how = SHAPES["llama-3-8b"], Compression(8)
+    assert longest_text(shape, how, 2, gpu_bytes=2**30) == (0, "memory")
+    assert longest_text(shape, how, 2, gpu_bytes=1000 * 2**30)[1] == "positions"
+    assert longest_text(TINY, how, 2, limit=5000) == (5000, None)
+    assert obstacle(shape, 8192, how, 2) is None
+    assert obstacle(shape, 8192, how, 2, gpu_bytes=2**30) == "memory"
+    assert obstacle(shape, 8193, FULL_ATTENTION, 2, gpu_bytes=2**30) == "positions"
 
 
 @pytest.mark.parametrize(("ratio", "chunk"), [(3, 1024), (1, 1024), (2048, 1024)])
@@ -146,22 +213,164 @@ def test_a_ratio_that_does_not_divide_the_chunk_is_refused(ratio, chunk):
         Compression(ratio, chunk)
 
 
-def test_the_plan_prints_operations_cache_break_even_and_what_fits():
-    args = ["bench", "plan", "--shape", "qwen2-7b", "--lengths", "131072", "--ratios", "8", "--chunk-size", "2048"]
-    result = CliRunner().invoke(app, [*args, "--gpu-gib", "80"])
+# --- shapes of models ------------------------------------------------------------------------------------------------
+
+
+def saved_config(folder, model_type, **settings):
+    config = CONFIG_MAPPING[model_type](**settings)
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", [family for family in TESTED if family != "gpt_oss"])
+def test_a_config_alone_gives_the_shape_of_the_model(tmp_path, family):
+    model_type, own = FAMILIES[family]
+    shape = read_shape(saved_config(tmp_path, model_type, **SIZES, **own))
+    model = tiny(family)
+    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (shape.num_weights, shape.max_positions) == (matrices, 512)
+    assert shape.num_windowed == {"mistral": 3, "gemma3_text": 2}.get(family, 0)
+
+
+def test_longrope_counts_with_its_original_positions(tmp_path):
+    factors = [1.0] * 4
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors}
+    rope["original_max_position_embeddings"] = 64
+    name = saved_config(tmp_path, "phi3", **SIZES, rope_parameters=rope, original_max_position_embeddings=64)
+    assert read_shape(name).max_positions == 64
+
+
+def test_the_default_model_is_known_without_a_config():
+    assert read_shape("default") == SHAPES["smollm2-135m"] == ModelShape.of(_default_config())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "error", "message"),
+    [
+        (
+            "gpt_oss",
+            {**SIZES, **FAMILIES["gpt_oss"][1]},
+            UnsupportedModelError,
+            "experts or other parts cannot be planned",
+        ),
+        ("gpt_neox", SIZES, UnsupportedModelError, "one gated feed-forward part a layer, which is what is counted"),
+        ("mamba", {}, UnsupportedModelError, "MambaForCausalLM cannot carry beacons"),
+        ("t5", {}, BaseModelError, "cannot be read as a causal language model's: Unrecognized configuration class"),
+    ],
+)
+def test_a_model_that_is_not_counted_is_refused(tmp_path, model_type, settings, error, message):
+    with pytest.raises(error, match=message):
+        read_shape(saved_config(tmp_path, model_type, **settings))
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def plan(*args):
+    return CliRunner().invoke(app, ["bench", "plan", *args])
+
+
+def test_the_plan_prints_operations_bytes_break_even_and_what_fits():
+    args = ["--shape", "qwen2-7b", "--lengths", "131072", "--ratios", "8", "--chunk-size", "2048", "--gpu-gib", "24"]
+    result = plan(*args)
     assert result.exit_code == 0, result.output
-    lines = result.stdout.splitlines()
-    assert lines[1].split() == ["131,072", "full", "5,162.93", "1.00x", "7.00", "GiB", "1.0x"]
-    assert lines[2].split()[:2] == ["131,072", "8"]
-    assert lines[2].split()[-1] == "7.2x"
-    assert re.fullmatch(r"full attention: up to [\d,]+ tokens in 80 GiB", lines[4])
-    assert re.fullmatch(r"ratio 8: fewer operations from [\d,]+ tokens on, up to [\d,]+ tokens in 80 GiB", lines[5])
-    values = json.loads(CliRunner().invoke(app, [*args, "--json"]).stdout)
+    head, full, beacons, blank, full_limit, limit, fits = result.stdout.splitlines()
+    assert head.split("  ")[-1] == "too long for"
+    assert full.split()[:6] == ["131,072", "full", "5,158.66", "1.00x", "4.27", "1.00x"]
+    assert full.split()[6:] == ["20.17", "GiB", "1.00x", "7.00", "GiB", "1.0x", "33.94", "GiB", "positions"]
+    assert beacons.split()[:2] == ["131,072", "8"]
+    assert beacons.split()[-4:] == ["7.2x", "16.25", "GiB", "-"]
+    assert blank == ""
+    assert re.fullmatch(r"full attention: up to [\d,]+ tokens \(positions\)", full_limit)
+    pattern = r"ratio 8: fewer operations to read from [\d,]+ tokens on, in all from [\d,]+ tokens on, up to [\d,]+ tokens \(\w+\)"
+    assert re.fullmatch(pattern, limit)
+    assert fits == "131,072 tokens: fits with ratio 8"
+    values = json.loads(plan(*args, "--json").stdout)
     assert [row["ratio"] for row in values["rows"]] == [None, 8]
     assert values["rows"][1]["speedup"] == pytest.approx(2.05, abs=0.02)
 
 
-def test_an_unknown_shape_is_refused_with_the_known_ones():
-    result = CliRunner().invoke(app, ["bench", "plan", "--shape", "gpt-5"])
-    assert result.exit_code == 1
-    assert "--shape must be one of smollm2-135m, llama-2-7b, llama-3-8b, qwen2-7b; got 'gpt-5'." in result.stderr
+def test_the_plan_of_a_batch_is_that_of_its_texts_but_for_the_weights():
+    args = ("--lengths", "2500", "--ratios", "4", "--json")
+    one, four = (json.loads(plan(*args, "--batch-size", size).stdout)["rows"][1] for size in ("1", "4"))
+    for name in ("prefill_flops", "decode_flops", "flops", "cache_bytes"):
+        assert four[name] == 4 * one[name], name
+    assert (four["speedup"], four["cache_factor"]) == (one["speedup"], one["cache_factor"])
+    assert four["decode_bytes"] - one["decode_bytes"] == 3 * one["cache_bytes"]
+    assert one["peak_bytes"] < four["peak_bytes"] < 4 * one["peak_bytes"]
+
+
+def test_the_plan_of_a_model_of_ones_own_needs_its_config_only(tmp_path):
+    name = saved_config(tmp_path, "mistral", **SIZES, sliding_window=24)
+    args = ("--model", name, "--lengths", "400,4000", "--ratios", "2,8", "--chunk-size", "64", "--new-tokens", "0")
+    lines = plan(*args).stdout.splitlines()
+    assert "full attention: up to 512 tokens (positions)" in lines
+    # 56 chunks closed leave 448 entries, and 64 tokens behind them fill the positions.
+    assert lines[-4].endswith(f", up to {57 * 64:,} tokens (positions)")
+    assert lines[-3:] == [
+        "400 tokens: fits with full attention, ratio 2, ratio 8",
+        "4,000 tokens: fits with none of these",
+        "3 of 3 layers have sliding windows: full attention takes less than is counted.",
+    ]
+    values = json.loads(plan(*args, "--json").stdout)
+    assert (values["model"], values["shape"]["hidden_size"], values["shape"]["max_positions"]) == (name, 32, 512)
+    assert [row["too_long_for"] for row in values["rows"]] == [None] * 3 + ["positions"] * 3
+
+
+def test_without_limits_the_plan_says_so(monkeypatch):
+    monkeypatch.setitem(SHAPES, "endless", dataclasses.replace(TINY, max_positions=None))
+    out = plan("--shape", "endless", "--lengths", "4096", "--ratios", "32").stdout
+    assert "full attention: up to 16,777,216 tokens at least" in out
+
+
+@pytest.mark.parametrize(("shape", "to_read", "in_all"), [("smollm2-135m", 2140, 4097), ("qwen2-7b", 10515, 15361)])
+def test_the_break_evens_in_the_docs_are_those_that_are_computed(shape, to_read, in_all):
+    line = f"ratio 8: fewer operations to read from {to_read:,} tokens on, in all from {in_all:,} tokens on"
+    args = ("--shape", shape, "--ratios", "8", "--chunk-size", "1024")
+    assert line in plan(*args).stdout
+    docs = (Path(__file__).parents[1] / "docs/performance.md").read_text(encoding="utf-8")
+    assert f"beacon bench plan {' '.join(args)}" in docs
+    assert f"{to_read:,} | {in_all:,} |" in docs
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--shape", "gpt-5"), "--shape must be one of smollm2-135m, llama-2-7b, llama-3-8b, qwen2-7b; got 'gpt-5'."),
+        (("--shape", "qwen2-7b", "--model", "default"), "--shape (qwen2-7b) and --model (default) name two models."),
+        (("--model", "no/such/folder"), "The config of 'no/such/folder' cannot be read"),
+        (("--model", ""), "The config of '' cannot be read"),
+        (("--model", "{tmp_path}"), "Unrecognized model"),
+        (
+            ("--model", "{adapter}"),
+            "holds an adapter, not a base model. Name the model that it was made for: owner/model.",
+        ),
+        (("--gpu-gib", "inf"), "--gpu-gib must be a number of GiB such as 24; got inf."),
+        (("--lengths", "0,5"), "--lengths must be ints such as 2048,4096; got '0,5'."),
+        (("--ratios", "two"), "--ratios must be ints such as 2,8,32; got 'two'."),
+        (("--ratios", "3"), "chunk_size (1024) must be divisible by ratio (3), which is 2 or more."),
+    ],
+)
+def test_bad_options_of_the_plan_are_refused_in_one_line(tmp_path, args, message):
+    (tmp_path / "adapter").mkdir()
+    settings = BeaconConfig(base_model="owner/model").to_dict()
+    (tmp_path / "adapter/beacon_config.json").write_text(json.dumps(settings))
+    result = plan(*(arg.format(tmp_path=tmp_path, adapter=tmp_path / "adapter") for arg in args))
+    assert result.exit_code == 1, result.output
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(
+            (option, "-1")
+            for option in ("--batch-size", "--chunk-size", "--element-bytes", "--new-tokens", "--gpu-gib")
+        ),
+        ("--gpu-gib", "nan"),
+    ],
+)
+def test_numbers_out_of_range_are_usage_errors(args):
+    assert plan(*args).exit_code == 2

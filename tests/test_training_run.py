@@ -96,7 +96,7 @@ def test_what_has_no_option_of_its_own_is_set_by_name(files, tmp_path):
         "config.placement=append",
         "exclude=[d1, d2]",
     ]
-    flags = [part for pair in others for part in ("--set", pair)]
+    flags = [*(part for pair in others for part in ("--set", pair)), "--max-tokens", "100000"]
     result = run("bodies.jsonl", *arguments(files)[1:], "-o", "run", "--steps", "2", *flags, cwd=tmp_path)
     assert result.exit_code == 0, result.output
     assert "Documents: 10 texts, " in result.stderr

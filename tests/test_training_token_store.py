@@ -74,6 +74,18 @@ def test_workers_make_the_same_store(tmp_path, monkeypatch, sources):
     assert alone.folder.name == store.folder.name
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_document_that_reaches_the_most_tokens_is_the_last(tmp_path, monkeypatch, sources, workers):
+    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 40)
+    whole = build_token_store(sources, tokenizer_of(), tmp_path / "stores", min_tokens=3)
+    last = next(number for number in range(len(whole)) if whole.lengths[: number + 1].sum() >= 61)
+    store = build_token_store(
+        sources, tokenizer_of(), tmp_path / "stores", min_tokens=3, max_tokens=61, workers=workers
+    )
+    assert 61 <= store.num_tokens < 61 + 9
+    assert list(contents_of(store).items()) == list(contents_of(whole).items())[: last + 1]
+
+
 @pytest.mark.parametrize(("size", "dtype"), [((1 << 16) - 1, np.uint16), (1 << 16, np.uint32)])
 def test_ids_take_two_bytes_where_the_vocabulary_allows(tmp_path, size, dtype):
     words = [f"w{number}" for number in range(len(WORDS), size)]
@@ -148,6 +160,7 @@ def change_a_name(sources: list[Path]) -> None:
         (list.reverse, [], {}),
         (list, ["six"], {}),
         (list, [], {"min_tokens": 2}),
+        (list, [], {"max_tokens": 20}),
         (list, [], {"exclude": ["d1"]}),
         (list, [], {"on_error": "stop"}),
         (list, [], {"text_field": "id"}),
@@ -235,6 +248,7 @@ def test_no_document_left_is_an_error_that_says_why(tmp_path):
     ("settings", "message"),
     [
         ({"min_tokens": 0}, "min_tokens must be at least 1; got 0."),
+        ({"max_tokens": 0}, "max_tokens must be at least 1; got 0."),
         ({"workers": -1}, "workers must be at least 0; got -1."),
     ],
 )

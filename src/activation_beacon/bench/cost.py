@@ -2,11 +2,13 @@
 
 Counted are multiplications and additions of matrix products: 2 for each weight and token, and 4 for each query, key and
 feature in attention. Norms, rotations and softmax are left out, and so is what a base model with sliding windows saves.
+Operations are those of one text; bytes and what fits are those of a batch of texts of one length.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from activation_beacon.errors import ConfigError
 
@@ -24,6 +26,8 @@ class ModelShape:
         intermediate_size: of the gated feed-forward part.
         vocab_size: of the head.
         is_tied: whether the head is the token embedding.
+        max_positions: that it was made for; None where it has no limit.
+        num_windowed: layers with a sliding window, which are counted as if they had none.
     """
 
     num_layers: int
@@ -34,6 +38,8 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     is_tied: bool = False
+    max_positions: int | None = None
+    num_windowed: int = 0
 
     @classmethod
     def of(cls, config: Any) -> "ModelShape":
@@ -48,6 +54,7 @@ class ModelShape:
             intermediate_size=config.intermediate_size,
             vocab_size=config.vocab_size,
             is_tied=bool(getattr(config, "tie_word_embeddings", False)),
+            max_positions=getattr(config, "max_position_embeddings", None),
         )
 
     @property
@@ -89,12 +96,14 @@ class ModelShape:
         return 2 * num_entries * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes
 
 
-# From the models' own configurations.
+DEFAULT_SHAPE = "smollm2-135m"
+
+# From the models' own configurations; Qwen2-7B's is that of the instructed model, the paper's base.
 SHAPES = {
-    "smollm2-135m": ModelShape(30, 576, 9, 3, 64, 1536, 49_152, is_tied=True),
-    "llama-2-7b": ModelShape(32, 4096, 32, 32, 128, 11_008, 32_000),
-    "llama-3-8b": ModelShape(32, 4096, 32, 8, 128, 14_336, 128_256),
-    "qwen2-7b": ModelShape(28, 3584, 28, 4, 128, 18_944, 152_064),
+    DEFAULT_SHAPE: ModelShape(30, 576, 9, 3, 64, 1536, 49_152, is_tied=True, max_positions=8192),
+    "llama-2-7b": ModelShape(32, 4096, 32, 32, 128, 11_008, 32_000, max_positions=4096),
+    "llama-3-8b": ModelShape(32, 4096, 32, 8, 128, 14_336, 128_256, max_positions=8192),
+    "qwen2-7b": ModelShape(28, 3584, 28, 4, 128, 18_944, 152_064, max_positions=32_768),
 }
 
 
@@ -118,6 +127,11 @@ class Compression:
                 f"chunk_size ({self.chunk_size}) must be divisible by ratio ({self.ratio}), which is 2 or more."
             )
 
+    @property
+    def closing_slots(self) -> int:
+        """Slots of the pass that closes a chunk: its tokens and its beacons."""
+        return self.chunk_size + (0 if self.ratio is None else self.chunk_size // self.ratio)
+
     def num_closed(self, num_tokens: int) -> int:
         """Chunks that are closed once so many tokens have been read."""
         return 0 if self.ratio is None else max(0, (num_tokens - 1) // self.chunk_size)
@@ -136,49 +150,47 @@ class Compression:
     def peak_entries(self, num_tokens: int) -> int:
         """Entries held at most on the way: the last closed chunk's slots, or the tail."""
         closed = self.num_closed(num_tokens)
-        if self.ratio is None or not closed:
+        if not closed:
             return self.entries(num_tokens)
-        slots = self.chunk_size + self.chunk_size // self.ratio
-        return max(self.entries(num_tokens), self.held_before(closed - 1) + slots)
+        return max(self.entries(num_tokens), self.held_before(closed - 1) + self.closing_slots)
+
+    def closings(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Slots of each pass that closes a chunk while a text grows from `start` to `stop` tokens, and entries held before."""
+        for chunk in range(self.num_closed(start), self.num_closed(stop)):
+            yield self.closing_slots, self.held_before(chunk)
 
     def passes(self, num_tokens: int) -> Iterator[tuple[int, int]]:
         """Slots of each pass of a prefill, and the entries held before it."""
+        yield from self.closings(0, num_tokens)
         closed = self.num_closed(num_tokens)
-        for chunk in range(closed):
-            assert self.ratio is not None, "without a ratio no chunk is closed"
-            yield self.chunk_size + self.chunk_size // self.ratio, self.held_before(chunk)
         yield num_tokens - closed * self.chunk_size, self.held_before(closed)
+
+    def widest_pass(self, num_tokens: int, num_new: int = 0) -> int:
+        """Slots of the widest pass of reading a text and writing on."""
+        return self.closing_slots if self.num_closed(num_tokens + num_new) else num_tokens
 
 
 FULL_ATTENTION = Compression(None)
 
 
+# --- operations ------------------------------------------------------------------------------------------------------
+
+
 def prefill_flops(shape: ModelShape, num_tokens: int, how: Compression) -> int:
     """Operations of reading a text, and of the head once at its end."""
-    total = shape.head_flops(1)
-    for slots, held in how.passes(num_tokens):
-        total += shape.token_flops(slots) + shape.attention_flops(slots * held + slots * (slots + 1) // 2)
-    return total
+    return shape.head_flops(1) + sum(_pass_flops(shape, *each) for each in how.passes(num_tokens))
 
 
 def decode_flops(shape: ModelShape, num_tokens: int, num_new: int, how: Compression) -> int:
     """Operations of writing `num_new` tokens behind a text of `num_tokens`, chunks closed on the way included."""
+    stop = num_tokens + num_new
     total = num_new * (shape.token_flops(1) + shape.head_flops(1))
-    for length in range(num_tokens + 1, num_tokens + num_new + 1):
-        total += shape.attention_flops(how.entries(length))
-    for chunk in range(how.num_closed(num_tokens), how.num_closed(num_tokens + num_new)):
-        assert how.ratio is not None, "without a ratio no chunk is closed"
-        slots = how.chunk_size + how.chunk_size // how.ratio
-        pairs = slots * how.held_before(chunk) + slots * (slots + 1) // 2
-        total += shape.token_flops(slots) + shape.attention_flops(pairs)
-    return total
+    total += shape.attention_flops(sum(how.entries(length) for length in range(num_tokens + 1, stop + 1)))
+    return total + sum(_pass_flops(shape, *each) for each in how.closings(num_tokens, stop))
 
 
-def decode_bytes(shape: ModelShape, num_tokens: int, how: Compression, element_bytes: int) -> int:
-    """Bytes that writing one token reads: all weights but the token embedding's table, and the cache."""
-    embedding = 0 if shape.is_tied else shape.vocab_size * shape.hidden_size
-    weights = (shape.num_weights - embedding) * element_bytes
-    return weights + shape.cache_bytes(how.entries(num_tokens), element_bytes)
+def _pass_flops(shape: ModelShape, slots: int, held: int) -> int:
+    return shape.token_flops(slots) + shape.attention_flops(slots * held + slots * (slots + 1) // 2)
 
 
 def end_to_end_speedup(shape: ModelShape, num_tokens: int, num_new: int, how: Compression) -> float:
@@ -188,32 +200,94 @@ def end_to_end_speedup(shape: ModelShape, num_tokens: int, num_new: int, how: Co
 
 
 def break_even(shape: ModelShape, how: Compression, *, num_new: int = 0, limit: int = 1 << 22) -> int | None:
-    """The shortest text, in whole chunks and one token, that beacons read with fewer operations; None up to `limit`."""
-    for num_chunks in range(1, limit // how.chunk_size):
-        num_tokens = num_chunks * how.chunk_size + 1
-        if end_to_end_speedup(shape, num_tokens, num_new, how) > 1:
-            return num_tokens
-    return None
+    """The shortest text from which on every text takes fewer operations; None if there is none up to `limit`.
+
+    With the length, what is saved grows but for two kinds of drops: one token behind whole chunks, where reading closes one more,
+    and where writing comes to close one. Over the drops of one kind it is convex and starts with a loss, so that it
+    turns once.
+    """
+
+    def gains(num_tokens: int) -> bool:
+        return end_to_end_speedup(shape, num_tokens, num_new, how) > 1
+
+    last_loss = 0
+    for first in {1, 1 + -num_new % how.chunk_size}:
+        drops = range(first, limit + 1, how.chunk_size)
+        turn = bisect_left(drops, True, key=gains)
+        if turn == len(drops):
+            return None
+        last_loss = max(last_loss, drops[turn - 1] if turn else 0)
+    rest = range(last_loss + 1, last_loss + how.chunk_size + 1)
+    return rest[bisect_left(rest, True, key=gains)]
 
 
-def memory_bytes(shape: ModelShape, num_tokens: int, how: Compression, element_bytes: int) -> int:
-    """Bytes of weights, adapter and cache at its largest, and of one pass's activations in the feed-forward part."""
+# --- bytes, and what fits --------------------------------------------------------------------------------------------
+
+
+def decode_bytes(
+    shape: ModelShape, num_tokens: int, how: Compression, element_bytes: int, *, batch_size: int = 1
+) -> int:
+    """Bytes that writing one token to each text reads: all weights but the token embedding's table, and the caches."""
+    embedding = 0 if shape.is_tied else shape.vocab_size * shape.hidden_size
+    weights = (shape.num_weights - embedding) * element_bytes
+    return weights + batch_size * shape.cache_bytes(how.entries(num_tokens), element_bytes)
+
+
+def memory_bytes(
+    shape: ModelShape,
+    num_tokens: int,
+    how: Compression,
+    element_bytes: int,
+    *,
+    batch_size: int = 1,
+    num_new: int = 0,
+) -> int:
+    """Bytes of weights, adapter and caches at their largest, and of the widest pass's activations in the feed-forward part."""
     adapter = 0 if how.ratio is None else shape.beacon_weights
     weights = (shape.num_weights + adapter) * element_bytes
-    widest = max(slots for slots, _ in how.passes(num_tokens))
-    activations = widest * (2 * shape.intermediate_size + 4 * shape.hidden_size) * element_bytes
-    return weights + activations + shape.cache_bytes(how.peak_entries(num_tokens), element_bytes)
+    slots = how.widest_pass(num_tokens, num_new)
+    activations = slots * (2 * shape.intermediate_size + 4 * shape.hidden_size) * element_bytes
+    caches = shape.cache_bytes(how.peak_entries(num_tokens + num_new), element_bytes)
+    return weights + batch_size * (activations + caches)
+
+
+Obstacle = Literal["positions", "memory"]
+
+
+def obstacle(
+    shape: ModelShape,
+    num_tokens: int,
+    how: Compression,
+    element_bytes: int,
+    *,
+    gpu_bytes: int | None = None,
+    batch_size: int = 1,
+    num_new: int = 0,
+) -> Obstacle | None:
+    """What a text is too long for: the base's positions, or else a GPU's memory; None if it fits."""
+    if shape.max_positions is not None and how.peak_entries(num_tokens + num_new) > shape.max_positions:
+        return "positions"
+    needed = memory_bytes(shape, num_tokens, how, element_bytes, batch_size=batch_size, num_new=num_new)
+    return "memory" if gpu_bytes is not None and needed > gpu_bytes else None
 
 
 def longest_text(
-    shape: ModelShape, how: Compression, gpu_bytes: int, element_bytes: int, *, limit: int = 1 << 24
-) -> int:
-    """Tokens of the longest text that fits a GPU's memory; 0 if not even the weights do, at most `limit`."""
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        if memory_bytes(shape, middle, how, element_bytes) <= gpu_bytes:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    shape: ModelShape,
+    how: Compression,
+    element_bytes: int,
+    *,
+    gpu_bytes: int | None = None,
+    batch_size: int = 1,
+    num_new: int = 0,
+    limit: int = 1 << 24,
+) -> tuple[int, Obstacle | None]:
+    """Tokens of the longest text that fits, 0 if not even one token does, and what stops a longer one; at most `limit`."""
+
+    def stops(num_tokens: int) -> Obstacle | None:
+        return obstacle(
+            shape, num_tokens, how, element_bytes, gpu_bytes=gpu_bytes, batch_size=batch_size, num_new=num_new
+        )
+
+    lengths = range(1, limit + 1)
+    fitting = bisect_left(lengths, True, key=lambda num_tokens: stops(num_tokens) is not None)
+    return fitting, None if fitting == limit else stops(fitting + 1)

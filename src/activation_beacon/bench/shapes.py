@@ -1,13 +1,23 @@
-"""Models of a known shape with random weights: speed does not depend on their values."""
+"""Shapes of models: of one's own, of which no more than the config is read; and a known one as a model.
 
+Weights are random, for speed does not depend on their values, or none at all.
+"""
+
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from activation_beacon import BeaconConfig, attach
-from activation_beacon.bench.cost import SHAPES
+from activation_beacon.adapt import find_decoder
+from activation_beacon.base_models import DEFAULT_BASE_NAME
+from activation_beacon.bench.cost import DEFAULT_SHAPE, SHAPES, ModelShape
+from activation_beacon.default_base import first_line
+from activation_beacon.errors import BaseModelError, UnsupportedModelError
+from activation_beacon.persistence import CONFIG_FILE, load_adapter_config
 
 FAMILIES = {"qwen2-7b": "qwen2"}  # the others are Llamas
 MANY_POSITIONS = 1 << 22  # so that no length is refused
@@ -30,3 +40,64 @@ def random_model(shape: str, *, chunk_size: int, device: torch.device | str, dty
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
         return attach(model, BeaconConfig(chunk_size=chunk_size))
+
+
+def read_shape(name: str) -> ModelShape:
+    """The shape of a base model.
+
+    Args:
+        name: "default", a folder with config.json, or a hub id; neither weights nor a tokenizer are looked for.
+
+    Raises:
+        BaseModelError: if there is no config of that name, or none of a causal language model.
+        UnsupportedModelError: if it cannot carry beacons, or is more than attention and one gated feed-forward part a layer.
+    """
+    if name == DEFAULT_BASE_NAME:
+        return SHAPES[DEFAULT_SHAPE]
+    folder = Path(name).expanduser()
+    if (folder / CONFIG_FILE).is_file():
+        base = load_adapter_config(folder).base_model or "which it does not record"
+        raise BaseModelError(
+            f"{name!r} holds an adapter, not a base model. Name the model that it was made for: {base}."
+        )
+    # A foreign config can be wrong in any way, and transformers raises a dozen kinds of errors for it.
+    try:
+        config = AutoConfig.from_pretrained(str(folder) if name and folder.is_dir() else name, trust_remote_code=False)
+        config = config.get_text_config(decoder=True)
+        model = _without_weights(config)
+    except Exception as error:
+        raise BaseModelError(
+            f"The config of {name!r} cannot be read as a causal language model's: {first_line(error)}. "
+            f'Give "{DEFAULT_BASE_NAME}", a folder with config.json, or a hub id such as "owner/model".'
+        ) from error
+    site = find_decoder(model, ("q", "k", "v"))
+    return dataclasses.replace(
+        _counted(name, model, config),
+        max_positions=site.max_positions,
+        num_windowed=sum(layer.window is not None for layer in site.layers),
+    )
+
+
+def _without_weights(config: Any) -> Any:
+    """The model on the meta device, where weights take no memory; but for its frequencies, which `find_decoder` reads."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    decoder = model.get_decoder()
+    if hasattr(decoder, "rotary_emb"):
+        decoder.rotary_emb = type(decoder.rotary_emb)(config)
+    return model
+
+
+def _counted(name: str, model: Any, config: Any) -> ModelShape:
+    """The shape of a config, unless the model's matrices are not those that are counted, such as one's with experts."""
+    there = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+    try:
+        shape = ModelShape.of(config)
+    except AttributeError as error:
+        raise UnsupportedModelError(f"{name!r} cannot be planned for: {first_line(error)}.") from error
+    if there != shape.num_weights:
+        raise UnsupportedModelError(
+            f"{name!r} has {there:,} weights in matrices; attention and one gated feed-forward part a layer, which is what "
+            f"is counted, would have {shape.num_weights:,}. Models with experts or other parts cannot be planned for."
+        )
+    return shape

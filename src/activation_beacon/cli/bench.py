@@ -1,6 +1,7 @@
 """`beacon bench`: how fast it is, measured on this machine."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -127,86 +128,197 @@ def _rows_of(loaded: Loaded, sources: list[str], length: int, count: int) -> lis
 PLAN_EPILOG = options.examples(
     "beacon bench plan --shape qwen2-7b",
     "beacon bench plan --shape llama-3-8b --gpu-gib 24 --lengths 32768,131072 --ratios 4,8,32",
+    "beacon bench plan --model my/decoder --gpu-gib 80 --batch-size 8",
 )
 
 
 @bench.command("plan", epilog=PLAN_EPILOG)
 def plan(
-    shape: Annotated[str, typer.Option("--shape", help="Sizes of a known model.")] = "smollm2-135m",
+    shape: Annotated[
+        str | None, typer.Option("--shape", help="Sizes of a known model; smollm2-135m, if no --model is named.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help='Base model of your own instead: its folder or hub id, or "default". Only its config is read.',
+        ),
+    ] = None,
     lengths: Annotated[str, typer.Option("--lengths", help="Tokens of the texts.")] = "8192,32768,131072",
     ratios: Annotated[str, typer.Option("--ratios", help="Tokens per beacon.")] = "2,4,8,16,32",
     chunk_size: Annotated[int, typer.Option("--chunk-size", min=2, help="Tokens of a chunk.")] = 1024,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=0, help="Tokens written after reading.")] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts read side by side.")] = 1,
     gpu_gib: Annotated[float | None, typer.Option("--gpu-gib", min=0.0, help="Say what fits this memory.")] = None,
     element_bytes: Annotated[
         int, typer.Option("--element-bytes", min=1, help="Of weights and cache: 2 for bfloat16.")
     ] = 2,
     json: options.Json = False,
 ) -> None:
-    """Compute on paper what beacons save: operations, cache, break-even, and the longest text that fits a GPU.
+    """Compute on paper what beacons save: operations and bytes, break-even, and which ratio fits.
 
-    Only matrix products are counted, attention as causal. Nothing is loaded or measured.
+    For each text: operations of reading (prefill) and of writing --new-tokens (decode), bytes read to write a token, the cache
+    after reading, the memory at the peak, and what reading and writing is too long for: the base's positions, or the GPU's
+    memory. Operations and bytes are those of the whole batch. Only matrix products are counted, attention as causal. No weights
+    are loaded, nothing is measured.
     """
-    from activation_beacon.bench.cost import SHAPES, break_even, longest_text
-
-    if shape not in SHAPES:
-        raise InputError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}.")
-    known, sizes = SHAPES[shape], parse_lengths(lengths)
-    ways = [None, *options.parse_ratios(ratios)]
-    rows = [
-        _planned(known, length, ratio, chunk_size=chunk_size, new_tokens=new_tokens, element_bytes=element_bytes)
-        for length in sizes
-        for ratio in ways
-    ]
-    limits = {}
-    for ratio in ways:
-        how = _compression(ratio, chunk_size)
-        fits = None if gpu_gib is None else longest_text(known, how, int(gpu_gib * 2**30), element_bytes)
-        limits[ratio] = (None if ratio is None else break_even(known, how, num_new=new_tokens), fits)
-    if json:
-        named = [{"ratio": ratio, "break_even": even, "longest_text": fits} for ratio, (even, fits) in limits.items()]
-        print_json({"shape": shape, "chunk_size": chunk_size, "new_tokens": new_tokens, "rows": rows, "ratios": named})
-        return
-    typer.echo(f"{'tokens':>9}  {'ratio':<6}{'TFLOP':>10}{'fewer':>8}{'cache':>13}{'smaller':>9}")
-    for row in rows:
-        typer.echo(
-            f"{row['tokens']:>9,}  {row['ratio'] or 'full':<6}{row['flops'] / 1e12:>10,.2f}{row['speedup']:>7.2f}x"
-            f"{bytes_text(row['cache_bytes']):>13}{row['cache_factor']:>8.1f}x"
-        )
-    typer.echo("")
-    for ratio, (even, fits) in limits.items():
-        name = "full attention" if ratio is None else f"ratio {ratio}"
-        parts = (
-            [] if ratio is None else [f"fewer operations from {even:,} tokens on" if even else "never fewer operations"]
-        )
-        parts += [] if fits is None else [f"up to {fits:,} tokens in {gpu_gib:g} GiB"]
-        if parts:
-            typer.echo(f"{name}: {', '.join(parts)}")
-
-
-def _compression(ratio: int | None, chunk_size: int) -> "Compression":
     from activation_beacon.bench.cost import Compression
 
-    return Compression(ratio, chunk_size)
+    name, known = _known_shape(shape, model)
+    gpu_bytes = _gpu_bytes(gpu_gib)
+    ways = [Compression(ratio, chunk_size) for ratio in (None, *options.parse_ratios(ratios))]
+    work: dict[str, int] = {"new_tokens": new_tokens, "batch_size": batch_size, "element_bytes": element_bytes}
+    rows = [_planned(known, length, how, gpu_bytes, **work) for length in parse_lengths(lengths) for how in ways]
+    limits = [_limits(known, how, gpu_bytes, **work) for how in ways]
+    if json:
+        setting = {"model": name, "shape": dataclasses.asdict(known), "chunk_size": chunk_size, **work}
+        print_json({**setting, "gpu_gib": gpu_gib, "rows": rows, "ratios": limits})
+        return
+    typer.echo("\n".join([_plan_line(PLAN_HEAD), *map(_row_line, rows), "", *map(_limit_line, limits)]))
+    for length, fitting in _ways_that_fit(rows).items():
+        typer.echo(f"{length:,} tokens: {'fits with ' + ', '.join(fitting) if fitting else 'fits with none of these'}")
+    if known.num_windowed:
+        typer.echo(
+            f"{known.num_windowed} of {known.num_layers} layers have sliding windows: full attention takes less than is counted."
+        )
+
+
+PLAN_HEAD = (
+    *("tokens", "ratio", "prefill TFLOP", "fewer", "decode TFLOP", "in all fewer", "a token reads", "less"),
+    *("cache", "smaller", "peak", "too long for"),
+)
+PLAN_WIDTHS = (9, 7, 15, 9, 14, 14, 15, 8, 13, 9, 13, 14)
+
+
+def _known_shape(shape: str | None, model: str | None) -> tuple[str, "ModelShape"]:
+    """The shape asked for and what to call it."""
+    from activation_beacon.bench.cost import DEFAULT_SHAPE, SHAPES
+
+    if shape is not None and model is not None:
+        raise InputError(f"--shape ({shape}) and --model ({model}) name two models. Give one of them.")
+    if model is not None:
+        from activation_beacon.bench.shapes import read_shape
+
+        return model, read_shape(model)
+    name = DEFAULT_SHAPE if shape is None else shape
+    if name not in SHAPES:
+        raise InputError(
+            f"--shape must be one of {', '.join(SHAPES)}; got {name!r}. For other models there is --model."
+        )
+    return name, SHAPES[name]
+
+
+def _gpu_bytes(gpu_gib: float | None) -> int | None:
+    if gpu_gib is not None and not math.isfinite(gpu_gib):
+        raise InputError(f"--gpu-gib must be a number of GiB such as 24; got {gpu_gib}.")
+    return None if gpu_gib is None else int(gpu_gib * 2**30)
 
 
 def _planned(
-    shape: "ModelShape", length: int, ratio: int | None, *, chunk_size: int, new_tokens: int, element_bytes: int
+    shape: "ModelShape",
+    length: int,
+    how: "Compression",
+    gpu_bytes: int | None,
+    *,
+    new_tokens: int,
+    batch_size: int,
+    element_bytes: int,
 ) -> dict[str, Any]:
-    """Operations and cache of one text."""
+    """Operations and bytes of a batch of texts, beside full attention's."""
     from activation_beacon.bench import cost
 
-    how = _compression(ratio, chunk_size)
-    flops = cost.prefill_flops(shape, length, how) + cost.decode_flops(shape, length, new_tokens, how)
-    held, full = (shape.cache_bytes(each.entries(length), element_bytes) for each in (how, cost.FULL_ATTENTION))
+    full = cost.FULL_ATTENTION
+    prefill, full_prefill = (cost.prefill_flops(shape, length, way) for way in (how, full))
+    decode = cost.decode_flops(shape, length, new_tokens, how)
+    step, full_step = (
+        cost.decode_bytes(shape, length, way, element_bytes, batch_size=batch_size) for way in (how, full)
+    )
+    batch: dict[str, int] = {"batch_size": batch_size, "num_new": new_tokens}
     return {
         "tokens": length,
-        "ratio": ratio,
-        "flops": flops,
+        "ratio": how.ratio,
+        "prefill_flops": batch_size * prefill,
+        "prefill_speedup": full_prefill / prefill,
+        "decode_flops": batch_size * decode,
+        "flops": batch_size * (prefill + decode),
         "speedup": cost.end_to_end_speedup(shape, length, new_tokens, how),
-        "cache_bytes": held,
-        "cache_factor": full / held,
+        "decode_bytes": step,
+        "decode_bytes_factor": full_step / step,
+        "cache_bytes": batch_size * shape.cache_bytes(how.entries(length), element_bytes),
+        "cache_factor": full.entries(length) / how.entries(length),
+        "peak_bytes": cost.memory_bytes(shape, length, how, element_bytes, **batch),
+        "too_long_for": cost.obstacle(shape, length, how, element_bytes, gpu_bytes=gpu_bytes, **batch),
     }
+
+
+def _limits(
+    shape: "ModelShape",
+    how: "Compression",
+    gpu_bytes: int | None,
+    *,
+    new_tokens: int,
+    batch_size: int,
+    element_bytes: int,
+) -> dict[str, Any]:
+    """From which length on beacons take fewer operations, and the longest text that fits."""
+    from activation_beacon.bench.cost import break_even, longest_text
+
+    longest, stops = longest_text(
+        shape, how, element_bytes, gpu_bytes=gpu_bytes, batch_size=batch_size, num_new=new_tokens
+    )
+    return {
+        "ratio": how.ratio,
+        "prefill_break_even": None if how.ratio is None else break_even(shape, how),
+        "break_even": None if how.ratio is None else break_even(shape, how, num_new=new_tokens),
+        "longest_text": longest,
+        "limited_by": stops,
+    }
+
+
+def _ways_that_fit(rows: list[dict[str, Any]]) -> dict[int, list[str]]:
+    fitting: dict[int, list[str]] = {row["tokens"]: [] for row in rows}
+    for row in rows:
+        if row["too_long_for"] is None:
+            fitting[row["tokens"]].append(_way_text(row["ratio"]))
+    return fitting
+
+
+def _way_text(ratio: int | None) -> str:
+    return "full attention" if ratio is None else f"ratio {ratio}"
+
+
+def _row_line(row: dict[str, Any]) -> str:
+    return _plan_line(
+        (
+            f"{row['tokens']:,}",
+            str(row["ratio"] or "full"),
+            f"{row['prefill_flops'] / 1e12:,.2f}",
+            f"{row['prefill_speedup']:.2f}x",
+            f"{row['decode_flops'] / 1e12:,.2f}",
+            f"{row['speedup']:.2f}x",
+            bytes_text(row["decode_bytes"]),
+            f"{row['decode_bytes_factor']:.2f}x",
+            bytes_text(row["cache_bytes"]),
+            f"{row['cache_factor']:.1f}x",
+            bytes_text(row["peak_bytes"]),
+            row["too_long_for"] or "-",
+        )
+    )
+
+
+def _plan_line(cells: tuple[str, ...]) -> str:
+    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, PLAN_WIDTHS, strict=True))
+
+
+def _limit_line(limits: dict[str, Any]) -> str:
+    parts = []
+    if limits["ratio"] is not None:
+        evens = (("to read", limits["prefill_break_even"]), ("in all", limits["break_even"]))
+        gains = [f"{what} from {even:,} tokens on" for what, even in evens if even is not None]
+        parts.append(f"fewer operations {', '.join(gains)}" if gains else "never fewer operations")
+    most = f"up to {limits['longest_text']:,} tokens"
+    parts.append(f"{most} ({limits['limited_by']})" if limits["limited_by"] else f"{most} at least")
+    return f"{_way_text(limits['ratio'])}: {', '.join(parts)}"
 
 
 def parse_lengths(text: str, option: str = "--lengths") -> list[int]:

@@ -40,6 +40,10 @@ def train(
     dev_questions: Annotated[
         Sources, typer.Option("--dev-questions", help="Questions with contexts to measure on, likewise.")
     ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", help="Tokens of the texts at most: a data set on the hub may have no end."),
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Updates of each stage.")] = None,
     length: Annotated[int | None, typer.Option("--length", help="Tokens of a text, in whole chunks.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Texts of one update.")] = None,
@@ -98,7 +102,7 @@ def train(
     """
     flags = {
         "base": base, "adapter": adapter, "questions": questions, "dev": dev, "dev_questions": dev_questions,
-        "lora_rank": lora_rank,
+        "max_tokens": max_tokens, "lora_rank": lora_rank,
         "optimizer": optimizer, "gradient_checkpointing": gradient_checkpointing, "wrapper": wrapper,
         "on_error": on_error, "report_to": report_to, "save_every": save_every, "seed": seed,
         "dtype": None if dtype is None else str(dtype), "output": None if output is None else str(output),

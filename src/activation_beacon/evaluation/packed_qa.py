@@ -32,8 +32,9 @@ class Passage:
 def read_passages(
     sources: Sequence[str | Path], *, on_error: OnError = "stop", report: ReadReport | None = None
 ) -> list[Passage]:
-    """Passages of questions on contexts, as `data.sources.questions` reads them; equal contexts become one, equal ids are told
-    apart.
+    """Passages of questions on contexts, as `data.sources.questions` reads them.
+
+    Equal contexts become one; equal ids are told apart.
 
     Args:
         sources: where they stand.

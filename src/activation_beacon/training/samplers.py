@@ -78,6 +78,7 @@ def _store(
     store = build_token_store(
         sources, tokenizer, folder, min_tokens=least, workers=_workers(settings, sources), on_error=settings.on_error,
         exclude=settings.exclude, text_field=settings.text_field, progress=progress,
+        max_tokens=settings.max_tokens if name == "documents" else None,
     )  # fmt: skip
     tell(f"{name.capitalize()}: {len(store):,} texts, {store.num_tokens:,} tokens. {store.summary}")
     return store

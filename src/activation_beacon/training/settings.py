@@ -107,6 +107,7 @@ class TrainingSettings:
         dev_questions: questions nobody trains on, with their contexts: nats per token of their answers.
         exclude: ids of records to leave out.
         text_field: field of a record that holds the text.
+        max_tokens: of `documents`: the one that reaches so many is the last (a data set on the hub may have no end); None for all.
         on_error: whether a broken record is skipped or stops the run.
         stages: one after the other.
         optimizer: "adamw", or "muon" for the matrices.
@@ -139,6 +140,7 @@ class TrainingSettings:
     dev_questions: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     text_field: str = "text"
+    max_tokens: int | None = None
     on_error: Literal["skip", "stop"] = "skip"
     stages: tuple[Stage, ...] = dataclasses.field(default_factory=lambda: (Stage(),))
     optimizer: Optimizer = "adamw"
@@ -163,6 +165,8 @@ class TrainingSettings:
             raise ConfigError("stages is empty. Name at least one.")
         if self.lora_rank is not None:
             _check_int("lora_rank", self.lora_rank, least=1)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, least=1)
         for name in ("save_every", "dev_every", "dev_texts", "keep_checkpoints"):
             _check_int(name, getattr(self, name), least=1)
         _check_number("average_decay", self.average_decay, least=0.0)
@@ -217,8 +221,9 @@ class TrainingSettings:
     def fingerprint(self) -> str:
         """Of all that decides what weights come out: a run is continued under the same one only."""
         values = {name: value for name, value in self.to_dict().items() if name not in NOT_DECISIVE}
-        if not self.average_decay:
-            del values["average_decay"]  # runs from before there was one go on
+        for name in ("average_decay", "max_tokens"):
+            if not values[name]:
+                del values[name]  # runs from before there was one go on
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:

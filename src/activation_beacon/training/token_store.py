@@ -7,9 +7,10 @@ nothing of chunks or samples.
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,7 +41,7 @@ class BuildProgress:
         documents: tokenised and kept.
         tokens: of those documents.
         bytes_done: of the sources, as they stand on disk.
-        bytes_total: the same when all is done; 0 where a hub data set is among the sources.
+        bytes_total: the same when all is done; 0 where a hub data set is among the sources, or not all is wanted.
     """
 
     documents: int
@@ -112,6 +113,7 @@ def build_token_store(
     folder: str | Path,
     *,
     min_tokens: int = 1,
+    max_tokens: int | None = None,
     workers: int = 0,
     on_error: OnError = "skip",
     exclude: Collection[str] = (),
@@ -129,6 +131,8 @@ def build_token_store(
         tokenizer: of the base model.
         folder: under which stores are kept, each in a folder of its own.
         min_tokens: shorter documents are left out, and counted.
+        max_tokens: the document that reaches so many together is the last, as data sets may be without end; None for all.
+            What `report` counts may then include documents that were read ahead.
         workers: processes that tokenise; 0 tokenises in this one. The store is the same whatever their number.
         on_error: what to do with a bad record.
         exclude: ids to leave out, with their parts.
@@ -141,14 +145,15 @@ def build_token_store(
         StorageError: if a source cannot be read, or the store not be written.
         FileFormatError: if a source's format is not known, or the store that is there is damaged.
     """
-    for name, value, least in (("min_tokens", min_tokens, 1), ("workers", workers, 0)):
-        if value < least:
+    for name, value, least in (("min_tokens", min_tokens, 1), ("max_tokens", max_tokens, 1), ("workers", workers, 0)):
+        if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}; got {value}.")
     settings = {
         "min_tokens": min_tokens,
         "on_error": on_error,
         "exclude": sorted({exclude} if isinstance(exclude, str) else exclude),
         "text_field": text_field,
+        **({} if max_tokens is None else {"max_tokens": max_tokens}),
     }
     entries = [entry for source in list_sources(sources) for entry in _source_entries(source)]
     origin = {"sources": entries, "tokenizer": tokenizer_fingerprint(tokenizer), "settings": settings}
@@ -157,7 +162,8 @@ def build_token_store(
         return TokenStore(target)
     report = ReadReport() if report is None else report
     texts = documents(sources, text_field=text_field, exclude=exclude, on_error=on_error, report=report)
-    job = _Job(tokenizer, _dtype(tokenizer), min_tokens, workers, report, progress, _bytes_total(entries))
+    total = 0 if max_tokens is not None else _bytes_total(entries)
+    job = _Job(tokenizer, _dtype(tokenizer), min_tokens, max_tokens, workers, report, progress, total)
     try:
         build_folder("the training texts", target, lambda aside: _write_store(aside, texts, job, origin))
     except StorageError:
@@ -186,10 +192,14 @@ class _Job:
     tokenizer: Any
     dtype: type[np.unsignedinteger[Any]]
     min_tokens: int
+    max_tokens: int | None
     workers: int
     report: ReadReport
     progress: Callable[[BuildProgress], None] | None
     bytes_total: int
+
+    def is_full(self, num_tokens: int) -> bool:
+        return self.max_tokens is not None and num_tokens >= self.max_tokens
 
     def tell(self, num_documents: int, num_tokens: int) -> None:
         if self.progress is not None:
@@ -203,10 +213,12 @@ class _Batch(NamedTuple):
 
 def _write_store(folder: Path, texts: Iterable[tuple[str, str]], job: _Job, origin: Mapping[str, Any]) -> None:
     ids, offsets = [], [0]
-    with (folder / TOKENS_FILE).open("w+b") as file:
+    with (folder / TOKENS_FILE).open("w+b") as file, closing(_tokenised(_batches(texts), job)) as batches:
         _write_array_header(file, job.dtype, 0)
-        for names, tokenised in _tokenised(_batches(texts), job):
+        for names, tokenised in batches:
             for name, tokens in zip(names, tokenised, strict=True):
+                if job.is_full(offsets[-1]):
+                    break
                 if len(tokens) < job.min_tokens:
                     job.report.skip(f"shorter than {job.min_tokens} tokens", name)
                     continue
@@ -214,6 +226,8 @@ def _write_store(folder: Path, texts: Iterable[tuple[str, str]], job: _Job, orig
                 ids.append(name)
                 offsets.append(offsets[-1] + len(tokens))
             job.tell(len(ids), offsets[-1])
+            if job.is_full(offsets[-1]):
+                break
         file.seek(0)
         _write_array_header(file, job.dtype, offsets[-1])
     if not ids:
@@ -244,7 +258,7 @@ def _batches(texts: Iterable[tuple[str, str]]) -> Iterator[_Batch]:
         yield batch
 
 
-def _tokenised(batches: Iterable[_Batch], job: _Job) -> Iterator[tuple[list[str], list[Tokens]]]:
+def _tokenised(batches: Iterable[_Batch], job: _Job) -> Generator[tuple[list[str], list[Tokens]]]:
     """Batches in their order, tokenised; a few are under way at a time."""
     if not job.workers:
         for batch in batches:
