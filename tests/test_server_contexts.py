@@ -80,6 +80,8 @@ def test_a_file_is_taken_from_a_form(model, folder):
         ({"json": {"text": "x", "wonder": 1}}, 400, "wonder: Extra inputs"),
         ({"json": {"text": "x", "ratio": 3}}, 400, "ratio"),
         ({"json": {"text": "x" * 9000, "ratio": 2}}, 400, "No ratio fits|Use ratio"),
+        ({"json": {"text": BOOK, "ratio": [2, 8]}}, 400, "names 2 chunks, but the text .* closes"),
+        ({"json": {"text": BOOK, "ratio": [2, 8], "stream": True}}, 400, "names 2 chunks, but the text .* closes"),
         ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "Invalid JSON"),
         ({"content": b"x", "headers": {"content-type": "text/plain"}}, 400, "Send application/json"),
         ({"files": {"file": ("a.txt", b"\xff\xfe")}}, 400, "not UTF-8"),
@@ -133,8 +135,15 @@ def test_a_restart_finds_contexts_and_a_damaged_one_is_set_aside(model, folder):
     with live(folder, model=model) as server:
         assert server.ask("Who?", context=good["id"]).choices[0].message.content == answer
         body = {"model": MODEL, "messages": [{"role": "user", "content": "Who?"}], "context": bad["id"]}
-        reply = server.http.post("/v1/chat/completions", json=body)
-        assert (reply.status_code, reply.json()["error"]["code"]) == (422, "context_damaged")
+        for path, values in (
+            ("/v1/chat/completions", body),
+            ("/v1/chat/completions", body),
+            (f"/v1/contexts/{bad['id']}/append", {"text": "more"}),
+            (f"/v1/contexts/{bad['id']}/fork", {}),
+        ):
+            reply = server.http.post(path, json=values)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (422, "context_damaged")
+        assert "set aside" in reply.json()["error"]["message"]
         listed = {each["id"]: each for each in server.http.get("/v1/contexts").json()["data"]}
         assert listed[good["id"]]["status"] == "ready"
         assert listed[bad["id"]]["status"] == "unusable"

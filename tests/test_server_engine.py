@@ -25,7 +25,7 @@ def ids_of(length, seed=0):
 
 
 @pytest.mark.parametrize("length", [1, 5, 15, 16, 17, 33, 70])
-@pytest.mark.parametrize("ratio", [2, 8, "auto"])
+@pytest.mark.parametrize("ratio", [2, 8, "auto", (2, 8)])
 def test_a_text_read_and_answered_equals_generate(model, length, ratio):
     prompt = ids_of(length)
     expected, grown = plain(model, model.new_cache(ratio=ratio), prompt, GREEDY.max_tokens)

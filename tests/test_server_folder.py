@@ -99,6 +99,92 @@ def test_a_changed_file_has_another_version(folder, context):
     assert folder.find(record.id).tokens == 80
 
 
+@pytest.fixture(scope="module")
+def longer():
+    return serving_model().compress(random_ids(80), ratio=4)
+
+
+def test_who_looks_while_a_context_is_saved_finds_its_name(folder, context, longer, monkeypatch):
+    looking, seen = Folder(folder.url), []
+    write = folder._write_numbers
+
+    def watched(record):
+        seen.append(looking.find(record.id))
+        write(record)
+        seen.append(looking.find(record.id))
+
+    monkeypatch.setattr(folder, "_write_numbers", watched)
+    record = folder.save(Record(new_id(), "a book", 17), context)
+    grown = folder.save(record, longer)
+    assert {(each.name, each.created) for each in seen if each is not None} == {("a book", 17)}
+    assert grown.tokens == 80
+    for each in (folder, looking, Folder(folder.url)):
+        assert each.find(record.id) == grown
+
+
+def test_killed_before_the_numbers_are_written_a_context_keeps_its_name(folder, context, longer, monkeypatch):
+    record = folder.save(Record(new_id(), "a book", 17), context)
+
+    def killed(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "_write_numbers", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.save(record, longer)
+    with pytest.raises(KeyboardInterrupt):
+        folder.save(Record(new_id(), "another book", 18), context)
+    (found,) = Folder(folder.url).list()
+    assert (found.id, found.name, found.created, found.tokens) == (record.id, "a book", 17, 80)
+
+
+def test_a_context_that_is_replaced_while_it_is_examined_has_the_numbers_of_the_new_one(
+    folder, context, longer, monkeypatch
+):
+    record = saved(folder, context)
+    folder.fs.rm_file(f"{folder.root}/{record.id}.json")
+    looking, replacements = Folder(folder.url), [longer]
+    load = looking.load
+
+    def slow(context_id):
+        cache = load(context_id)
+        if replacements:
+            folder.save(record, replacements.pop())
+        return cache
+
+    monkeypatch.setattr(looking, "load", slow)
+    assert looking.find(record.id).tokens == 80
+    for each in (folder, looking, Folder(folder.url)):
+        assert (each.find(record.id).tokens, each.find(record.id).name) == (80, "a book")
+
+
+def test_a_context_that_is_deleted_while_it_is_looked_at_is_gone(folder, context, monkeypatch):
+    record, looking = saved(folder, context), Folder(folder.url)
+    noted = looking._noted
+
+    def late(context_id):
+        known = noted(context_id)
+        folder.delete(context_id)
+        return known
+
+    monkeypatch.setattr(looking, "_noted", late)
+    assert looking.find(record.id) is not None  # it was there
+    assert looking.find(record.id) is None
+    other = saved(folder, context)
+    folder.fs.rm_file(f"{folder.root}/{other.id}.json")
+    assert looking.find(other.id) is None
+
+
+def test_a_whole_file_in_the_place_of_a_damaged_one_is_served(folder, context):
+    record = saved(folder, context)
+    path = f"{folder.root}/{record.id}.beacon"
+    content = folder.fs.cat_file(path)
+    folder.fs.pipe_file(path, content[:-100])
+    with pytest.raises(FileFormatError):
+        folder.load(record.id)
+    folder.fs.pipe_file(path, content)
+    assert folder.find(record.id) == Folder(folder.url).find(record.id) == record
+
+
 @pytest.mark.parametrize("bad_id", ["../secret", "a/b", "", "a" * 65, "a.b", "x\0y", "é"])
 def test_no_path_of_a_clients_choosing_is_opened(folder, bad_id):
     assert folder.find(bad_id) is None

@@ -77,6 +77,15 @@ def test_a_long_prompt_is_compressed_on_the_way_in(server, model):
     assert reply.usage.beacon["cache_bytes"] < reply.usage.beacon["uncompressed_bytes"] / 2
 
 
+def test_of_a_list_of_ratios_the_last_goes_on(server, model):
+    messages = [{"role": "user", "content": BOOK}]
+    reply = chat(server, messages, extra_body={"ratio": [2, 8]})
+    tokens, grown = plain(model, model.new_cache(ratio=(2, 8)), chat_ids(messages), 12)
+    assert reply.choices[0].message.content == byte_tokenizer().decode(tokens, skip_special_tokens=True)
+    assert grown.ratios[:4] == (2, 8, 8, 8)
+    assert reply.usage.beacon["beacons"] == grown.num_beacons
+
+
 def test_a_conversation_that_grows_is_not_read_again(server, model):
     messages = [{"role": "user", "content": BOOK + " What about the moon?"}]
     first = chat(server, messages)

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from activation_beacon import BeaconConfig
+from activation_beacon.server.library import Library
 from activation_beacon.server.prefixes import common_length, longest, opening, reusable_length
+from activation_beacon.server.settings import Settings
 from families import random_ids
-from server_models import CONFIG, assert_same_cache, serving_model
+from server_models import CONFIG, assert_same_cache, engine_of, serving_model
 
 
 @pytest.fixture(scope="module", params=[CONFIG, BeaconConfig(chunk_size=16, ratios=(2, 8), local_tokens=5)])
@@ -58,9 +60,57 @@ def test_a_shorter_text_is_not_served_by_chunks_that_it_does_not_close(model):
 
 
 def test_the_longest_is_found_unless_auto_would_choose_another_ratio(model):
-    ids = random_ids(200)
+    ids, empty = random_ids(200), model.new_cache(ratio="auto")
     caches = [model.compress(ids[:, :length], ratio="auto") for length in (20, 60, 40)]
-    assert longest(caches, ids[0, :100], 512) == (1, 60)
+    assert longest(caches, ids[0, :100], empty, 512) == (1, 60)
     few_positions = 90
-    assert longest(caches[1:], ids[0], few_positions) is None
-    assert longest([], ids[0], None) is None
+    assert longest(caches[1:], ids[0], empty, few_positions) is None
+    assert longest([], ids[0], empty, None) is None
+
+
+def test_a_shorter_text_is_not_served_at_the_ratio_that_auto_chose_for_a_longer_one(model):
+    ids, few_positions = random_ids(200), 90
+    model = serving_model(model.beacon_config, max_position_embeddings=few_positions)
+    held = model.compress(ids, ratio="auto")
+    assert held.ratios[0] > 2
+    spared = {}
+    for length in range(2, 200, 6):
+        text = ids[:, :length]
+        found = longest([held], text[0], model.new_cache(ratio="auto"), few_positions)
+        expected = model.compress(text, ratio="auto")
+        spared[length] = found is not None
+        if found is not None:
+            assert_same_cache(model.compress(text[:, found[1] :], cache=opening(held, found[1])), expected)
+    assert not spared[38]
+    assert spared[194]
+
+
+def test_on_a_context_what_is_spared_is_what_reading_it_would_give(model):
+    """A context of another ratio than "auto" would choose: read on as it is until a chunk is due, and then anew."""
+    ids, other = random_ids(80), random_ids(80, 9)
+    context = model.compress(ids[:, :40], ratio=8)
+    context.policy = model.ratio_policy("auto")
+    kept = [model.compress(ids[:, 40:length], cache=context.fork()) for length in (46, 75)]
+    num_spared = 0
+    for shared in range(41, 75):
+        text = torch.cat((ids[:, :shared], other[:, :3]), dim=1)
+        found = longest(kept, text[0], context, model.max_positions)
+        if found is not None:
+            index, length = found
+            assert length > 40
+            grown = model.compress(text[:, length:], cache=opening(kept[index], length))
+            assert_same_cache(grown, model.compress(text[:, 40:], cache=context.fork()))
+            num_spared += 1
+    assert num_spared > 20
+
+
+def test_a_text_is_compared_where_the_caches_are(model, tmp_path):
+    """Tensors that are made without a device would be another device's here, as they are where the model is on a GPU."""
+    ids = random_ids(60)
+    library = Library(model, engine_of(model), Settings(folder=str(tmp_path)))
+    empty = model.new_cache(ratio=2)
+    library.keep("scope", model.compress(ids, ratio=2))
+    with torch.device("meta"):
+        start, unread = library.start("scope", empty, [*ids[0].tolist(), 7, 8])
+    assert (start.tokens_seen, unread) == (60, [7, 8])
+    library.close()

@@ -1,9 +1,11 @@
 """The folder of contexts: `ID.beacon` and, beside it, `ID.json` with its name and numbers. Any place that fsspec knows.
 
-A context is there when its `.beacon` file is; the numbers can be made anew from it. Several servers may share the folder.
+A context is there when its `.beacon` file is; the numbers can be made anew from it, but not the name: a new context's are
+written before it, so that whoever finds it finds its name. Several servers may share the folder.
 Nothing here runs the model. Ids are checked against one pattern before they become part of a path.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -11,6 +13,7 @@ import re
 import secrets
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import fsspec
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import BeaconError, FileFormatError, InputError, StorageError
-from activation_beacon.files import reason, write_text
+from activation_beacon.files import reason, whole_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +84,11 @@ def described(record: Record, cache: BeaconCache) -> Record:
     )
 
 
+def _version(info: Mapping[str, Any]) -> str:
+    """What of fsspec's knowledge of a file changes whenever the file does."""
+    return " ".join(str(info.get(key, "")) for key in ("size", "mtime", "ino", "ETag", "etag", "created", "updated"))
+
+
 class Folder:
     """Contexts on disk, or wherever fsspec reaches.
 
@@ -122,37 +130,34 @@ class Folder:
         """What is known of a context; None if there is none of that id."""
         if not ID.fullmatch(context_id):
             return None
-        version = self.version(context_id)
-        if version is None:
+        info = self._info(context_id)
+        if info is None:
             return self._damaged_record(context_id)
         known = self._records.get(context_id)
-        if known is not None and known[0] == version:
+        if known is not None and known[0] == _version(info):
             return known[1]
-        record = self._read_numbers(context_id) or self._examined(context_id)
-        if record.error is None:
-            self._records[context_id] = (version, record)
+        record = self._noted(context_id)
+        if record is None or record.error is not None or record.file_bytes != info["size"]:
+            record = self._examined(context_id, info)
+        if record is not None and record.error is None:
+            self._records[context_id] = (_version(info), record)
         return record
 
     def version(self, context_id: str) -> str | None:
         """Changes whenever the file does; None if there is none."""
+        info = self._info(context_id)
+        return None if info is None else _version(info)
+
+    def _info(self, context_id: str) -> dict[str, Any] | None:
         try:
             self.fs.invalidate_cache(self.root)
-            info = self.fs.info(self._path(context_id, CONTEXT))
+            return dict(self.fs.info(self._path(context_id, CONTEXT)))
         except FileNotFoundError:
             return None
-        return " ".join(
-            str(info.get(key, "")) for key in ("size", "mtime", "ino", "ETag", "etag", "created", "updated")
-        )
 
     def num_bytes(self) -> int:
         """Bytes of all files."""
         return sum(entry.get("size") or 0 for entry in self._entries())
-
-    def _read_numbers(self, context_id: str) -> Record | None:
-        """The record beside a context; None where it is missing, damaged, or of another file."""
-        record = self._noted(context_id)
-        is_whole = record is not None and record.file_bytes == self.fs.info(self._path(context_id, CONTEXT))["size"]
-        return record if is_whole else None
 
     def _noted(self, context_id: str) -> Record | None:
         """What the file of numbers says, whatever has become of the context."""
@@ -163,13 +168,22 @@ class Folder:
             return None
         return record if record.id == context_id else None
 
-    def _examined(self, context_id: str) -> Record:
-        """The record of a context that comes without one, such as a file of `beacon compress`."""
-        record = Record(context_id, context_id, int(time.time()))
+    def _examined(self, context_id: str, info: dict[str, Any]) -> Record | None:
+        """The record of a context that has none, such as a file of `beacon compress`, or another file's; written beside it."""
+        known = self._noted(context_id) or Record(context_id, context_id, int(time.time()))
         try:
-            return self._with_numbers(record, self.load(context_id))
+            cache = self.load(context_id)
         except (FileFormatError, InputError):
-            return self._damaged_record(context_id) or dataclasses.replace(record, error="The file is damaged.")
+            return self._damaged_record(context_id) or dataclasses.replace(known, error="The file is damaged.")
+        except StorageError:
+            if self.version(context_id) == _version(info):
+                raise
+            return self.find(context_id)
+        if self.version(context_id) != _version(info):  # replaced meanwhile: these may be either file's numbers
+            return self.find(context_id)
+        record = dataclasses.replace(described(known, cache), file_bytes=info["size"], error=None)
+        self._write_numbers(record)
+        return record
 
     def _damaged_record(self, context_id: str) -> Record | None:
         if not self.fs.exists(self._path(context_id, DAMAGED)):
@@ -218,15 +232,28 @@ class Folder:
         Raises:
             StorageError: if it cannot be written; what was there is as it was.
         """
-        path = self._path(record.id, CONTEXT)
+        is_new = self._noted(record.id) is None
+        with self._written_aside(record.id) as local:
+            record = dataclasses.replace(described(record, cache), file_bytes=cache.save(local))
+            if is_new:
+                self._write_numbers(record)
+        if not is_new:  # older numbers have the name, and a size that says whose they are
+            self._write_numbers(record)
+        self._records[record.id] = (self.version(record.id) or "", record)
+        return record
+
+    @contextlib.contextmanager
+    def _written_aside(self, context_id: str) -> Iterator[Path]:
+        """A file of this machine that becomes the context when the block ends well."""
+        path = self._path(context_id, CONTEXT)
         if self.is_local:
-            cache.save(path)
+            with whole_file(path) as local:
+                yield local
         else:
             with tempfile.TemporaryDirectory() as here:
-                local = Path(here) / f"{record.id}{CONTEXT}"
-                cache.save(local)
+                local = Path(here) / f"{context_id}{CONTEXT}"
+                yield local
                 self._upload(local, path)
-        return self._with_numbers(record, cache)
 
     def copy(self, record: Record, source_id: str) -> Record:
         """A context of its own with another's contents."""
@@ -239,14 +266,6 @@ class Folder:
             path = self._path(context_id, ending)
             if self.fs.exists(path):
                 self.fs.rm_file(path)
-
-    def _with_numbers(self, record: Record, cache: BeaconCache) -> Record:
-        self.fs.invalidate_cache(self.root)
-        size = self.fs.info(self._path(record.id, CONTEXT))["size"]
-        record = dataclasses.replace(described(record, cache), file_bytes=size)
-        self._write_numbers(record)
-        self._records[record.id] = (self.version(record.id) or "", record)
-        return record
 
     def _write_numbers(self, record: Record) -> None:
         text, path = json.dumps(dataclasses.asdict(record), indent=2) + "\n", self._path(record.id, NUMBERS)

@@ -13,7 +13,8 @@ import torch
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.config import is_same_fingerprint
-from activation_beacon.plan import Ratio
+from activation_beacon.errors import FileFormatError
+from activation_beacon.plan import Ratio, TextPlanner
 from activation_beacon.server.engine import Engine
 from activation_beacon.server.failures import NotFoundError, QuotaError
 from activation_beacon.server.folder import Folder, Record, new_id
@@ -104,6 +105,8 @@ class Library:
         async with self._lock(context_id):
             record = await self.record(context_id)
             version = await self._in_thread(self.folder.version, context_id)
+            if version is None and record.error is not None:
+                raise FileFormatError(f"{record.error} Compress the text again.")
             scope = ("context", context_id, version)
             cache = self.memory.get(scope)
             if cache is None:
@@ -126,6 +129,7 @@ class Library:
 
         Raises:
             QuotaError: if the folder is full.
+            RatioError: if a sequence of ratios names fewer than the text has chunks.
             BeaconError: as the engine.
         """
         await self._check_quota(0)
@@ -162,6 +166,8 @@ class Library:
                         yield await self._saved(record, event if bits is None else event.quantize(bits))
 
     async def _read(self, start: BeaconCache, ids: Sequence[int]) -> AsyncGenerator[Progress | BeaconCache, None]:
+        planner = TextPlanner(start.config, start.policy, self.model.max_positions)
+        planner.check_names_every_chunk(start.tokens_seen + len(ids))
         pieces = cut(start.config, start.policy, self.model.max_positions, start.rows[0], len(ids))
         work = Work(self.engine, start, ids, seconds=self.settings.compress_s)
         async with contextlib.aclosing(work.events()) as events:
@@ -220,9 +226,9 @@ class Library:
             A cache, and the ids that it has not seen.
         """
         keys = [key for key in self._keys() if key[0] == "talk" and key[1] == scope]
-        text = torch.tensor([*cache.token_ids[0].tolist(), *ids])
+        text = torch.tensor([*cache.token_ids[0].tolist(), *ids], device=cache.token_ids.device)
         kept = [self.memory.peek(key) for key in keys]
-        found = longest(kept, text, self.model.max_positions)
+        found = longest(kept, text, cache, self.model.max_positions)
         if found is None or found[1] < cache.tokens_seen + LEAST_SPARED:
             return cache, list(ids)
         index, length = found

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from activation_beacon.cache import BeaconCache
-from activation_beacon.plan import Row, TextPlanner
+from activation_beacon.plan import ClosedChunk, Row, TextPlanner
 
 
 def common_length(one: torch.Tensor, other: torch.Tensor) -> int:
@@ -40,18 +40,35 @@ def opening(cache: BeaconCache, num_tokens: int) -> BeaconCache:
     return short
 
 
-def longest(caches: Sequence[BeaconCache], ids: torch.Tensor, max_positions: int | None) -> tuple[int, int] | None:
-    """Which of some caches, of texts read under one policy, spares most of a text (N,): its index and the tokens spared."""
+def longest(
+    caches: Sequence[BeaconCache], ids: torch.Tensor, start: BeaconCache, max_positions: int | None
+) -> tuple[int, int] | None:
+    """Which of some caches spares most of a text, more than the cache that it stands on: its index and the tokens spared.
+
+    A cache is of use where its chunks are those that reading the text on `start` would leave. With "auto" they may not be:
+    a longer text was read at a larger ratio.
+
+    Args:
+        caches: of texts that were read on `start` too, under its policy.
+        ids: of the text (N,), those that `start` has seen included.
+        start: of one row; what the text stands on.
+        max_positions: of the base model.
+    """
+    if not caches:
+        return None
+    chunks = _chunks_after_reading(start, len(ids), max_positions)
     best: tuple[int, int] | None = None
     for index, cache in enumerate(caches):
         length = reusable_length(cache, ids)
-        if length > (best[1] if best else 0) and not _is_read_anew(cache, length, len(ids), max_positions):
+        held = cache.rows[0].chunks[: length // cache.config.chunk_size]
+        if length > (best[1] if best else start.tokens_seen) and held == chunks[: len(held)]:
             best = index, length
     return best
 
 
-def _is_read_anew(cache: BeaconCache, length: int, total: int, max_positions: int | None) -> bool:
-    """Whether "auto" would choose other ratios for the longer text, so that nothing is spared."""
-    row = opening(cache, length).rows[0]
-    planner = TextPlanner(cache.config, cache.policy, max_positions)
-    return planner.plan(row, total - length).restart
+def _chunks_after_reading(start: BeaconCache, total: int, max_positions: int | None) -> tuple[ClosedChunk, ...]:
+    """The chunks of a text of `total` tokens once it has been read on a cache of its first ones."""
+    row = start.rows[0]
+    reading = TextPlanner(start.config, start.policy, max_positions).plan(row, total - row.tokens_seen)
+    held = () if reading.restart else row.chunks
+    return (*held, *(layout.closed for layout in reading.closings))

@@ -1,7 +1,8 @@
 """Reading a text piece by piece, so that others wait for a chunk at most.
 
 A piece closes one chunk, or reads the tail. Pieces end where a chunk is due, so that the cache that comes of them is the one
-that reading at once would give; "auto" is decided for the whole text before its first piece.
+that reading at once would give; "auto", and how a sequence of ratios goes on, is decided for the whole text before its
+first piece.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ class Pieces:
     Attributes:
         restart: whether the text is read anew from its first token: "auto" has chosen another ratio.
         stops: tokens of the text that have been read after each piece.
-        policy: under which the pieces are read: the text's own, with "auto" made the ratios that it chose.
+        policy: under which the pieces are read: the text's own, made a ratio for each chunk unless it is one for all.
     """
 
     restart: bool
@@ -45,7 +46,7 @@ def cut(config: BeaconConfig, policy: RatioPolicy, max_positions: int | None, ro
     stops = [number * config.chunk_size + config.local_tokens + 1 for number in numbers]
     if not stops or stops[-1] < reading.stop:
         stops.append(reading.stop)
-    is_settled = policy.ratio != "auto" or not reading.closings
+    is_settled = isinstance(policy.ratio, int) or not reading.closings
     return Pieces(reading.restart, tuple(stops), policy if is_settled else RatioPolicy(ratios, spans=policy.spans))
 
 
