@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,11 +96,13 @@ def test_factors_are_taken_pair_by_pair_and_bounds_stand_beside_them():
 
 
 def test_the_table_has_a_line_for_each_way():
-    runs = {Cell(64, 1, None, 0): made(8), Cell(64, 1, 4, 0): made(4, step_s=0.5)}
+    runs = {Cell(64, 1, None, 0): made(8), Cell(64, 1, 4, 0): made(4, step_s=0.375)}
     head, full, beacons = report.table(report.summary(runs, TINY, num_new=3, chunk_size=16, element_bytes=2))
-    assert head.split() == ["tokens", "texts", "way", "first", "token", "a", "token", "total", "bound", "cache", "peak"]
-    assert full.split()[:6] == ["64", "1", "full", "4.00", "s", "1.00x"]
-    assert beacons.split()[:9] == ["64", "1", "x4", "2.00", "s", "2.00x", "500.0", "ms", "2.00x"]
+    columns = ("tokens", "texts", "way", "first token", "a token", "slowest token", "total", "bound", "cache", "peak")
+    assert head.split() == " ".join(columns).split()
+    assert full.split()[:10] == ["64", "1", "full", "4.00", "s", "1.00x", "1.00", "s", "1.00x", "2.00"]
+    assert beacons.split()[:11] == ["64", "1", "x4", "2.00", "s", "2.00x", "375.0", "ms", "2.67x", "750.0", "ms"]
+    assert head.index("slowest token") + len("slowest token") == beacons.index("750.0 ms") + len("750.0 ms")
 
 
 def test_kvpress_is_compared_with_full_attention_too_and_has_no_bound():
@@ -115,6 +118,20 @@ def test_a_picture_is_drawn(tmp_path):
     runs |= {cell._replace(press="knorm"): made(9) for cell in runs if cell.ratio}
     report.draw(tmp_path / "speed.png", report.summary(runs, TINY, num_new=3, chunk_size=16, element_bytes=2))
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("title", "label"),
+    [("first token", "x4, by operations"), ("a token", "x4, by bytes read"), ("total", "x4, by operations")],
+)
+def test_a_bound_is_named_for_what_it_counts(tmp_path, monkeypatch, title, label):
+    drawn = []
+    canvas = pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg
+    monkeypatch.setattr(canvas, "print_png", lambda self, path: drawn.append(self.figure) or Path(path).touch())
+    runs = {Cell(n, 1, ratio, 0): made(n) for n in (32, 64) for ratio in (None, 4)}
+    report.draw(tmp_path / "speed.png", report.summary(runs, TINY, num_new=3, chunk_size=16, element_bytes=2))
+    [axis] = [axis for axis in drawn[0].axes if axis.get_title() == title]
+    assert [line.get_label() for line in axis.lines if line.get_linestyle() == "--"] == [label]
 
 
 # --- records -----------------------------------------------------------------------------------------------------------
@@ -245,6 +262,7 @@ def test_a_random_model_has_the_shape_that_it_is_named_for(name, monkeypatch):
         "vocab_size": 50,
         "hidden_size": 4 * known.num_heads,
         "head_dim": 4,
+        "max_positions": shapes.MANY_POSITIONS,
     }
     small = ModelShape(**{**vars(known), **few})
     monkeypatch.setitem(shapes.SHAPES, name, small)

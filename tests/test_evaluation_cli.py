@@ -1,20 +1,25 @@
 """`beacon eval`: from files to a report, and again where it was stopped."""
 
+import importlib.util
 import json
 import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import activation_beacon
-from activation_beacon import BeaconConfig, attach, detach
+from activation_beacon import BeaconConfig, attach, books, detach
 from activation_beacon.cli import app
 from evaluation_models import STORY, beacon_model
 from families import beacon_tensors
 from launched import run_together
-from saved_models import CHUNK, byte_tokenizer
+from saved_models import CHUNK, SPECIAL, TEMPLATE, byte_tokenizer
 
 pytest.importorskip("matplotlib")
 
@@ -23,21 +28,42 @@ SMALL = ("--ratios", "4", "--limit", "2")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with a base model, an adapter, documents, and a background."""
+    """A folder with base models, adapters, documents, questions, and a background."""
     root = tmp_path_factory.mktemp("eval")
-    model = beacon_model()
-    tensors = beacon_tensors(model)
-    detach(model).save_pretrained(root / "base")
-    byte_tokenizer().save_pretrained(root / "base")
-    model, _ = activation_beacon.load_pretrained_base(str(root / "base"))
-    attach(model, BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), base_model=str(root / "base")))
-    for name, parameter in model.beacon_parameters():
-        parameter.data.copy_(tensors[name])
-    model.save_pretrained(root / "adapter")
-    rows = [{"id": f"doc{number}", "text": STORY[number:]} for number in range(4)]
+    save_model(root, "base", "adapter", byte_tokenizer())
+    save_model(root, "base-of-words", "adapter-of-words", word_tokenizer())
+    rows = [{"id": f"doc{number}", "text": STORY[number:] * 3} for number in range(4)]
     (root / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (root / "story.txt").write_text(STORY, encoding="utf-8")
+    asked = [{"context": STORY[n : n + 200], "question": f"Is it {n}?", "answer": "Nobody knew."} for n in range(3)]
+    (root / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
     return root
+
+
+def save_model(root, base, adapter, tokenizer):
+    """A tiny base model with a tokenizer, and an adapter for it."""
+    end = tokenizer.eos_token_id
+    model = beacon_model(vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=end)
+    tensors = beacon_tensors(model)
+    detach(model).save_pretrained(root / base)
+    tokenizer.save_pretrained(root / base)
+    model, _ = activation_beacon.load_pretrained_base(str(root / base))
+    attach(model, BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), base_model=str(root / base)))
+    for name, parameter in model.beacon_parameters():
+        parameter.data.copy_(tensors[name])
+    model.save_pretrained(root / adapter)
+
+
+def word_tokenizer():
+    """One with few tokens a word: RULER's worked example has room for 500 tokens."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator(books.read_demo_book().splitlines(), trainer)
+    core.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", chat_template=TEMPLATE)
 
 
 @pytest.fixture
@@ -63,6 +89,8 @@ def lines_of(folder):
 LM = ("lm", "{files}/docs.jsonl", "--model", "{files}/adapter", "-o", "out", *SMALL, "--length", "100")
 BACKGROUND = ("--background", "{files}/story.txt")
 NEEDLES = ("needles", "--model", "{files}/adapter", "-o", "out", *SMALL, "--length", "400", *BACKGROUND)
+ALL = ("all", "--model", "{files}/adapter", "-o", "out", *SMALL, "--length", "400", *BACKGROUND)
+INPUTS = ("--documents", "{files}/docs.jsonl", "--questions", "{files}/questions.jsonl")
 
 
 def test_lm_writes_lines_and_a_report(run, tmp_path):
@@ -99,8 +127,9 @@ def test_a_second_run_adds_what_is_new_and_tasks_share_a_report(run, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_write_the_report_of_one(files, run, tmp_path):
-    options = [str(each).format(files=files) for each in NEEDLES]
-    alone = json.loads(good(run(*NEEDLES, "--json")))
+    args = (*ALL, "--tasks", "needles,reconstruction", "--methods", "beacons")
+    options = [str(each).format(files=files) for each in args]
+    alone = json.loads(good(run(*args, "--json")))
     options[options.index("out")] = "together"
     command = [sys.executable, "-W", "ignore", "-m", "activation_beacon", "eval", *options, "--json"]
     (status, output), other = run_together(2, command, cwd=tmp_path)
@@ -131,7 +160,7 @@ def test_report_writes_it_anew(run, tmp_path):
 
 def test_multi_turn_shows_every_turn(run):
     out = good(run("multi-turn", "--model", "{files}/adapter", "-o", "out", *SMALL, "--length", "900"))
-    assert re.search(r"^\| beacons x4 \| \d\.\d{3} / \d+\.\d\d s \| .* s \| .* s \|$", out, re.M)
+    assert re.search(r"^\| beacons x4 \| 2 \| \d\.\d{3}.* / \d+\.\d\d s \| .* s \| .* s \|$", out, re.M)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +173,7 @@ def test_multi_turn_shows_every_turn(run):
         ((*LM, "--length", "99999"), "The task lm has no sample of 99999 tokens. Use a shorter length, or longer texts."),
         ((*LM, "--field", "body"), "docs.jsonl, line 1: there is no field \"body\" (fields: id, text). Mend or remove it, or"),
         (("lm", "no.jsonl", "-o", "out"), "There is no file, folder or glob 'no.jsonl'. Name one, or a hub data set"),
-        ((*NEEDLES, "--kinds", "hay"), "There is no needle of kind 'hay'. Use some of sentence, number, uuid."),
+        ((*NEEDLES, "--kinds", "hay"), "There is no needle of kind 'hay'. Use some of sentence, number, uuid"),
         ((*NEEDLES, "--background", "no.txt"), "There is no file, folder or glob 'no.txt'. Name one, or a hub data set"),
         ((*LM, "--on-error", "cry"), "--on-error must be skip or stop; got 'cry'."),
         ((*NEEDLES, "--methods", "full,knorm"), "and there is no .venv-peers/bin/python. Make it with `make peers`, or anywhere"),
@@ -170,6 +199,131 @@ def test_a_folder_of_another_setting_is_refused(run):
     )
 
 
-@pytest.mark.parametrize("command", ["lm", "needles", "multi-turn", "report"])
+@pytest.mark.parametrize("command", ["all", "lm", "needles", "multi-turn", "report"])
 def test_every_command_has_an_example(run, command):
     assert re.search(rf"Examples?:\n\n    .*beacon eval {command}\b", good(run(command, "--help")))
+
+
+DOCS = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8").replace("\\\n", " ")
+
+
+@pytest.mark.parametrize("line", re.findall(r"^(?:beacon|.* activation_beacon) eval (.*)$", DOCS, re.M))
+def test_the_docs_commands_are_understood(run, line):
+    assert "Usage: beacon eval" in good(run(*shlex.split(line, comments=True), "--help"))  # options are parsed first
+
+
+# --- all tasks -------------------------------------------------------------------------------------------------------
+
+EVERYTHING = (
+    *("all", "--model", "{files}/adapter-of-words", "-o", "out", *INPUTS, "--length", "1600"),
+    *("--ratios", "4", "--limit", "1", "--methods", "alone,recent,beacons"),
+)
+
+
+@pytest.fixture(scope="module")
+def everything(files, tmp_path_factory):
+    """The folder of all tasks, and what was said."""
+    folder = tmp_path_factory.mktemp("everything")
+    options = [str(each).format(files=files) for each in EVERYTHING]
+    options[options.index("out")] = str(folder)
+    result = CliRunner().invoke(app, ["eval", *options])
+    return folder, good(result), result.stderr
+
+
+@pytest.mark.slow
+def test_all_tasks_are_in_one_report_with_the_methods_that_each_has(everything):
+    folder, out, said = everything
+    tasks = ["lm", "needles", "multi-turn", "qa", "reconstruction", "ruler"]
+    report = (folder / "report.md").read_text()
+    assert re.findall(r"^## (.*)$", report, re.M) == tasks
+    assert re.findall(r"^### (.*), 1,600 tokens$", out, re.M) == tasks
+    assert "| method | " + " | ".join(f"{task} 1,600, n=1" for task in tasks) + " |" in out
+    assert (folder / "report.html").exists()
+    ways = {task: [(r["method"], r["ratio"]) for r in lines_of(folder) if r["task"] == task] for task in tasks}
+    assert ways == {
+        "lm": [("alone", None), ("recent", None), ("beacons", 4)],
+        **{task: [("recent", 4), ("beacons", 4)] for task in tasks[1:]},
+    }
+    assert "Left out" not in said
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_all_tasks_goes_on(everything, run, tmp_path):
+    whole = everything[0]
+    shutil.copytree(whole, tmp_path / "out")
+    lines = tmp_path / "out" / "results.jsonl"
+    kept = lines.read_bytes()[: lines.stat().st_size // 2]  # amid a line, amid a task
+    lines.write_bytes(kept)
+    good(run(*EVERYTHING))
+    assert lines.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1])
+    assert [without_seconds(r) for r in lines_of(tmp_path / "out")] == [without_seconds(r) for r in lines_of(whole)]
+
+
+def without_seconds(record):
+    return {name: value for name, value in record.items() if "seconds" not in name}
+
+
+@pytest.fixture
+def no_lm_eval(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name, *rest)
+    )
+
+
+def test_a_task_without_its_input_is_left_out_and_said_to_be(run, tmp_path, no_lm_eval):
+    result = run(*ALL, "--length", "900", "--methods", "full", "--limit", "1")
+    assert re.findall(r"^### (.*), 900 tokens$", good(result), re.M) == ["needles", "multi-turn", "reconstruction"]
+    assert result.stderr.splitlines()[0] == (
+        "Left out: lm (needs --documents FILE); qa (needs --questions FILE); "
+        'ruler (needs lm-eval: pip install "activation-beacon[eval]").'
+    )
+
+
+def test_ruler_is_refused_by_name_without_lm_eval(run, no_lm_eval):
+    result = run(*ALL, "--tasks", "needles,ruler")
+    assert result.exit_code == 1
+    assert 'The task ruler needs lm-eval: pip install "activation-beacon[eval]". Add it, or leave' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--tasks", "hay"), "There is no task 'hay' in `beacon eval all`. Use some of lm, needles, multi-turn,"),
+        (("--tasks", "needles,lm"), "The task lm needs --documents FILE. Add it, or leave the task out of --tasks."),
+        (("--tasks", "qa"), "The task qa needs --questions FILE. Add it, or leave the task out of --tasks."),
+        ((*INPUTS, "--tasks", "qa"), "--documents is for the task lm, which is not among --tasks. Add it there, or drop"),
+        (("--methods", "full,best"), "There is no method 'best'. Use some of full, alone, recent, beacons, shuffled, int8,"),
+        (("--tasks", "needles", "--methods", "alone"), "The task needles has none of the methods alone. Leave it out of --tasks, or"),
+        (("--documents", "no.jsonl"), "There is no file, folder or glob 'no.jsonl'. Name one, or a hub data set"),
+        (("--questions", "no.jsonl"), "There is no file, folder or glob 'no.jsonl'. Name one, or a hub data set"),
+        (("--background", "no.txt"), "There is no file, folder or glob 'no.txt'. Name one, or a hub data set"),
+        ((*INPUTS, "--field", "body"), 'docs.jsonl, line 1: there is no field "body" (fields: id, text).'),
+        ((*INPUTS, "--on-error", "cry"), "--on-error must be skip or stop; got 'cry'."),
+        (("--methods", "full,knorm"), "and there is no .venv-peers/bin/python. Make it with `make peers`"),
+        (("--ratios", "3"), "ratio (3) must divide chunk_size (32). Use 2, 4, 8."),
+        (("--length", "many"), "--length must be ints of at least 1, such as 8192 or 2048,4096; got 'many'."),
+    ],
+)  # fmt: skip
+def test_bad_input_of_all_tasks_is_one_line_before_a_model_is_loaded(run, monkeypatch, args, message):
+    monkeypatch.setattr("activation_beacon.cli.eval_run.load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    result = run(*ALL, *args)
+    assert result.exit_code == 1
+    assert message in result.stderr.splitlines()[-1]
+    assert result.stdout == ""
+    assert not Path("out").exists()
+
+
+def test_a_length_that_one_of_the_tasks_has_not_is_refused_before_the_first_begins(run):
+    result = run(*ALL, "--tasks", "needles,lm", "--documents", "{files}/story.txt", "--length", "99999")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: The task lm has no sample of 99999 tokens.")
+    assert not Path("out").exists()
+
+
+def test_settings_of_another_run_are_refused_before_the_first_task_begins(run, tmp_path):
+    good(run(*ALL, "--tasks", "reconstruction", "--methods", "recent", "--limit", "1"))
+    before = lines_of(tmp_path / "out")
+    result = run(*ALL, "--tasks", "needles,reconstruction", "--methods", "recent", "--limit", "1", "--seed", "1")
+    assert "Error: out holds results of reconstruction with seed 0; this run has 1." in result.stderr
+    assert lines_of(tmp_path / "out") == before

@@ -68,8 +68,8 @@ def test_short_prompts_are_the_base_s_own_and_long_ones_are_compressed(run, tmp_
     short = {line["value"] for line in lines if line["task"] == "short_zoo"}
     assert len(short) == 1
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "| task | base | x2 | x8 |" in report
-    assert "| long_zoo, acc | 0." in report
+    assert "| task | n | base | x2 | x8 |" in report
+    assert "| long_zoo, acc | 4 | 0." in report
 
 
 def test_what_is_finished_is_not_run_again(run, tmp_path):
@@ -116,8 +116,13 @@ def test_lines_of_other_settings_and_damaged_ones_are_refused(tmp_path):
 
 def test_the_table_has_a_row_for_each_metric_and_a_column_for_each_ratio(tmp_path):
     results = HarnessResults(tmp_path, {})
-    results.add(
-        [{**LINE, "ratio": "16"}, {**LINE, "ratio": "none", "stderr": 0.25}, {**LINE, "ratio": "4", "metric": "f1"}]
-    )
-    assert results.table().header == ["task", "base", "x4", "x16"]
-    assert results.table().rows == [["a, acc", "0.500 ± 0.250", "-", "0.500"], ["a, f1", "-", "0.500", "-"]]
+    results.add([{**LINE, "ratio": "16"}, {**LINE, "ratio": "none", "stderr": 0.25}])
+    results.add([{**LINE, "ratio": "4", "metric": "f1"}, {**LINE, "ratio": "4", "task": "group", "samples": None}])
+    results.add([{**LINE, "ratio": "4", "samples": 3}])
+    assert results.table().header == ["task", "n", "base", "x4", "x16"]
+    assert results.table().rows == [
+        ["a, acc", "4", "0.500 ± 0.250", "-", "0.500"],
+        ["a, f1", "4", "-", "0.500", "-"],
+        ["group, acc", "-", "-", "0.500", "-"],
+        ["a, acc", "3", "-", "0.500", "-"],
+    ]

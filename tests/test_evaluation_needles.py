@@ -26,13 +26,25 @@ def needles():
     return list(needle_samples(PROMPT, BACKGROUND, LENGTH))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "passkey"])
 def test_a_needle_says_what_is_asked_and_the_question_does_not(kind):
     for seed in range(20):
         needle = make_needle(kind, random.Random(seed))
         [answer] = needle.question.references
         assert answer in needle.statement
         assert answer not in needle.question.text
+
+
+def test_a_pass_key_is_asked_for_by_name_and_hidden_in_its_well_known_words(needles):
+    [sample] = needle_samples(PROMPT, BACKGROUND, LENGTH, kinds=["passkey"], depths=1)
+    [question] = sample.questions
+    [key] = question.references
+    assert len(key) == 5
+    assert key.isdecimal()
+    assert f"The pass key is {key}. Remember it. {key} is the pass key." in sample.context
+    assert question.text == "What is the pass key?"
+    assert sample.facts == {"kind": "passkey", "depth": 0.5}
+    assert "passkey" not in {other.facts["kind"] for other in needles}
 
 
 def test_there_is_one_needle_of_each_kind_at_each_depth(needles):
@@ -88,7 +100,7 @@ def test_a_short_background_is_taken_up_again():
     [
         (
             lambda: make_needle("haystack", random.Random(0)),
-            "There is no needle of kind 'haystack'. Use some of sentence, number, uuid.",
+            "There is no needle of kind 'haystack'. Use some of sentence, number, uuid, passkey.",
         ),
         (
             lambda: list(needle_samples(PROMPT, [], LENGTH)),

@@ -8,9 +8,10 @@ import shutil
 import pytest
 
 from activation_beacon.errors import InputError, StorageError
-from activation_beacon.evaluation import summary
+from activation_beacon.evaluation import plots, summary
 from activation_beacon.evaluation.blocks import Heading, Paragraph, Picture, Table, markdown_of, page_of
-from activation_beacon.evaluation.report import write_report
+from activation_beacon.evaluation.metrics import mean
+from activation_beacon.evaluation.report import rows_as_json, tables, write_report
 from activation_beacon.evaluation.results import Key, Results
 from activation_beacon.evaluation.summary import Way
 
@@ -122,9 +123,11 @@ def test_positions_are_weighted_by_their_tokens():
 
 def test_a_grid_has_depths_for_rows_and_lengths_for_columns():
     records = summary.select(needle_records(), method="beacons")
-    assert summary.grid(records, [0.0, 1.0, 2.0], [64, 128], "depth", "length") == [
-        [0.5, 0.5],
-        [0.5, 0.5],
+    records = [r for r in records if (r["length"], r["sample"]) != (128, "uuid-1")]
+    grid = summary.grid(records, [0.0, 1.0, 2.0], [64, 128], "depth", "length")
+    assert [[cell and (cell.value, cell.count) for cell in line] for line in grid] == [
+        [(0.5, 2), (0.5, 2)],
+        [(0.5, 2), (1.0, 1)],
         [None, None],
     ]
 
@@ -132,6 +135,13 @@ def test_a_grid_has_depths_for_rows_and_lengths_for_columns():
 def test_the_first_turn_pays_for_reading():
     turns = summary.turns_of(turn_records())
     assert [(score.value, seconds) for score, seconds in turns] == [(1.0, 2.5), (0.0, 0.25), (1.0, 0.75)]
+
+
+def test_a_row_has_the_score_of_each_kind_with_its_samples():
+    records = summary.select(needle_records((64,)), method="beacons")
+    [row] = summary.rows_of([r for r in records if r["sample"] != "uuid-0"], "score")
+    assert [(kind, found.value, found.count) for kind, found in row.kinds.items()] == [("number", 1, 2), ("uuid", 0, 1)]
+    assert row.turns == []
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -142,11 +152,14 @@ def test_the_report_has_every_task_length_method_and_picture(folder):
     markdown, page = write_report(folder)
     text = markdown.read_text()
     assert re.findall("^#+ .*$", text, re.M) == [
-        "# Evaluation", "## lm", "### 96 tokens", "## needles", "### 64 tokens", "### 128 tokens", "## multi-turn", "### 64 tokens"
+        "# Evaluation", "## Overview",
+        "## lm", "### 96 tokens", "## needles", "### 64 tokens", "### 128 tokens", "## multi-turn", "### 64 tokens"
     ]  # fmt: skip
     assert "| beacons x8 |" in text
     assert "| beacons x4 | 1.000 [1.000, 1.000] | 0.000 [0.000, 0.000] |" in text
-    assert "| beacons x4 | 1.000 / 2.50 s | 0.000 / 0.25 s | 1.000 / 0.75 s |" in text
+    assert "| score by kind | number, n=2 | uuid, n=2 |" in text
+    one, none = "1.000 [1.000, 1.000]", "0.000 [0.000, 0.000]"
+    assert f"| beacons x4 | 2 | {one} / 2.50 s | {none} / 0.25 s | {one} / 0.75 s |" in text
     assert "Do not fit: Too long: use ratio 8." in text
     pictures = re.findall(r"\]\(plots/(.*?)\)", text)
     assert pictures == [
@@ -157,6 +170,68 @@ def test_the_report_has_every_task_length_method_and_picture(folder):
         assert (folder / "plots" / name).read_bytes().startswith(b"\x89PNG")
     assert page.read_text().count("data:image/png;base64,") == len(pictures)
     assert page.read_text().count("<table>") == text.count("| --- |")
+
+
+def kinds_without(*left_out):
+    """The table by kind of the needles, without these lines; from a way to its cells."""
+
+    def of(folder):
+        results = Results(folder)
+        for method, ratio, sample in left_out:
+            del results.records[Key("needles", method, ratio, 64, sample)]
+        by_kind = next(
+            block for block in tables(results, "needles") if block.__class__ is Table and "kind" in block.header[0]
+        )
+        return by_kind.header, {row[0]: row[1:] for row in by_kind.rows}
+
+    return of
+
+
+def test_a_count_that_is_not_that_of_the_column_stands_in_the_cell(folder):
+    header, cells = kinds_without(("beacons", 4, "uuid-0"), ("shuffled", None, "uuid-0"), ("shuffled", None, "uuid-1"))(
+        folder
+    )
+    assert header == ["score by kind", "number, n=2", "uuid, n=2"]
+    assert cells["full"][1] == "1.000 [1.000, 1.000]"
+    assert cells["beacons x4"][1] == "0.000 (n=1)"
+    assert cells["shuffled"][1] == "-"
+
+
+def test_a_comparison_over_fewer_samples_says_so(folder):
+    results = Results(folder)
+    del results.records[Key("needles", "full", None, 64, "uuid-0")]
+    [_, table, *_] = tables(results, "needles")
+    row = next(row for row in table.rows if row[0] == "beacons x4")
+    assert row[1:4] == ["0.500 [0.000, 1.000]", "4", "-0.333 [-1.000, 0.000] (n=3)"]
+
+
+def test_json_rows_have_what_the_tables_of_kinds_and_turns_have(folder):
+    rows = {(row["task"], row["length"], row["method"], row["ratio"]): row for row in rows_as_json(Results(folder))}
+    certain = {"value": 1.0, "low": 1.0, "high": 1.0, "count": 2}
+    assert rows["needles", 64, "beacons", 4]["kinds"] == {
+        "number": certain, "uuid": {"value": 0.0, "low": 0.0, "high": 0.0, "count": 2}
+    }  # fmt: skip
+    turns = rows["multi-turn", 64, "beacons", 4]["turns"]
+    assert (turns[0], [turn["seconds"] for turn in turns]) == ({"score": certain, "seconds": 2.5}, [2.5, 0.25, 0.75])
+    assert (rows["lm", 96, "full", None]["kinds"], rows["needles", 64, "full", None]["turns"]) == ({}, [])
+
+
+@pytest.mark.parametrize(
+    ("counts", "title", "texts"),
+    [
+        ([[2, 2], [2, None]], "beacons x4 (n=2 in each cell)", [".50", ".50", ".50"]),
+        ([[2, 4], [2, None]], "beacons x4 (n in brackets)", [".50 (2)", ".50 (4)", ".50 (2)"]),
+        ([[None, None], [None, None]], "beacons x4", []),
+    ],
+)
+def test_a_heat_map_says_how_many_samples_a_cell_has(monkeypatch, tmp_path, counts, title, texts):
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure_class, "savefig", lambda self, path, format: drawn.append(self) or path.touch())
+    grid = [[n and mean([0.0, 1.0] * (n // 2)) for n in line] for line in counts]
+    plots.draw_heat_maps(tmp_path / "heat.png", {"beacons x4": grid}, columns=[64, 128], rows=[0.0, 1.0])
+    axis = drawn[0].axes[0]
+    assert (axis.get_title(), [text.get_text() for text in axis.texts]) == (title, texts)
 
 
 def test_the_order_of_the_lines_does_not_matter(folder, tmp_path):

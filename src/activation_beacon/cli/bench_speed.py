@@ -72,8 +72,9 @@ def speed(
 ) -> None:
     """Time reading and writing with beacons and with full attention, in turn, on random tokens.
 
-    For each text: seconds to the first token, for each token more, and in total; the cache, and the memory held at most.
-    Factors compare with full attention in the same repeat; the bound is what counting operations gives for the total.
+    For each text: seconds to the first token, for each token more, for the slowest of these, and in total; the cache, and the
+    memory held at most. Factors compare with full attention in the same repeat; the bound is what counting operations gives
+    for the total.
     With --peers, methods of kvpress are run in its own environment, in turn with these, at as many cache entries.
     The last line is one JSON object.
     """

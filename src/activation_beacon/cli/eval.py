@@ -1,64 +1,36 @@
 """`beacon eval`: how good compressed contexts are, task by task, into a folder that can be continued."""
 
 import importlib.metadata
-import importlib.util
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from activation_beacon.cli import options
-from activation_beacon.cli.console import SECONDS_BETWEEN_LINES, notice, print_json, trained_fields, warn_untrained
-from activation_beacon.cli.models import Loaded, check_ratio, load_model
+from activation_beacon.cli import eval_all, eval_tasks, options
+from activation_beacon.cli.console import trained_fields, warn_untrained
+from activation_beacon.cli.eval_run import (
+    Job,
+    Methods,
+    Out,
+    Ratios,
+    check_plots,
+    finish,
+    model_facts,
+    progress_shown,
+    run_jobs,
+    want,
+)
+from activation_beacon.cli.eval_tasks import Background, Field, OnError, Seed
+from activation_beacon.cli.models import check_ratio, load_model
 from activation_beacon.errors import InputError
 
-if TYPE_CHECKING:
-    from activation_beacon.evaluation.peers import Peers
-    from activation_beacon.evaluation.results import Results
-    from activation_beacon.evaluation.tasks import Task
-
 RATIOS = "2,4,8,16,32"
-BACKGROUND_TOKENS = 300_000  # of a background at most; it is taken up again where a text needs more
 LM_METHODS = "full,alone,beacons"
 METHODS = "full,beacons"
 
-Out = Annotated[
-    Path,
-    typer.Option("--out", "-o", metavar="DIR", help="Folder of the results; an unfinished run there is continued."),
-]
-Ratios = Annotated[str, typer.Option("--ratios", help="Compression ratios, such as 4,8.")]
-Methods = Annotated[
-    str, typer.Option("--methods", help="What to compare, such as full,beacons; see docs/evaluation.md.")
-]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Samples of each length at most.")]
-OnErrorOption = Annotated[str, typer.Option("--on-error", help="skip or stop at a broken record.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of what is drawn.")]
-Background = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--background", metavar="FILE", help="Text to hide needles in: .txt or .jsonl; by default the demo's book."
-    ),
-]
 
 app = typer.Typer(name="eval", no_args_is_help=True, rich_markup_mode=None)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the options ask for, checked."""
-
-    out: Path
-    methods: tuple[str, ...]
-    ratios: tuple[int, ...]
-    lengths: tuple[int, ...]
-    limit: int | None
-    json: bool
-    peers: "Peers | None" = None
 
 
 def lm(
@@ -76,8 +48,8 @@ def lm(
     length: Annotated[str, typer.Option("--length", help="Tokens of a text; several, such as 8192,32768.")] = "8192",
     limit: Limit = 8,
     methods: Methods = LM_METHODS,
-    field: Annotated[str, typer.Option("--field", help="Where a record's text stands.")] = "text",
-    on_error: OnErrorOption = "stop",
+    field: Field = "text",
+    on_error: OnError = "stop",
     device: options.Device = None,
     dtype: options.DtypeOption = None,
     json: options.Json = False,
@@ -89,16 +61,9 @@ def lm(
     as the base model has positions, and "shuffled" on another document's beacons. The gap closed
     is (alone - beacons) / (alone - full).
     """
-    wanted = _wanted(out, methods, ratios, length, limit, json=json)
-    handling = _on_error(on_error)
-    _check_files(documents, field, handling)
-
-    def make(loaded: Loaded) -> "Task":
-        from activation_beacon.evaluation.tasks import LanguageModelling
-
-        return LanguageModelling(loaded.tokenizer, documents, field=field, on_error=handling)
-
-    _evaluate(make, wanted, model=model, base=base, device=device, dtype=dtype)
+    wanted = want(out, methods, ratios, length, limit, json=json)
+    task = eval_tasks.lm(documents, field=field, on_error=on_error)
+    run_jobs([Job(task, wanted.methods)], wanted, model=model, base=base, device=device, dtype=dtype)
 
 
 def needles(
@@ -109,7 +74,9 @@ def needles(
     length: Annotated[str, typer.Option("--length", help="Tokens of a prompt.")] = "2048,4096,8192",
     depths: Annotated[int, typer.Option("--depths", min=1, help="Depths to hide needles at.")] = 10,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Samples of each kind and depth.")] = 1,
-    kinds: Annotated[str, typer.Option("--kinds", help="Kinds of needles.")] = "sentence,number,uuid",
+    kinds: Annotated[
+        str, typer.Option("--kinds", help="Kinds of needles: sentence, number, uuid, passkey.")
+    ] = "sentence,number,uuid",
     limit: Limit = None,
     methods: Methods = METHODS,
     peers_python: options.PeersPython = options.PEERS_PYTHON,
@@ -123,17 +90,9 @@ def needles(
 
     The compressor never sees the question. Recall is the share of greedy answers that contain what was hidden.
     """
-    wanted = _wanted(out, methods, ratios, length, limit, json=json, peers_python=peers_python)
-    _check_files(background or [])
-
-    def make(loaded: Loaded) -> "Task":
-        from activation_beacon.evaluation.tasks import needles
-
-        ids, source = _background(loaded, background)
-        chosen = tuple(kinds.split(","))
-        return needles(loaded.prompt, ids, kinds=chosen, depths=depths, repeats=repeats, seed=seed, source=source)
-
-    _evaluate(make, wanted, model=model, base=base, device=device, dtype=dtype)
+    wanted = want(out, methods, ratios, length, limit, json=json, peers_python=peers_python)
+    task = eval_tasks.needles(background, kinds=kinds, depths=depths, repeats=repeats, seed=seed)
+    run_jobs([Job(task, wanted.methods)], wanted, model=model, base=base, device=device, dtype=dtype)
 
 
 def multi_turn(
@@ -152,16 +111,9 @@ def multi_turn(
     json: options.Json = False,
 ) -> None:
     """Three questions in turn on one context, which is read once: score and seconds of each turn."""
-    wanted = _wanted(out, methods, ratios, length, limit, json=json, peers_python=peers_python)
-    _check_files(background or [])
-
-    def make(loaded: Loaded) -> "Task":
-        from activation_beacon.evaluation.tasks import multi_turn
-
-        ids, source = _background(loaded, background)
-        return multi_turn(loaded.prompt, ids, count=limit or 10, seed=seed, source=source)
-
-    _evaluate(make, wanted, model=model, base=base, device=device, dtype=dtype)
+    wanted = want(out, methods, ratios, length, limit, json=json, peers_python=peers_python)
+    task = eval_tasks.multi_turn(background, limit=limit, seed=seed)
+    run_jobs([Job(task, wanted.methods)], wanted, model=model, base=base, device=device, dtype=dtype)
 
 
 def qa(
@@ -181,7 +133,7 @@ def qa(
     methods: Methods = METHODS,
     peers_python: options.PeersPython = options.PEERS_PYTHON,
     seed: Seed = 0,
-    on_error: OnErrorOption = "stop",
+    on_error: OnError = "stop",
     device: options.Device = None,
     dtype: options.DtypeOption = None,
     json: options.Json = False,
@@ -191,18 +143,9 @@ def qa(
     Short answers are scored by the words that they share with the reference, long ones by ROUGE-L. Up to three questions
     are asked on each context, which is read once.
     """
-    wanted = _wanted(out, methods, ratios, length, limit, json=json, peers_python=peers_python)
-    from activation_beacon.evaluation.packed_qa import read_passages
-
-    handling = _on_error(on_error)
-    read_passages(files, on_error=handling)  # says now what is wrong with them
-
-    def make(loaded: Loaded) -> "Task":
-        from activation_beacon.evaluation.tasks import packed_qa
-
-        return packed_qa(loaded.prompt, files, seed=seed, on_error=handling)
-
-    _evaluate(make, wanted, model=model, base=base, device=device, dtype=dtype)
+    wanted = want(out, methods, ratios, length, limit, json=json, peers_python=peers_python)
+    task = eval_tasks.qa(files, seed=seed, on_error=on_error)
+    run_jobs([Job(task, wanted.methods)], wanted, model=model, base=base, device=device, dtype=dtype)
 
 
 def reconstruction(
@@ -221,16 +164,9 @@ def reconstruction(
     json: options.Json = False,
 ) -> None:
     """Reading back: the words that follow a place of the context, asked for after compression (ROUGE-L)."""
-    wanted = _wanted(out, methods, ratios, length, limit, json=json, peers_python=peers_python)
-    _check_files(background or [])
-
-    def make(loaded: Loaded) -> "Task":
-        from activation_beacon.evaluation.tasks import reconstruction
-
-        ids, source = _background(loaded, background)
-        return reconstruction(loaded.prompt, ids, count=limit or 10, seed=seed, source=source)
-
-    _evaluate(make, wanted, model=model, base=base, device=device, dtype=dtype)
+    wanted = want(out, methods, ratios, length, limit, json=json, peers_python=peers_python)
+    task = eval_tasks.reconstruction(background, limit=limit, seed=seed)
+    run_jobs([Job(task, wanted.methods)], wanted, model=model, base=base, device=device, dtype=dtype)
 
 
 def ruler(
@@ -255,15 +191,10 @@ def ruler(
     The column "full" is lm-eval's own run of the base model on the same prompts. Scores are the share of what was asked
     for that the answer contains. The other methods hold as many cache entries as beacons do at the same ratio.
     """
+    wanted = want(out, methods, ratios, length, None, json=json, peers_python=peers_python)
     names = tuple(name for name in tasks.split(",") if name)
-    wanted = _wanted(out, methods, ratios, length, None, json=json, peers_python=peers_python)
-
-    def make(loaded: Loaded) -> "Task":
-        from activation_beacon.evaluation.tasks import ruler
-
-        return ruler(loaded.prompt, names=names, count=samples, seed=seed)
-
-    _evaluate(make, wanted, model=model, base=base, device=device, dtype=dtype)
+    task = eval_tasks.ruler(names, count=samples, seed=seed)
+    run_jobs([Job(task, wanted.methods)], wanted, model=model, base=base, device=device, dtype=dtype)
 
 
 def harness(
@@ -290,7 +221,7 @@ def harness(
         raise InputError(
             f"`beacon eval harness` runs in one process; torchrun has started {count}. Start it without torchrun."
         )
-    _check_plots()
+    check_plots()
     if include is not None and not include.is_dir():
         raise InputError(f"--include ({include}) is no folder. Name one that holds tasks as YAML files.")
     chosen = [part.strip() for part in ratios.split(",")]
@@ -304,15 +235,15 @@ def harness(
     manager = find_tasks(tasks, include)
     loaded = load_model(model, base=base, device=device, dtype=dtype)
     warn_untrained(loaded.config)
-    results = Results(out, _facts(loaded))
+    results = Results(out, model_facts(loaded))
     settings = {"limit": limit, "num_fewshot": num_fewshot, "lm_eval": importlib.metadata.version("lm-eval")}
     lines = HarnessResults(out, settings)
-    with _progress() as progress:
+    with progress_shown() as progress:
         run_tasks(
             loaded.model, loaded.tokenizer, tasks, chosen, lines, manager=manager, limit=limit,
             num_fewshot=num_fewshot, progress=progress,
         )  # fmt: skip
-    _finish(results, as_json=json, task="harness", facts={"harness": lines.lines, **trained_fields(loaded.config)})
+    finish(results, as_json=json, task="harness", facts={"harness": lines.lines, **trained_fields(loaded.config)})
 
 
 def report(
@@ -320,171 +251,13 @@ def report(
     json: options.Json = False,
 ) -> None:
     """Write the report of a folder of results: report.md, report.html and plots."""
-    _check_plots()
+    check_plots()
     from activation_beacon.evaluation.results import Results
 
-    _finish(Results(folder), as_json=json)
+    finish(Results(folder), as_json=json)
 
 
-# --- a run -----------------------------------------------------------------------------------------------------------
-
-
-def _wanted(
-    out: Path,
-    methods: str,
-    ratios: str,
-    length: str,
-    limit: int | None,
-    *,
-    json: bool,
-    peers_python: Path | None = None,
-) -> Wanted:
-    _check_plots()
-    names = tuple(dict.fromkeys(name.strip() for name in methods.split(",")))
-    numbers = options.parse_ratios(ratios), _lengths(length)
-    return Wanted(out, names, *numbers, limit, json, _peers(names, peers_python))
-
-
-def _peers(methods: Sequence[str], python: Path | None) -> "Peers | None":
-    """Where kvpress is, if one of its methods is asked for; None too for a task that has none of them."""
-    if python is None:
-        return None
-    from activation_beacon.evaluation.peers import PEERS, Peers
-
-    return Peers(python) if PEERS.keys() & set(methods) else None
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        lengths = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        lengths = ()
-    if not lengths or lengths[0] < 1:
-        raise InputError(f"--length must be ints of at least 1, such as 8192 or 2048,4096; got {text!r}.")
-    return lengths
-
-
-def _on_error(text: str) -> Any:
-    if text not in ("skip", "stop"):
-        raise InputError(f"--on-error must be skip or stop; got {text!r}.")
-    return text
-
-
-def _check_files(paths: Sequence[str | Path], field: str = "text", on_error: Any = "stop") -> None:
-    """Refuse now a file that could not be read once the model is there."""
-    from activation_beacon.evaluation.documents import read_documents
-
-    for path in paths:
-        next(read_documents([path], field=field, on_error=on_error), None)
-
-
-def _check_plots() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError('`beacon eval` draws plots with matplotlib: pip install "activation-beacon[eval]".')
-
-
-def _evaluate(
-    make: Callable[[Loaded], "Task"],
-    wanted: Wanted,
-    *,
-    model: str,
-    base: str | None,
-    device: str | None,
-    dtype: options.Dtype | None,
-) -> None:
-    for ratio in wanted.ratios:
-        check_ratio(model, ratio)
-    from activation_beacon.evaluation.results import Results
-    from activation_beacon.evaluation.runner import Plan, planned_ways, run_task
-    from activation_beacon.processes import processes
-
-    with processes(device) as group:
-        device = device or (str(group.device()) if group.count > 1 else None)
-        loaded = load_model(model, base=base, device=device, dtype=dtype)
-        task = make(loaded)
-        plan = Plan(wanted.methods, wanted.ratios, wanted.lengths, wanted.limit)
-        list(planned_ways(task, plan))  # what is not known is refused before a folder is made
-        if group.is_first:
-            warn_untrained(loaded.config)
-        with group.first_before_others():
-            results = Results(wanted.out, _facts(loaded), rank=group.rank)
-        with _progress(is_shown=group.is_first) as progress:
-            run_task(loaded.model, task, plan, results, peers=wanted.peers, progress=progress, group=group)
-        group.barrier()
-        if group.is_first:
-            results.gather()
-            _finish(results, as_json=wanted.json, task=task.name, facts=trained_fields(loaded.config))
-
-
-def _facts(loaded: Loaded) -> dict[str, Any]:
-    """What results may not be mixed with those of another."""
-    model, config = loaded.model, loaded.config
-    return {
-        "base_model": config.base_model,
-        "base_fingerprint": model.base_fingerprint,
-        "adapter_fingerprint": model.adapter_fingerprint,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "chunk_size": config.chunk_size,
-        "is_trained": config.is_trained,
-    }
-
-
-def _finish(results: "Results", *, as_json: bool, task: str | None = None, facts: dict[str, Any] | None = None) -> None:
-    """Write the report; print the tables of a task, or of all."""
-    from activation_beacon.evaluation.blocks import markdown_of
-    from activation_beacon.evaluation.report import rows_as_json, tables, write_report
-
-    markdown, page = write_report(results.folder)
-    if as_json:
-        files = {"results": str(results.path), "report": str(markdown), "page": str(page)}
-        print_json({**files, "rows": rows_as_json(results, task), **(facts or {})})
-        return
-    typer.echo(markdown_of(tables(results, task)))
-    typer.echo(f"Report: {markdown}, {page}")
-
-
-def _background(loaded: Loaded, files: list[Path] | None) -> tuple[list[int], str]:
-    """Ids of the background text, and what it is called."""
-    from activation_beacon import books
-    from activation_beacon.evaluation.documents import first_documents
-
-    if not files:
-        text, source = books.read_demo_book(), books.DEMO_BOOK_TITLE
-    else:
-        text, source = first_documents(files, num_tokens=BACKGROUND_TOKENS), ", ".join(path.name for path in files)
-    ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids[:BACKGROUND_TOKENS], source
-
-
-@contextmanager
-def _progress(*, is_shown: bool = True) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on a terminal, and elsewhere a line every ten seconds; of several processes the first one shows its own."""
-    if not is_shown:
-        yield lambda *_: None
-        return
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(unit="sample") as bar:
-            yield lambda done, total, text: _move(bar, done, total, text)
-        return
-    last = time.perf_counter()
-
-    def report(done: int, total: int, text: str) -> None:
-        nonlocal last
-        if time.perf_counter() - last > SECONDS_BETWEEN_LINES:
-            last = time.perf_counter()
-            notice(f"{done} of {total}: {text}")
-
-    yield report
-
-
-def _move(bar: Any, done: int, total: int, text: str) -> None:
-    bar.total = total
-    bar.set_description(text, refresh=False)
-    bar.update(done - bar.n)
-
-
+app.command(name="all", epilog=options.examples(*eval_all.EXAMPLES))(eval_all.all_tasks)
 for command, lines in (
     (
         lm,
@@ -518,10 +291,13 @@ for command, lines in (
     app.command(name=command.__name__.replace("_", "-"), epilog=options.examples(*lines))(command)
 
 
-@app.callback(epilog=options.examples("beacon eval lm docs.jsonl -o out", "beacon eval report out"))
+@app.callback(
+    epilog=options.examples("beacon eval all -o out", "beacon eval lm docs.jsonl -o out", "beacon eval report out")
+)
 def evaluate() -> None:
     """Measure what compression loses: at which ratio, on which task, against what else.
 
+    "all" runs every task whose inputs are at hand; the other commands run one task with options of its own.
     Every finished sample is a line of results.jsonl in the output folder. A run that was stopped goes on when it is
     started again; several tasks may share a folder, and so one report. Under torchrun, processes share the samples.
     """

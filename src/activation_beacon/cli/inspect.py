@@ -13,7 +13,6 @@ from activation_beacon.config import short_fingerprint
 from activation_beacon.errors import StorageError
 
 if TYPE_CHECKING:
-    from activation_beacon.cache import BeaconCache
     from activation_beacon.config import BeaconConfig
     from activation_beacon.plan import RatioPolicy
 

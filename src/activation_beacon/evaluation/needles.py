@@ -1,4 +1,4 @@
-"""Needle in a haystack: a sentence, a number or a UUID hidden in background text, asked for after the text has been read."""
+"""Needle in a haystack: something hidden in background text, such as a number, asked for after the text has been read."""
 
 import random
 import uuid
@@ -10,10 +10,10 @@ from activation_beacon.errors import InputError
 from activation_beacon.evaluation.samples import Question, Sample, fitted
 from activation_beacon.prompts import ChatPrompt
 
-KINDS = ("sentence", "number", "uuid")
+KINDS = ("sentence", "number", "uuid")  # by default
 DEPTHS = 10
 STRIDE = 7  # of ten depths it takes 0, 3, 6, 9, 2, 5, 8, 1, 4, 7
-MAX_NEW_TOKENS = {"sentence": 40, "number": 24, "uuid": 48}
+MAX_NEW_TOKENS = {"sentence": 40, "number": 24, "uuid": 48, "passkey": 24}  # of all kinds
 
 CITIES = ("Lisbon", "Kyoto", "Oslo", "Quito", "Dakar", "Perth", "Riga", "Tunis", "Hanoi", "Lima", "Split", "Cork")
 ACTS = ("eat a warm sandwich", "fly a paper kite", "read old letters", "paint small boats", "count the swallows")
@@ -48,8 +48,12 @@ def make_needle(kind: str, rng: random.Random) -> Needle:
     elif kind == "uuid":
         answer = str(uuid.UUID(int=rng.getrandbits(128), version=4))
         statement, asked = f"The secret code of the {thing} is {answer}.", f"What is the secret code of the {thing}?"
+    elif kind == "passkey":  # passkey retrieval (Mohtashami and Jaggi, 2023), in a background of real text
+        answer = str(rng.randrange(10**4, 10**5))
+        statement = f"The pass key is {answer}. Remember it. {answer} is the pass key."
+        asked = "What is the pass key?"
     else:
-        raise InputError(f"There is no needle of kind {kind!r}. Use some of {', '.join(KINDS)}.")
+        raise InputError(f"There is no needle of kind {kind!r}. Use some of {', '.join(MAX_NEW_TOKENS)}.")
     return Needle(statement, Question(asked, (answer,), max_new_tokens=MAX_NEW_TOKENS[kind]))
 
 

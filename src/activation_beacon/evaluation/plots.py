@@ -1,7 +1,7 @@
 """Pictures of results, with matplotlib: lines over ratios and bytes, losses by position, heat maps of needles."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,25 +103,46 @@ def draw_positions(
 
 
 def draw_heat_maps(
-    path: Path, grids: Mapping[str, Sequence[Sequence[float | None]]], *, columns: Sequence[int], rows: Sequence[float]
+    path: Path,
+    grids: Mapping[str, Sequence[Sequence[Estimate | None]]],
+    *,
+    columns: Sequence[int],
+    rows: Sequence[float],
 ) -> None:
-    """Scores over length (columns) and depth (rows), a map for each way, all on one scale."""
+    """Scores over length (columns) and depth (rows), a map for each way, all on one scale.
+
+    How many samples a cell has stands above the map; in brackets in the cells, where they differ.
+    """
     figure, axes = _figure(len(grids), height=HEIGHT * 0.95)
     image = None
     for axis, (title, values) in zip(axes, grids.items(), strict=True):
-        cells = [[float("nan") if value is None else value for value in line] for line in values]
+        cells = [[float("nan") if cell is None else cell.value for cell in line] for line in values]
+        counts = {cell.count for line in values for cell in line if cell is not None}
         image = axis.imshow(cells, vmin=0, vmax=1, cmap="YlGnBu", aspect="auto")
         axis.set_xticks(range(len(columns)), [_tokens_text(column) for column in columns])
         axis.set_yticks(range(len(rows)), [f"{100 * row:.0f}%" for row in rows])
         for y, line in enumerate(values):
-            for x, value in enumerate(line):
-                text = "" if value is None else f"{value:.2f}".removeprefix("0").replace("1.00", "1")
-                colour = "white" if value is not None and value > 0.55 else "black"
-                axis.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
-        _label(axis, title, "length in tokens", "depth", grid=False)
+            for x, cell in enumerate(line):
+                if cell is not None:
+                    text = _cell_text(cell, has_count=len(counts) > 1)
+                    colour = "white" if cell.value > 0.55 else "black"
+                    axis.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
+        _label(axis, title + _count_text(counts), "length in tokens", "depth", grid=False)
     bar = figure.colorbar(image, ax=axes, shrink=0.5, aspect=30, anchor=(0, 1))
     bar.set_label("score")
     _write(figure, path)
+
+
+def _cell_text(cell: Estimate, *, has_count: bool) -> str:
+    text = f"{cell.value:.2f}".removeprefix("0").replace("1.00", "1")
+    return f"{text} ({cell.count})" if has_count else text
+
+
+def _count_text(counts: Collection[int]) -> str:
+    """What a heat map's title says of the counts of its cells."""
+    if not counts:
+        return ""
+    return f" (n={min(counts)} in each cell)" if len(counts) == 1 else " (n in brackets)"
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The report of a folder of results: Markdown and HTML of the same blocks, and the plots beside them."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from activation_beacon.evaluation.blocks import (
 )
 from activation_beacon.evaluation.harness_tasks import HarnessResults
 from activation_beacon.evaluation.metrics import Estimate
+from activation_beacon.evaluation.overview import overview
 from activation_beacon.evaluation.results import Results
 from activation_beacon.evaluation.summary import Record, Row
 from activation_beacon.files import write_text
@@ -25,7 +27,8 @@ from activation_beacon.files import write_text
 MARKDOWN, HTML = "report.md", "report.html"
 QUALITIES = {"nats": "nats per token", "score": "score"}
 INTERVALS = (
-    "Intervals are 95% bootstrap percentiles over samples; comparisons are paired: they take samples that all have."
+    "n counts samples. Intervals are 95% bootstrap percentiles over these; comparisons are paired: they take samples that "
+    "all have, and show their own n where these are fewer."
 )
 UNTRAINED = "**Untrained**: the beacons of this adapter have not been trained. Sizes hold; quality is what untrained beacons give."
 
@@ -91,6 +94,8 @@ def _row_as_json(row: Row, quality: str) -> dict[str, Any]:
         "seconds": row.seconds,
         "refused": row.num_refused,
         "only_masks": row.only_masks,
+        "kinds": {kind: found.to_dict() for kind, found in row.kinds.items()},
+        "turns": [{"score": score.to_dict(), "seconds": seconds} for score, seconds in row.turns],
     }
 
 
@@ -103,7 +108,7 @@ def _blocks(results: Results, pictures: Path) -> list[Block]:
     blocks: list[Block] = [Heading(1, "Evaluation"), Paragraph(", ".join(facts) + ".")]
     if not model.get("is_trained", True):
         blocks.append(Paragraph(UNTRAINED))
-    blocks.append(Paragraph(INTERVALS))
+    blocks += [Paragraph(INTERVALS), *overview(results)]
     for name, task in results.run["tasks"].items():
         records = results.of_task(name)
         if records:
@@ -139,10 +144,10 @@ def _tables_of(records: Sequence[Record], length: int, quality: str) -> list[Blo
     those = summary.select(records, length=length)
     rows = summary.rows_of(those, quality)
     found: list[Block] = [_table(rows, quality), *_peer_notes(rows, those)]
-    if any("kind" in record for record in those):
-        found.append(_kinds_table(those))
-    if _has_turns(those):
-        found.append(_turns_table(those))
+    if any(row.kinds for row in rows):
+        found.append(_kinds_table(rows))
+    if any(row.turns for row in rows):
+        found.append(_turns_table(rows))
     return found
 
 
@@ -170,10 +175,10 @@ def _table(rows: Sequence[Row], quality: str) -> Table:
         [
             [
                 row.way.label + (MASKS if row.only_masks else ""),
-                _text(row.quality),
-                str(row.quality.count if row.quality else 0),
-                _text(row.against),
-                *([] if quality == "nats" else [_text(row.share)]),
+                _text(row.quality, _count(row)),
+                str(_count(row)),
+                _text(row.against, _count(row)),
+                *([] if quality == "nats" else [_text(row.share, _count(row))]),
                 _number(row.cache_length, ",.0f"),
                 _number(None if row.cache_bytes is None else row.cache_bytes / 2**20, ",.2f"),
                 _number(row.seconds, ",.2f"),
@@ -194,31 +199,26 @@ def _peer_notes(rows: Sequence[Row], records: Sequence[Record]) -> list[Block]:
     return [Paragraph(" ".join(notes))] if notes else []
 
 
-def _kinds_table(records: Sequence[Record]) -> Table:
-    kinds = sorted({str(record["kind"]) for record in records if "kind" in record})
-    rows = []
-    for way in summary.ways_of(records):
-        own = summary.select(records, method=way.method, ratio=way.ratio)
-        cells = [summary.rows_of(summary.select(own, kind=kind), "score") for kind in kinds]
-        rows.append([way.label, *(_text(cell[0].quality if cell else None) for cell in cells)])
-    return Table(["score by kind", *kinds], rows)
-
-
-def _has_turns(records: Sequence[Record]) -> bool:
-    return any(record.get("is_conversation") for record in records)
-
-
-def _turns_table(records: Sequence[Record]) -> Table:
-    rows, num_turns = [], 0
-    for way in summary.ways_of(records):
-        turns = summary.turns_of(summary.select(records, method=way.method, ratio=way.ratio))
-        num_turns = max(num_turns, len(turns))
-        rows.append([way.label, *(f"{score.value:.3f} / {seconds:.2f} s" for score, seconds in turns)])
-    header = [f"turn {turn + 1}" for turn in range(num_turns)]
+def _kinds_table(rows: Sequence[Row]) -> Table:
+    """Counts stand in the head; in a cell, where it has another one than most of its column."""
+    counts = {
+        kind: statistics.mode(row.kinds[kind].count for row in rows if kind in row.kinds)
+        for kind in sorted({kind for row in rows for kind in row.kinds})
+    }
     return Table(
-        ["score and seconds, reading included in the first", *header],
-        [[*row, *["-"] * (num_turns + 1 - len(row))] for row in rows],
+        ["score by kind", *(f"{kind}, n={count}" for kind, count in counts.items())],
+        [[row.way.label, *(_text(row.kinds.get(kind), count) for kind, count in counts.items())] for row in rows],
     )
+
+
+def _turns_table(rows: Sequence[Row]) -> Table:
+    num_turns = max(len(row.turns) for row in rows)
+    found = []
+    for row in rows:
+        cells = [f"{_text(score, _count(row))} / {seconds:.2f} s" for score, seconds in row.turns]
+        found.append([row.way.label, str(_count(row)), *cells, *["-"] * (num_turns - len(cells))])
+    header = [f"turn {turn + 1}" for turn in range(num_turns)]
+    return Table(["score and seconds, reading included in the first", "n", *header], found)
 
 
 def _refusals(records: Sequence[Record]) -> list[Block]:
@@ -328,11 +328,15 @@ def _heat_maps(name: str, records: Sequence[Record], folder: Path) -> Picture:
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _text(estimate: Estimate | None) -> str:
+def _text(estimate: Estimate | None, count: int) -> str:
+    """A number and its interval; and its count, if that is not the one that stands beside it."""
     if estimate is None or estimate.value != estimate.value:
         return "-"
-    bounds = "" if estimate.low is None or estimate.high is None else f" [{estimate.low:.3f}, {estimate.high:.3f}]"
-    return f"{estimate.value:.3f}{bounds}"
+    return str(estimate).removesuffix(f" (n={count})")
+
+
+def _count(row: Row) -> int:
+    return row.quality.count if row.quality else 0
 
 
 def _number(value: float | None, form: str) -> str:

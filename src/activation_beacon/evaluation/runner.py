@@ -1,7 +1,7 @@
 """A run: tasks x methods x ratios x lengths, sample by sample, so that what is finished can be compared at any time."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ def run_task(
     plan: Plan,
     results: Results,
     *,
+    samples: Mapping[int, Sequence[Any]] | None = None,
     peers: Peers | None = None,
     progress: Progress | None = None,
     group: Processes | None = None,
@@ -50,6 +51,7 @@ def run_task(
         task: what to run.
         plan: how much of it.
         results: where it goes.
+        samples: of each length, where `draw_samples` has drawn them already.
         peers: where kvpress is, for its methods.
         progress: called with the units done, those there are for this process, and what is being done.
         group: the processes that run the task together: samples are dealt out, each with all of its methods.
@@ -61,7 +63,7 @@ def run_task(
     """
     ways = list(planned_ways(task, plan))
     results.open_task(task.name, task.settings, task.quality)
-    samples = {length: _samples(task, length, plan.limit) for length in plan.lengths}
+    samples = draw_samples(task, plan) if samples is None else samples
     group = group or Processes()
     units = list(_units(samples, ways, group))
     total, done = len(units), 0
@@ -135,8 +137,24 @@ def planned_ways(task: Task, plan: Plan) -> Iterator[tuple[str, Any]]:
             yield method, ratio
 
 
+def draw_samples(task: Task, plan: Plan) -> dict[int, list[Any]]:
+    """The samples of each length.
+
+    Raises:
+        InputError: for a length of which there is none.
+    """
+    samples = {}
+    for length in plan.lengths:
+        samples[length] = list(itertools.islice(task.samples(length), plan.limit))
+        if not samples[length]:
+            raise InputError(
+                f"The task {task.name} has no sample of {length} tokens. Use a shorter length, or longer texts."
+            )
+    return samples
+
+
 def _units(
-    samples: dict[int, list[Any]], ways: Sequence[tuple[str, Any]], group: Processes
+    samples: Mapping[int, Sequence[Any]], ways: Sequence[tuple[str, Any]], group: Processes
 ) -> Iterator[tuple[int, int, tuple[str, Any]]]:
     """Length, sample and way of all that this process does."""
     each = [(length, index) for length, those in samples.items() for index in range(len(those))]
@@ -144,15 +162,6 @@ def _units(
         if group.takes(number):
             for way in ways:
                 yield length, index, way
-
-
-def _samples(task: Task, length: int, limit: int | None) -> list[Any]:
-    found = list(itertools.islice(task.samples(length), limit))
-    if not found:
-        raise InputError(
-            f"The task {task.name} has no sample of {length} tokens. Use a shorter length, or longer texts."
-        )
-    return found
 
 
 def _unit_text(task: Task, method: str, ratio: Ratio | None, length: int) -> str:

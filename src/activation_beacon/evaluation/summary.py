@@ -41,6 +41,8 @@ class Row:
         cache_length, cache_bytes: in the mean.
         seconds: for reading, in the mean.
         num_refused: samples that do not fit.
+        kinds: the quality of each kind of sample, where samples are of kinds.
+        turns: of conversations: the score of each turn, and its seconds in the mean.
         only_masks: whether what is dropped stays in memory; `cache_length` is then what attention sees, and `cache_bytes`
             what is held.
     """
@@ -53,7 +55,9 @@ class Row:
     cache_bytes: float | None
     seconds: float | None
     num_refused: int
-    only_masks: bool = False
+    kinds: Mapping[str, Estimate]
+    turns: Sequence[tuple[Estimate, float]]
+    only_masks: bool
 
 
 def ways_of(records: Iterable[Record]) -> list[Way]:
@@ -103,8 +107,15 @@ def _row(way: Way, values: Mapping[Way, Mapping[str, float]], records: Sequence[
         cache_bytes=_average(measured, "cache_bytes"),
         seconds=_average(measured, "seconds" if quality == "nats" else "read_seconds"),
         num_refused=len(own) - len(measured),
+        kinds=_by_kind(measured, quality),
+        turns=turns_of(record for record in measured if record.get("is_conversation")),
         only_masks=any(record.get("only_masks") for record in measured),
     )
+
+
+def _by_kind(records: Sequence[Record], quality: str) -> dict[str, Estimate]:
+    kinds = sorted({record["kind"] for record in records if "kind" in record})
+    return {kind: mean([record[quality] for record in select(records, kind=kind)]) for kind in kinds}
 
 
 def _average(records: Sequence[Record], field: str) -> float | None:
@@ -151,15 +162,13 @@ def by_position(records: Iterable[Record]) -> list[tuple[int, int, float]]:
 
 def grid(
     records: Sequence[Record], rows: Sequence[Any], columns: Sequence[Any], row: str, column: str
-) -> list[list[float | None]]:
+) -> list[list[Estimate | None]]:
     """Mean scores by two fields; None where there is no sample."""
-    return [
-        [
-            _average([r for r in select(records, **{row: one, column: other}) if "score" in r], "score")
-            for other in columns
-        ]
+    found = [
+        [[r["score"] for r in select(records, **{row: one, column: other}) if "score" in r] for other in columns]
         for one in rows
     ]
+    return [[mean(scores) if scores else None for scores in line] for line in found]
 
 
 def turns_of(records: Iterable[Record]) -> list[tuple[Estimate, float]]:

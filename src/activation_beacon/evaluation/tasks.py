@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from activation_beacon.config import BeaconConfig
 from activation_beacon.data.sources import OnError
 from activation_beacon.errors import InputError
 from activation_beacon.evaluation import language_modelling
@@ -173,12 +174,18 @@ def multi_turn(
 
 
 def reconstruction(
-    prompt: ChatPrompt, background: Sequence[int], *, count: int = 10, seed: int = 0, source: str = ""
+    prompt: ChatPrompt,
+    background: Sequence[int],
+    *,
+    count: int = 10,
+    seed: int = 0,
+    source: str = "",
+    config: BeaconConfig | None = None,
 ) -> Answering:
     """The task "reconstruction"; see `reconstruction.reconstruction_samples`."""
 
     def make(length: int) -> Iterator[Sample]:
-        return reconstruction_samples(prompt, background, length, count=count, seed=seed)
+        return reconstruction_samples(prompt, background, length, count=count, seed=seed, config=config)
 
     return Answering("reconstruction", prompt, make, {"background": source, "seed": seed})
 
