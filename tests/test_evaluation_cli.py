@@ -235,7 +235,7 @@ def test_all_tasks_are_in_one_report_with_the_methods_that_each_has(everything):
     folder, out, said = everything
     tasks = ["lm", "needles", "multi-turn", "qa", "reconstruction", "ruler"]
     report = (folder / "report.md").read_text()
-    assert re.findall(r"^## (.*)$", report, re.M) == tasks
+    assert re.findall(r"^## (.*)$", report, re.M) == ["Overview", *tasks]
     assert re.findall(r"^### (.*), 1,600 tokens$", out, re.M) == tasks
     assert "| method | " + " | ".join(f"{task} 1,600, n=1" for task in tasks) + " |" in out
     assert (folder / "report.html").exists()
