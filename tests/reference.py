@@ -9,9 +9,11 @@ So attention gets every key twice, once for each place, and the mask picks.
 
 import copy
 import inspect
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -52,11 +54,14 @@ def lay_out(
     placement: str = "interleave",
     local_tokens: int = 0,
     raw: Sequence[tuple[int, int]] = (),
+    ids: Sequence[int] = (),
+    exact_ids: Sequence[int] = (),
 ) -> Layout:
     """Lay out a text of `length` tokens.
 
     Args:
         ratios: one for each chunk.
+        ids: the text, where `exact_ids` are to be held token by token, in chunks without raw spans.
         raw: spans (start, stop) of tokens that are kept raw; a beacon is dropped if all of its unit is.
     """
     layout = Layout()
@@ -66,12 +71,16 @@ def lay_out(
         num_chunks += 1
     held = 0
     for chunk in range(num_chunks):
-        sinks, kept, slot_of = [], [], {}
+        sinks, kept, slot_of, closed = [], [], {}, 0
+        first, size = chunk * chunk_size, chunk_size // ratios[chunk]
+        is_even = not exact_ids or any(is_raw[first : first + chunk_size])
+        anchors = None if is_even else exact_anchors(ids[first : first + chunk_size], size, exact_ids)
         for offset, unit in enumerate(read_order(chunk * chunk_size, chunk_size, ratios[chunk], placement)):
             token = unit if isinstance(unit, int) else None
             slot = layout.add(token, chunk, held + offset)
             if token is None:
-                layout.anchor[slot] = slot_of[unit[-1]]
+                layout.anchor[slot] = slot_of[unit[-1] if anchors is None else first + anchors[closed]]
+                closed += 1
             else:
                 slot_of[token] = slot
             if token is not None and token < num_sinks:
@@ -84,6 +93,25 @@ def lay_out(
     for offset, token in enumerate(range(num_chunks * chunk_size, length)):
         layout.add(token, num_chunks, held + offset)
     return layout
+
+
+def exact_anchors(ids: Sequence[int], num_beacons: int, exact_ids: Sequence[int]) -> list[int]:
+    """Tokens that a chunk's beacons begin as: those within two of an exact one, if all of them fit half; the rest evenly."""
+    near = [any(other in exact_ids for other in ids[max(0, place - 2) : place + 3]) for place in range(len(ids))]
+    places = list(range(len(ids)))
+    runs = [list(run) for is_near, run in itertools.groupby(places, key=lambda place: near[place]) if is_near]
+    room = num_beacons // 2
+    total = sum(map(len, runs))
+    chosen: list[int] = []
+    owed = Fraction(0)
+    for run in runs:
+        owed += len(run) if total <= room else Fraction(room * len(run), total)
+        if len(run) <= owed and len(chosen) + len(run) <= room:
+            owed -= len(run)
+            chosen += run
+    others = [place for place in places if place not in chosen]
+    missing = num_beacons - len(chosen)
+    return sorted(chosen + [others[(number + 1) * len(others) // missing - 1] for number in range(missing)])
 
 
 def read_order(first: int, chunk_size: int, ratio: int, placement: str) -> list[int | range]:
@@ -134,7 +162,7 @@ class Reference:
         base: without beacons; copied.
         beacons: beacon weights by their names in an adapter's file ("embedding", "layers.0.q.weight", ...). Gradients
             flow to them.
-        settings: `chunk_size`, `num_sinks`, `placement`, `local_tokens`. Beacons with gates are anchored.
+        settings: `chunk_size`, `num_sinks`, `placement`, `local_tokens`, `exact_ids`. Beacons with gates are anchored.
     """
 
     def __init__(self, base: PreTrainedModel, beacons: Mapping[str, torch.Tensor], **settings: Any) -> None:
@@ -169,7 +197,7 @@ class Reference:
         ids = torch.as_tensor(ids).reshape(-1)
         num_chunks = len(ids) // self.settings["chunk_size"]
         ratios = [ratio] * num_chunks if isinstance(ratio, int) else list(ratio)
-        layout = lay_out(len(ids), ratios=ratios, raw=raw, **self.settings)
+        layout = lay_out(len(ids), ratios=ratios, raw=raw, ids=ids.tolist(), **self.settings)
         is_beacon = torch.tensor([token is None for token in layout.token])
         for branch in self.branches:
             branch.is_beacon = is_beacon

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -5,11 +7,12 @@ from activation_beacon import BeaconConfig, at_once
 from activation_beacon.adapt import AT_ONCE
 from activation_beacon.at_once import chunks_at_once
 from activation_beacon.errors import ConfigError, InputError, RatioError, UnsupportedError
-from families import EAGER_ONLY, FAMILIES, random_ids, with_beacons
+from families import EAGER_ONLY, FAMILIES, VOCABULARY, random_ids, with_beacons
 
 CHUNK = 16
 CONFIG = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3)
 ANCHORED = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3, anchored=True)
+EXACT = dataclasses.replace(ANCHORED, placement="append", exact_ids=tuple(range(0, VOCABULARY, 31)))
 RATIOS = (4, 2, 8, 4)
 CASES = [(family, attention) for family in FAMILIES for attention in ("sdpa", "eager")]
 CASES = [(family, attention) for family, attention in CASES if attention == "eager" or family not in EAGER_ONLY]
@@ -34,7 +37,12 @@ def hidden_chunk_by_chunk(model, ids, ratios):
 
 @pytest.mark.parametrize(
     ("family", "attention", "config"),
-    [*((*case, CONFIG) for case in CASES), ("llama", "sdpa", ANCHORED), ("phi3", "eager", ANCHORED)],
+    [
+        *((*case, CONFIG) for case in CASES),
+        *(("llama", "sdpa", config) for config in (ANCHORED, EXACT)),
+        ("phi3", "eager", ANCHORED),
+        ("phi3", "eager", EXACT),
+    ],
 )
 def test_all_chunks_at_once_equal_the_loop_over_chunks(family, attention, config):
     model = with_beacons(family, config, attention=attention).train()

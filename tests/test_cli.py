@@ -403,6 +403,13 @@ def test_an_anchored_adapter_that_is_untrained_says_what_it_holds(run, files):
     save_adapter(Path("anchored"), files / "base", seed=4, num_sinks=2, anchored=True)
     assert "chunks            32 tokens, 2 sinks, anchored beacons\n" in good(run("inspect", "anchored"))
     assert loaded_json(run("inspect", "anchored", "--json"))["anchored"] is True
+    exact = {"anchored": True, "placement": "append", "exact_ids": (5, 6, 7)}
+    save_adapter(Path("exact"), files / "base", seed=4, **exact)
+    shown = good(run("inspect", "exact"))
+    assert (
+        "chunks            32 tokens, 0 sinks, anchored beacons with 3 exact ids, beacons placed by 'append'\n" in shown
+    )
+    assert loaded_json(run("inspect", "exact", "--json"))["exact_ids"] == [5, 6, 7]
     result = run("compress", "{files}/text.txt", "-o", "out.beacon", "--model", "anchored", "--ratio", "4")
     assert "held    2 sinks + 224 beacons + 6 raw tokens in the tail\n" in good(result)
     assert result.stderr.splitlines()[0] == (

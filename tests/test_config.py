@@ -8,6 +8,8 @@ import pytest
 from activation_beacon.config import FORMAT_VERSION, BeaconConfig
 from activation_beacon.errors import BeaconError, ConfigError
 
+EXACT_RULE = "exact_ids needs beacons that begin as a token and stand at the chunk's end. Add anchored: true and placement: append."
+EXACT = {"anchored": True, "placement": "append"}
 RATIO_RULE = "A compression ratio must be an int of at least 2 (raw tokens per beacon); got {}."
 PROJECTION_RULE = "projections must be some of q, k, v, o, each once; got {}."
 
@@ -24,6 +26,8 @@ PROJECTION_RULE = "projections must be some of q, k, v, o, each once; got {}."
         ({"local_tokens": 5000}, {"local_tokens": 5000}),
         ({"placement": "append"}, {"placement": "append"}),
         ({"anchored": True}, {"anchored": True}),
+        ({**EXACT, "exact_ids": [7, 3, 7]}, {"exact_ids": (3, 7), "exact": {3, 7}}),
+        ({**EXACT, "exact_ids": "digits"}, {"exact_ids": "digits", "exact": frozenset()}),
     ],
 )
 def test_good_settings_are_kept_in_order(settings, expected):
@@ -52,6 +56,11 @@ def test_good_settings_are_kept_in_order(settings, expected):
             {"anchored": True, "projections": ("o",)},
             "anchored beacons need a copy of q, k or v; projections name o alone. Name one of them, or leave anchored out.",
         ),
+        ({**EXACT, "exact_ids": "words"}, "exact_ids must be token ids, or \"digits\"; got 'words'."),
+        ({**EXACT, "exact_ids": (1, -1)}, 'exact_ids must be token ids, or "digits"; got (1, -1).'),
+        ({**EXACT, "exact_ids": 5}, 'exact_ids must be token ids, or "digits"; got 5.'),
+        ({**EXACT, "exact_ids": (5,), "anchored": False}, EXACT_RULE),
+        ({**EXACT, "exact_ids": (5,), "placement": "interleave"}, EXACT_RULE),
         ({"placement": "middle"}, "placement must be one of interleave, append; got 'middle'."),
         ({"placement": None}, "placement must be one of interleave, append; got None."),
         ({"ratios": ()}, "ratios must name at least one compression ratio, such as (2, 4, 8, 16, 32); got none."),
@@ -133,6 +142,7 @@ def test_numbers_that_follow_from_the_settings():
             local_tokens=7,
             anchored=True,
             placement="append",
+            exact_ids=(4, 9),
             base_model="me/base",
             base_revision="main",
             base_fingerprint="0123",

@@ -142,6 +142,12 @@ def test_anchored_counts_where_the_weights_are_the_same():
     assert plain.fingerprint_settings != anchored.fingerprint_settings
 
 
+def test_exact_ids_count():
+    settings = {"chunk_size": 16, "ratios": (2, 4), "anchored": True, "placement": "append"}
+    prints = {BeaconConfig(**settings, exact_ids=ids).fingerprint_settings for ids in ((), (3,), (3, 4))}
+    assert len(prints) == 3
+
+
 def test_ratios_and_remarks_do_not_count():
     plain = with_beacons("llama", CONFIG)
     other = with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4, 8), training={"steps": 1}))

@@ -12,7 +12,7 @@ FLOORS = [
     {"errors"},
     {"config"},
     {"plan"},
-    {"constants"},
+    {"constants", "exact"},
     {"causal", "files", "fingerprint", "processes", "projection", "room", "rope"},
     {"entries", "json_lines"},
     {"batch", "cache", "data"},

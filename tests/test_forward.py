@@ -17,6 +17,7 @@ from reference import Reference
 CHUNK = 16
 RATIOS = (2, 4, 8, 16)
 LENGTH = 5 * CHUNK + 6
+EXACT = {"anchored": True, "placement": "append", "exact_ids": tuple(range(3, 97, 17))}
 
 
 def config(**settings):
@@ -106,6 +107,8 @@ def test_cutting_the_context_anywhere_gives_the_same_cache(family):
         ({"placement": "append", "num_sinks": 2, "local_tokens": 5}, {"ratio": [4, 16, 2, 8, 2]}),
         ({"projections": ("q", "k", "v", "o")}, {"ratio": 4}),
         ({"anchored": True, "num_sinks": 2}, {"ratio": [2, 16, 4, 8, 2]}),
+        ({**EXACT, "num_sinks": 2}, {"ratio": [2, 8, 4, 8, 2]}),
+        ({**EXACT, "num_sinks": 2}, {"ratio": 2, "spans": [(10, 20, None)]}),
         ({"num_sinks": 2}, {"ratio": "auto"}),
         ({"num_sinks": 2}, {"budget": 45}),
         ({"num_sinks": 2}, {"ratio": 8, "spans": [(10, 20, None), (40, 50, 2), (60, 61, None)]}),

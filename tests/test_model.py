@@ -21,6 +21,7 @@ from activation_beacon.errors import (
     UnsupportedError,
     UnsupportedModelError,
 )
+from activation_beacon.exact import anchor_tokens
 from families import (
     EAGER_ONLY,
     GOLDEN_CASES,
@@ -55,6 +56,7 @@ def reference_of(model, base, beacons=None):
         num_sinks=config.num_sinks,
         placement=config.placement,
         local_tokens=config.local_tokens,
+        exact_ids=config.exact_ids,
     )
 
 
@@ -365,6 +367,26 @@ def test_untrained_anchored_beacons_hold_what_the_last_tokens_of_their_units_hol
     expected = values.unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)
     held = [0, 1, *range(3, CHUNK, 4), CHUNK]
     torch.testing.assert_close(cache.layers[0].values, expected[:, :, held], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_untrained_exact_beacons_hold_numbers_token_by_token():
+    ids = random_ids(2 * CHUNK + 1)
+    ids[ids == 50] = 51
+    ids[0, 5] = 50
+    exact = {"anchored": True, "placement": "append", "exact_ids": (50,)}
+    model = attach(tiny("qwen2"), BeaconConfig(chunk_size=2 * CHUNK, ratios=RATIOS, **exact))
+    held = model.compress(ids, ratio=2)
+    raw = model.compress(ids, ratio=2, spans=[(3, 8, None)])
+    places = [anchor_tokens(ids[0, : 2 * CHUNK].tolist(), CHUNK, {50}).index(token) for token in range(3, 8)]
+    for layer, expected in zip(held.layers, raw.layers, strict=True):
+        torch.testing.assert_close(layer.values[:, :, places], expected.values[:, :, :5], rtol=0, atol=1e-5)
+
+
+def test_exact_ids_that_name_no_tokens_yet_are_refused():
+    config = BeaconConfig(chunk_size=CHUNK, ratios=RATIOS, anchored=True, placement="append", exact_ids="digits")
+    with pytest.raises(ConfigError, match=r"^exact_ids \(\"digits\"\) names no tokens yet\. Give "):
+        attach(tiny("qwen2"), config)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ def reference_of(family, model, seed=0, **overrides):
         num_sinks=config.num_sinks,
         placement=config.placement,
         local_tokens=config.local_tokens,
+        exact_ids=config.exact_ids,
     )
 
 
@@ -115,6 +116,14 @@ def test_an_appended_layout_with_raw_tokens_by_hand():
     assert layout.anchor == [0, 1, 2, 3, 1, 3, 6]
 
 
+def test_an_exact_layout_by_hand():
+    ids = [*range(12), 99, *range(13, 24), 7]  # 99 is exact, and two tokens to each side of it
+    layout = lay_out(25, chunk_size=24, ratios=[2], placement="append", ids=ids, exact_ids=[99])
+    assert layout.anchor[24:36] == [1, 4, 7, 9, 10, 11, 12, 13, 14, 17, 20, 23]
+    full = lay_out(25, chunk_size=24, ratios=[3], placement="append", ids=ids, exact_ids=[99])
+    assert full.anchor[24:32] == [2, 5, 8, 11, 14, 17, 20, 23]  # five tokens are more than half of eight beacons
+
+
 @pytest.mark.parametrize("length", [4, 5])
 def test_a_full_chunk_stays_raw_until_a_further_token_is_read(length):
     assert len(lay_out(length, chunk_size=4, ratios=[2]).token) == (4 if length == 4 else 7)
@@ -186,6 +195,8 @@ SETTINGS = [
     {"num_sinks": CHUNK},
     {"anchored": True, "local_tokens": 5, "projections": ("q", "k", "v", "o")},
     {"anchored": True, "placement": "append", "num_sinks": 4},
+    {"anchored": True, "placement": "append", "num_sinks": 4, "exact_ids": (10, 40)},
+    {"anchored": True, "placement": "append", "local_tokens": 5, "exact_ids": range(3, 40)},
     {"placement": "append", "local_tokens": 40, "num_sinks": 1, "projections": ("q", "k", "v", "o")},
 ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from activation_beacon import load
+from activation_beacon import digit_ids, load
 from activation_beacon.cli import app
 from activation_beacon.training.checkpoints import checkpoints
 from saved_models import CHUNK, save_base
@@ -84,6 +84,19 @@ def test_flags_alone_make_a_run_and_the_summary_says_how_to_go_on(files, tmp_pat
     assert "run/adapter\n  steps   3 of 3 (all steps are made)\n  tokens  768 in " in result.stdout
     assert "Documents: 12 texts, " in result.stderr
     assert "step 3 of 3: loss " in result.stderr
+
+
+def test_exact_finds_the_tokenizers_digits_and_a_run_goes_on_with_them(files, tmp_path):
+    options = [*arguments(files), "--exact", "--sinks", "2", "-o", "run", "--json"]
+    assert run(*options, "--steps", "1", cwd=tmp_path).exit_code == 0
+    model, tokenizer = load(tmp_path / "run" / "adapter")
+    config = model.beacon_config
+    assert (config.anchored, config.placement, config.exact_ids) == (True, "append", digit_ids(tokenizer))
+    assert config.exact_ids
+    assert json.loads((tmp_path / "run" / "adapter" / "recipe.json").read_text())["config"]["exact_ids"] == "digits"
+    result = run(*options[:-3], "--adapter", "run/adapter", "--steps", "1", "-o", "more", "--json", cwd=tmp_path)
+    assert result.exit_code == 0, result.output
+    assert load(tmp_path / "more" / "adapter")[0].beacon_config.exact_ids == config.exact_ids
 
 
 def test_what_has_no_option_of_its_own_is_set_by_name(files, tmp_path):

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from activation_beacon.base_models import load_pretrained_base
     from activation_beacon.cache import BeaconCache
     from activation_beacon.config import BeaconConfig
+    from activation_beacon.exact import digit_ids
     from activation_beacon.hub import load
     from activation_beacon.model import BeaconModel, BeaconOutput, attach, detach
     from activation_beacon.official import export_official, import_official
@@ -22,6 +23,7 @@ __all__ = [
     "ChatPrompt",
     "attach",
     "detach",
+    "digit_ids",
     "export_official",
     "import_official",
     "load",
@@ -37,6 +39,7 @@ _MODULE_OF = {
     "ChatPrompt": "prompts",
     "attach": "model",
     "detach": "model",
+    "digit_ids": "exact",
     "export_official": "official",
     "import_official": "official",
     "load": "hub",

@@ -9,6 +9,7 @@ everything to it in passes that are not of this kind.
 """
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,8 +21,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from activation_beacon.adapt import AT_ONCE, DecoderSite
 from activation_beacon.causal import LowerRight
+from activation_beacon.config import BeaconConfig
 from activation_beacon.errors import UnsupportedError
-from activation_beacon.forward import BaseModel, interleave
+from activation_beacon.forward import BaseModel, exact_anchor_slots, interleave
 from activation_beacon.plan import ChunkLayout
 from activation_beacon.rope import KeyMover
 
@@ -39,10 +41,16 @@ class Chunks:
         layouts: of the chunks that are closed, in order.
         tail_length: raw tokens after them.
         device: of the masks and indices.
+        exact: for each chunk the slots (B, n) of the tokens that its beacons begin as; none for those of the layout.
     """
 
     def __init__(
-        self, site: DecoderSite, layouts: Sequence[ChunkLayout], tail_length: int, device: torch.device
+        self,
+        site: DecoderSite,
+        layouts: Sequence[ChunkLayout],
+        tail_length: int,
+        device: torch.device,
+        exact: Sequence[torch.Tensor] = (),
     ) -> None:
         self.layer_of = {layer.attention: index for index, layer in enumerate(site.layers)}
         self.spans: list[tuple[int, int]] = []  # slots, entries held before them
@@ -69,7 +77,12 @@ class Chunks:
         self.position_ids = torch.tensor(positions, device=device)[None]  # (1, N)
         self.raw_slots = torch.tensor(raw, device=device)  # (T,)
         self.beacon_slots = torch.tensor(beacons, dtype=torch.long, device=device)
-        self.anchor_slots = torch.tensor(anchors, dtype=torch.long, device=device)
+        self.anchor_slots = torch.tensor(anchors, dtype=torch.long, device=device)  # or (B, beacons), where exact
+        if exact:
+            firsts = itertools.accumulate((layout.num_slots for layout in layouts[:-1]), initial=0)
+            self.anchor_slots = torch.cat([slots + first for slots, first in zip(exact, firsts, strict=True)], 1).to(
+                device
+            )
         self._masks: dict[tuple[int, int, int | None, torch.dtype | None], torch.Tensor | None] = {}
 
     def attend(
@@ -157,7 +170,7 @@ def chunks_at_once(model: Any) -> Iterator[None]:
 
 
 def read_at_once(
-    model: BaseModel, site: DecoderSite, ids: torch.Tensor, layouts: Sequence[ChunkLayout]
+    model: BaseModel, site: DecoderSite, config: BeaconConfig, ids: torch.Tensor, layouts: Sequence[ChunkLayout]
 ) -> torch.Tensor:
     """Hidden states (B, T, M) of the raw tokens, before the base's head, equal to those of reading chunk by chunk.
 
@@ -166,17 +179,20 @@ def read_at_once(
     Args:
         model: the attached model.
         site: its layers.
+        config: of the adapter.
         ids: (B, T) texts of one length that share their layouts; shorter ones are padded on the right, in the tail.
         layouts: of the chunks that are closed; what is left of T is the tail, and not empty.
     """
     chunk_size = len(layouts[0].raw_slots) if layouts else 0
     tail_length = ids.shape[1] - len(layouts) * chunk_size
     assert tail_length > 0, "closing is lazy: a tail is left"
-    chunks = Chunks(site, layouts, tail_length, ids.device)
-    pieces = [
-        interleave(model, ids[:, number * chunk_size : (number + 1) * chunk_size], layout)
-        for number, layout in enumerate(layouts)
-    ]
+    texts = ids[:, : len(layouts) * chunk_size].split(chunk_size, dim=1) if layouts else ()
+    exact = []
+    if config.exact and layouts:
+        on_host = ids[:, : len(layouts) * chunk_size].cpu().split(chunk_size, dim=1)
+        exact = [exact_anchor_slots(config, layout, text) for layout, text in zip(layouts, on_host, strict=True)]
+    chunks = Chunks(site, layouts, tail_length, ids.device, exact)
+    pieces = [interleave(model, text, layout) for text, layout in zip(texts, layouts, strict=True)]
     pieces.append(model.get_input_embeddings()(ids[:, len(layouts) * chunk_size :]))
     output = model.get_decoder()(
         inputs_embeds=torch.cat(pieces, dim=1),

@@ -1,6 +1,7 @@
 """The settings of an adapter: what was decided when it was trained. Knows nothing of torch."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,9 +27,12 @@ class BeaconConfig:
         projections: attention projections of which beacons have their own copy, out of q, k, v, o.
         num_sinks: first tokens of a text whose keys and values are kept raw in front, besides being compressed.
         local_tokens: raw tokens that the tail keeps at least, after a chunk has been closed (0 = the paper).
-        anchored: whether beacons project the state of the last token before them with their own, see
+        anchored: whether beacons project the state of a token (the last of their unit) with their own, see
             `projection.BeaconProjection` (False = the paper).
-        placement: "interleave" puts one beacon after each unit; "append" puts all at the chunk's end (ablation only).
+        placement: "interleave" puts one beacon after each unit; "append" puts all at the chunk's end, where no raw token sees
+            them (the paper's ablation; what anchored beacons are best off with).
+        exact_ids: ids of tokens, such as digits, that beacons are to hold one by one, see `exact.anchor_tokens`; "digits"
+            until a tokenizer has named them. Needs anchored beacons, placed by "append" (none = the paper).
         base_model: where the base model comes from: "default", a hub id, or a path (relative to the adapter's folder).
         base_revision: revision of the base model on the hub, or the package that it was taken from.
         base_fingerprint: fingerprint of the base model's weights, filled in by `attach`.
@@ -45,6 +49,7 @@ class BeaconConfig:
     local_tokens: int = 0
     anchored: bool = False
     placement: Placement = "interleave"
+    exact_ids: tuple[int, ...] | Literal["digits"] = ()
     base_model: str | None = None
     base_revision: str | None = None
     base_fingerprint: str | None = None
@@ -64,6 +69,12 @@ class BeaconConfig:
             )
         if self.placement not in PLACEMENTS:
             raise ConfigError(f"placement must be one of {', '.join(PLACEMENTS)}; got {self.placement!r}.")
+        object.__setattr__(self, "exact_ids", _as_exact_ids(self.exact_ids))
+        if self.exact_ids and not (self.anchored and self.placement == "append"):
+            raise ConfigError(
+                "exact_ids needs beacons that begin as a token and stand at the chunk's end. Add anchored: true and "
+                "placement: append."
+            )
         if self.num_sinks > self.chunk_size:
             raise ConfigError(
                 f"num_sinks ({self.num_sinks}) must not exceed chunk_size ({self.chunk_size}). Use fewer sinks."
@@ -102,7 +113,13 @@ class BeaconConfig:
     def fingerprint_settings(self) -> str:
         """The settings that a compressed context depends on, as they enter the adapter's fingerprint."""
         anchored = " anchored" if self.anchored else ""
-        return f"{self.chunk_size} {self.projections} {self.num_sinks} {self.local_tokens} {self.placement}{anchored}"
+        exact = f" exact {self.exact_ids}" if self.exact_ids else ""
+        return f"{self.chunk_size} {self.projections} {self.num_sinks} {self.local_tokens} {self.placement}{anchored}{exact}"
+
+    @functools.cached_property
+    def exact(self) -> frozenset[int]:
+        """The `exact_ids`, to look tokens up in."""
+        return frozenset(() if self.exact_ids == "digits" else self.exact_ids)
 
     def num_beacons(self, ratio: int) -> int:
         """Beacons that one chunk leaves behind at `ratio`."""
@@ -146,6 +163,15 @@ def _as_ratios(ratios: int | Sequence[int]) -> tuple[int, ...]:
                 f"A compression ratio must be an int of at least 2 (raw tokens per beacon); got {ratio!r}."
             )
     return tuple(sorted(set(ratios)))
+
+
+def _as_exact_ids(ids: object) -> tuple[int, ...] | Literal["digits"]:
+    if ids == "digits":
+        return "digits"
+    listed = tuple(ids) if isinstance(ids, Sequence) and not isinstance(ids, str) else None
+    if listed is None or not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in listed):
+        raise ConfigError(f'exact_ids must be token ids, or "digits"; got {ids!r}.')
+    return tuple(sorted(set(listed)))
 
 
 def _as_projections(projections: Sequence[str]) -> tuple[str, ...]:

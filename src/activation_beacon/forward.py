@@ -17,8 +17,10 @@ from activation_beacon.adapt import DecoderSite, can_end_early, understands_told
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import LowerRight
+from activation_beacon.config import BeaconConfig
 from activation_beacon.constants import constant
 from activation_beacon.entries import BeaconLayer, ChunkLayer, PassEnded, Quantized, merge, take
+from activation_beacon.exact import anchor_tokens
 from activation_beacon.plan import ChunkLayout, Row, RowReading, TextPlanner, closing_rounds
 from activation_beacon.rope import KeyMover
 
@@ -140,6 +142,7 @@ class _Reader:
         self.readings = readings
         self.seen = [row.tokens_seen for row in cache.rows]
         self.ids = _appended_ids(cache, new)  # (B, longest text), right-aligned
+        self.host_ids: torch.Tensor | None = None
         self.readout = Readout()
         if wanted.labels is not None:
             self.readout.nll = torch.full(
@@ -183,11 +186,22 @@ class _Reader:
             past_key_values=memory,
             use_cache=True,
             beacon_slots=constant(layout.beacon_slots, ids.device),
-            beacon_anchor_slots=constant(layout.anchor_slots, ids.device),
+            beacon_anchor_slots=self._anchor_slots(members, starts, layout),
         )
         if output is not None:
             self._collect(output, members, starts, cache.config.chunk_size)
         self._keep(members, memory, layout)
+
+    def _anchor_slots(self, members: tuple[int, ...], starts: Sequence[int], layout: ChunkLayout) -> torch.Tensor:
+        """Slots (n,) or (B, n) of the tokens that a chunk's beacons begin as."""
+        config = self.cache.config
+        if not config.exact or layout.num_raw:
+            return constant(layout.anchor_slots, self.ids.device)
+        if self.host_ids is None:
+            self.host_ids = self.ids.cpu()  # waits for a GPU once, not for each chunk
+        return exact_anchor_slots(config, layout, self._text(members, starts, config.chunk_size, self.host_ids)).to(
+            self.ids.device
+        )
 
     def _keep(self, members: tuple[int, ...], memory: Cache, layout: ChunkLayout) -> None:
         """Append what the chunk leaves behind to the memory of its rows, and drop the rest."""
@@ -271,12 +285,15 @@ class _Reader:
             return padding
         return LowerRight.on(self.ids.device)
 
-    def _text(self, members: Sequence[int], starts: Sequence[int], width: int) -> torch.Tensor:
+    def _text(
+        self, members: Sequence[int], starts: Sequence[int], width: int, ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Ids (B, width) of each member's text from its start on; padded where the text ends before or starts after."""
-        longest = self.ids.shape[1]
+        ids = self.ids if ids is None else ids
+        longest = ids.shape[1]
         ends = [longest - self.readings[row].stop + start + width for row, start in zip(members, starts, strict=True)]
         surplus = max(ends) - longest
-        padded = torch.nn.functional.pad(self.ids, (0, surplus)) if surplus > 0 else self.ids
+        padded = torch.nn.functional.pad(ids, (0, surplus)) if surplus > 0 else ids
         return take(padded, members, ends, width, dim=1)
 
     def _call_base(self, wanted: list[int] | None, slots: Sequence[int], **inputs: Any) -> ModelOutput | None:
@@ -387,6 +404,12 @@ def interleave(model: BaseModel, ids: torch.Tensor, layout: ChunkLayout) -> torc
     beacon_mask = constant(layout.beacon_mask, ids.device, torch.bool)[:, None]
     spread = tokens.index_select(1, constant(layout.token_of_slot, ids.device))
     return torch.where(beacon_mask, model.beacon_embedding.to(tokens.dtype), spread)
+
+
+def exact_anchor_slots(config: BeaconConfig, layout: ChunkLayout, ids: torch.Tensor) -> torch.Tensor:
+    """Slots (B, n) of the tokens that the beacons of a chunk (B, w) begin as, numbers and codes token by token."""
+    chosen = [anchor_tokens(row, len(layout.beacon_slots), config.exact) for row in ids.tolist()]
+    return torch.tensor([[layout.raw_slots[token] for token in row] for row in chosen])
 
 
 def _appended_ids(cache: BeaconCache, new: NewTokens) -> torch.Tensor:

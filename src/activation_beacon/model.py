@@ -31,7 +31,7 @@ from activation_beacon.batch import NewTokens, as_batch, has_one_run_each, mean_
 from activation_beacon.cache import BeaconCache
 from activation_beacon.config import BeaconConfig, is_same_fingerprint, short_fingerprint
 from activation_beacon.entries import take
-from activation_beacon.errors import AttachError, InputError, MismatchError, UnsupportedError
+from activation_beacon.errors import AttachError, ConfigError, InputError, MismatchError, UnsupportedError
 from activation_beacon.fingerprint import fingerprint
 from activation_beacon.forward import Progress, Wanted, read
 from activation_beacon.generation import BeaconGeneration
@@ -382,7 +382,7 @@ class BeaconModel(BeaconGeneration):
             config = dataclasses.replace(config, chunk_size=chunk_size)
         planner = TextPlanner(config, as_policy(config, tuple(ratios)), None)
         planner.check_names_every_chunk(new.columns)
-        return read_at_once(self, self._beacon.site, new.ids, planner.layouts(new.columns))
+        return read_at_once(self, self._beacon.site, config, new.ids, planner.layouts(new.columns))
 
     def _is_short_with_holes(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         """Whether a text that no chunk is closed of comes with a mask that only the base can make sense of."""
@@ -527,10 +527,14 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
     Raises:
         AttachError: if it carries beacons already.
         UnsupportedModelError: if its architecture cannot carry beacons.
-        ConfigError: if a chunk does not fit its positions.
+        ConfigError: if a chunk does not fit its positions, or `exact_ids` does not name tokens yet.
         MismatchError: if the config names the fingerprint of another base model.
     """
     config = config or BeaconConfig()
+    if config.exact_ids == "digits":
+        raise ConfigError(
+            'exact_ids ("digits") names no tokens yet. Give dataclasses.replace(config, exact_ids=digit_ids(tokenizer)).'
+        )
     if isinstance(base_model, BeaconModel):
         raise AttachError(f"This {type(base_model).__name__} carries beacons already. Call detach(model) first.")
     site = find_decoder(base_model, config.projections)

@@ -18,8 +18,8 @@ from torch import nn
 class PassState(threading.local):
     """What the layers of one model must know about the pass in progress, for each thread its own.
 
-    `beacon_slots` (n,) are the slots of the pass that hold beacons, or None, and `anchor_slots` (n,) those of the last
-    tokens that they stand for; `chunks` says how a pass over several chunks at once is cut into them (`at_once.Chunks`),
+    `beacon_slots` (n,) are the slots of the pass that hold beacons, or None, and `anchor_slots` (n,) or (B, n) those of the
+    tokens that they begin as; `chunks` says how a pass over several chunks at once is cut into them (`at_once.Chunks`),
     None in ordinary passes; `is_disabled` turns the beacons off.
     """
 
@@ -36,8 +36,8 @@ class PassState(threading.local):
 class BeaconProjection(nn.Module):
     """The beacons' own copy of one projection: `y = x W^T + b` (section 3.1: W_Q, W_K, W_V of the beacon).
 
-    Anchored, x is the state of the last token that a beacon stands for, and of the beacon's own as much as a gate lets
-    through: `y = (a + g x) W^T + b`, with g zero at the start. Before training such a beacon is what that token's own key and
+    Anchored, x is the state of a token, the last of its unit or one to be exact about, and of the beacon's own as much as a gate
+    lets through: `y = (a + g x) W^T + b`, with g zero at the start. Before training such a beacon is what that token's own key and
     value are, which serves a reader well; training adds what the tokens before it held.
 
     Args:
@@ -63,9 +63,16 @@ class BeaconProjection(nn.Module):
         rows = hidden.index_select(1, state.beacon_slots)
         if self.gate is not None:
             assert state.anchor_slots is not None, "whoever says where beacons are says what they stand for"
-            rows = hidden.index_select(1, state.anchor_slots) + self.gate.to(hidden.dtype) * rows
+            rows = _selected(hidden, state.anchor_slots) + self.gate.to(hidden.dtype) * rows
         bias = None if self.bias is None else self.bias.to(rows.dtype)
         return nn.functional.linear(rows, self.weight.to(rows.dtype), bias)
+
+
+def _selected(hidden: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Rows (B, n, M) of hidden states (B, T, M) at slots that all texts share (n,), or at each text's own (B, n)."""
+    if slots.dim() == 1:
+        return hidden.index_select(1, slots)
+    return hidden.take_along_dim(slots[:, :, None], dim=1)
 
 
 def replace_beacon_rows(linear: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:

@@ -163,13 +163,15 @@ def _settings(config: "BeaconConfig") -> dict[str, Any]:
         "local_tokens": config.local_tokens,
         "anchored": config.anchored,
         "placement": config.placement,
+        "exact_ids": config.exact_ids,
         **trained_fields(config),
     }
 
 
 def _setting_lines(config: "BeaconConfig") -> list[tuple[str, str]]:
     local = f", at least {config.local_tokens} raw tokens in the tail" if config.local_tokens else ""
-    anchored = ", anchored beacons" if config.anchored else ""
+    exact = f" with {len(config.exact_ids):,} exact ids" if config.exact_ids else ""
+    anchored = f", anchored beacons{exact}" if config.anchored else ""
     beacons = "" if config.placement == "interleave" else f", beacons placed by {config.placement!r}"
     return [
         ("chunks", f"{config.chunk_size:,} tokens, {config.num_sinks} sinks{local}{anchored}{beacons}"),

@@ -58,6 +58,13 @@ def train(
             help="Beacons start from the last token that they stand for; give sinks as well.",
         ),
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="Numbers, dates and codes are held token by token: anchored beacons at the chunk's end, exact_ids digits.",
+        ),
+    ] = False,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="At its height.")] = None,
     distillation: Annotated[
         float | None, typer.Option("--distillation", help="Weight of the uncompressed model's predictions in the loss.")
@@ -111,7 +118,9 @@ def train(
         "chunk_size": chunk_size,
         "ratios": None if ratios is None else list(options.parse_ratios(ratios)),
         "num_sinks": sinks,
-        "anchored": anchored,
+        "anchored": True if exact else anchored,
+        "placement": "append" if exact else None,
+        "exact_ids": "digits" if exact else None,
     }
     stage = {
         "steps": steps, "length": length, "batch_size": batch_size, "micro_batch_size": micro_batch_size,

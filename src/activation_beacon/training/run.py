@@ -17,6 +17,7 @@ import torch
 from activation_beacon.base_models import load_pretrained_base
 from activation_beacon.default_base import DEFAULT_BASE_REVISION
 from activation_beacon.errors import BaseModelError, ConfigError, StorageError
+from activation_beacon.exact import digit_ids
 from activation_beacon.files import write_text
 from activation_beacon.model import attach
 from activation_beacon.persistence import fill_parameters, load_adapter_tensors, save_adapter
@@ -195,6 +196,8 @@ def _model(settings: TrainingSettings, group: Processes, device: str | None) -> 
             f"length ({longest}) exceeds what the base reads uncompressed ({positions} positions), and distillation and "
             f"context_weight ask it to. Use a length of at most {positions}, or cross_entropy alone."
         )
+    if config.exact_ids == "digits":
+        config = dataclasses.replace(config, exact_ids=digit_ids(tokenizer))
     model = attach(base, config)
     if settings.adapter is not None:
         fill_parameters(model.beacon_parameters(), load_adapter_tensors(settings.adapter))

@@ -255,7 +255,16 @@ class TrainingSettings:
 
 
 DEV_CHUNKS = 4
-CONFIG_FIELDS = ("chunk_size", "ratios", "projections", "num_sinks", "local_tokens", "anchored", "placement")
+CONFIG_FIELDS = (
+    "chunk_size",
+    "ratios",
+    "projections",
+    "num_sinks",
+    "local_tokens",
+    "anchored",
+    "placement",
+    "exact_ids",
+)
 # A run may be continued elsewhere, saved more often, or on more processes.
 NOT_DECISIVE = (
     "output", "save_every", "dev_every", "dev", "dev_questions", "dev_texts", "dev_length", "keep_checkpoints", "report_to", "workers",

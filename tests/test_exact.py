@@ -1,0 +1,64 @@
+"""Which tokens beacons begin as."""
+
+import random
+
+import pytest
+
+from activation_beacon import digit_ids
+from activation_beacon.exact import anchor_tokens
+from reference import exact_anchors
+
+E = 99  # an exact token
+
+
+def text(length, *exact):
+    return [E if place in exact else 1 for place in range(length)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "num_beacons", "expected"),
+    [
+        pytest.param(text(12), 3, [3, 7, 11], id="none: the last of each unit"),
+        pytest.param(text(12, 6), 3, [3, 7, 11], id="no room: as if there were none"),
+        pytest.param(text(20, 6), 10, [2, 4, 5, 6, 7, 8, 10, 13, 16, 19], id="a token and two beside it"),
+        pytest.param(text(20, 0), 10, [0, 1, 2, 4, 6, 9, 11, 14, 16, 19], id="at the beginning"),
+        pytest.param(text(20, 19), 10, [1, 3, 6, 8, 11, 13, 16, 17, 18, 19], id="at the end"),
+        pytest.param(text(8, *range(8)), 4, [1, 3, 5, 7], id="nothing but exact ones"),
+    ],
+)
+def test_by_hand(ids, num_beacons, expected):
+    assert list(anchor_tokens(ids, num_beacons, {E})) == expected
+
+
+def test_as_many_runs_as_fit_are_taken_whole_and_spread():
+    ids = text(200, *range(5, 200, 10))  # twenty runs of five tokens; there is room for ten of them
+    chosen = set(anchor_tokens(ids, 100, {E}))
+    whole = [start for start in range(3, 200, 10) if chosen.issuperset(range(start, start + 5))]
+    assert whole == list(range(13, 200, 20))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_text_has_as_many_anchors_as_beacons_in_order_and_as_the_reference_has_them(seed):
+    draw = random.Random(seed)
+    ids = draw.choices([1, E], weights=[draw.choice([1, 5, 30]), 1], k=64)
+    for ratio in (2, 4, 8, 32, 64):
+        anchors = anchor_tokens(ids, 64 // ratio, {E})
+        assert len(anchors) == len(set(anchors)) == 64 // ratio
+        assert list(anchors) == sorted(anchors)
+        assert set(anchors) <= set(range(64))
+        assert list(anchors) == exact_anchors(ids, 64 // ratio, [E])
+
+
+class Tokenizer:
+    all_special_ids = (0,)
+
+    def get_vocab(self):
+        tokens = ["<|reserved_1|>", "7", "Ġ42", "a1", "<0x39>", "Â²", "Ġyear", "٣", "<|im_2|>"]
+        return {token: index for index, token in enumerate(tokens)}
+
+    def get_added_vocab(self):
+        return {"<|im_2|>": 8}
+
+
+def test_tokens_that_hold_a_digit_are_named_without_special_ones_and_bytes():
+    assert digit_ids(Tokenizer()) == (1, 2, 3, 7)
