@@ -101,6 +101,7 @@ def exact_anchors(ids: Sequence[int], num_beacons: int, exact_ids: Sequence[int]
     places = list(range(len(ids)))
     runs = [list(run) for is_near, run in itertools.groupby(places, key=lambda place: near[place]) if is_near]
     room = num_beacons // 2
+    runs = [run for run in runs if len(run) <= room]
     total = sum(map(len, runs))
     chosen: list[int] = []
     owed = Fraction(0)
@@ -108,6 +109,9 @@ def exact_anchors(ids: Sequence[int], num_beacons: int, exact_ids: Sequence[int]
         owed += len(run) if total <= room else Fraction(room * len(run), total)
         if len(run) <= owed and len(chosen) + len(run) <= room:
             owed -= len(run)
+            chosen += run
+    for run in runs:
+        if run[0] not in chosen and len(chosen) + len(run) <= room:
             chosen += run
     others = [place for place in places if place not in chosen]
     missing = num_beacons - len(chosen)

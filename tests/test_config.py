@@ -8,7 +8,10 @@ import pytest
 from activation_beacon.config import FORMAT_VERSION, BeaconConfig
 from activation_beacon.errors import BeaconError, ConfigError
 
-EXACT_RULE = "exact_ids needs beacons that begin as a token and stand at the chunk's end. Add anchored: true and placement: append."
+EXACT_RULE = (
+    "exact_ids needs beacons that begin as a token and stand at the chunk's end. Add anchored: true and placement: append, "
+    "or leave exact_ids out."
+)
 EXACT = {"anchored": True, "placement": "append"}
 RATIO_RULE = "A compression ratio must be an int of at least 2 (raw tokens per beacon); got {}."
 PROJECTION_RULE = "projections must be some of q, k, v, o, each once; got {}."
@@ -27,6 +30,7 @@ PROJECTION_RULE = "projections must be some of q, k, v, o, each once; got {}."
         ({"placement": "append"}, {"placement": "append"}),
         ({"anchored": True}, {"anchored": True}),
         ({**EXACT, "exact_ids": [7, 3, 7]}, {"exact_ids": (3, 7), "exact": {3, 7}}),
+        ({**EXACT, "exact_ids": {9, 4}}, {"exact_ids": (4, 9)}),
         ({**EXACT, "exact_ids": "digits"}, {"exact_ids": "digits", "exact": frozenset()}),
     ],
 )
@@ -58,6 +62,7 @@ def test_good_settings_are_kept_in_order(settings, expected):
         ),
         ({**EXACT, "exact_ids": "words"}, "exact_ids must be token ids, or \"digits\"; got 'words'."),
         ({**EXACT, "exact_ids": (1, -1)}, 'exact_ids must be token ids, or "digits"; got (1, -1).'),
+        ({**EXACT, "exact_ids": b"ab"}, "exact_ids must be token ids, or \"digits\"; got b'ab'."),
         ({**EXACT, "exact_ids": 5}, 'exact_ids must be token ids, or "digits"; got 5.'),
         ({**EXACT, "exact_ids": (5,), "anchored": False}, EXACT_RULE),
         ({**EXACT, "exact_ids": (5,), "placement": "interleave"}, EXACT_RULE),

@@ -37,6 +37,16 @@ def test_as_many_runs_as_fit_are_taken_whole_and_spread():
     assert whole == list(range(13, 200, 20))
 
 
+def test_a_table_that_cannot_be_held_leaves_the_numbers_beside_it_alone():
+    assert set(range(98, 103)) <= set(anchor_tokens(text(1024, 100, *range(500, 580)), 128, {E}))
+
+
+def test_runs_that_still_fit_are_taken_after_those_that_are_spread():
+    ids = text(64, 4, 14, 24, *range(42, 58))  # three runs of five and one of twenty, with room for nineteen
+    chosen = set(anchor_tokens(ids, 38, {E}))
+    assert all(chosen.issuperset(range(place - 2, place + 3)) for place in (4, 14, 24))
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_any_text_has_as_many_anchors_as_beacons_in_order_and_as_the_reference_has_them(seed):
     draw = random.Random(seed)

@@ -109,6 +109,7 @@ def test_cutting_the_context_anywhere_gives_the_same_cache(family):
         ({"anchored": True, "num_sinks": 2}, {"ratio": [2, 16, 4, 8, 2]}),
         ({**EXACT, "num_sinks": 2}, {"ratio": [2, 8, 4, 8, 2]}),
         ({**EXACT, "num_sinks": 2}, {"ratio": 2, "spans": [(10, 20, None)]}),
+        ({**EXACT, "num_sinks": 4}, {"ratio": 4, "spans": [(0, 4, None)]}),
         ({"num_sinks": 2}, {"ratio": "auto"}),
         ({"num_sinks": 2}, {"budget": 45}),
         ({"num_sinks": 2}, {"ratio": 8, "spans": [(10, 20, None), (40, 50, 2), (60, 61, None)]}),

@@ -647,6 +647,32 @@ def test_spans_are_kept_raw_or_at_a_lower_ratio(family, spans, ratios, raw, chun
     same_cache(pieces, cache)
 
 
+@pytest.mark.parametrize("span", [(0, 3), (0, 4), (5, 11), (40, 41)])
+@torch.no_grad()
+def test_a_chunk_with_raw_tokens_is_cut_evenly_where_others_are_exact(span):
+    exact = {"anchored": True, "placement": "append", "exact_ids": tuple(range(3, 97, 17))}
+    model = with_beacons("llama", BeaconConfig(chunk_size=CHUNK, ratios=RATIOS, num_sinks=4, **exact))
+    batch = random_ids(70, batch=2)
+    contexts = BeaconCache.stack(
+        [model.compress(batch[:1], ratio=2, spans=[(*span, None)]), model.compress(batch[1:], ratio=2)]
+    )
+    for row, raw in enumerate([[span], []]):
+        slow = reference_of(model, tiny("llama"))(batch[row], 2, raw=raw)
+        for layer, keys, values in zip(contexts.row(row).layers, slow.keys, slow.values, strict=True):
+            close(layer.keys[0], keys)
+            close(layer.values[0], values)
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_that_close_chunks_together_are_exact_each_by_itself():
+    exact = {"anchored": True, "placement": "append", "exact_ids": tuple(range(3, 97, 17))}
+    model = with_beacons("llama", BeaconConfig(chunk_size=CHUNK, ratios=RATIOS, num_sinks=2, **exact))
+    texts = [random_ids(length, seed=length)[0].tolist() for length in (70, 40, 85, 9)]
+    contexts = model.compress(texts, ratio=2)
+    for row, text in enumerate(texts):
+        same_cache(contexts.row(row), model.compress(text, ratio=2))
+
+
 # --- training ----------------------------------------------------------------------------------------------------------
 
 

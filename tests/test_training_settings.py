@@ -35,6 +35,10 @@ def test_a_run_is_the_same_wherever_it_is_written_and_another_with_another_seed(
     assert TrainingSettings(output="a", documents=("t",), seed=1).fingerprint != one.fingerprint
 
 
+def test_a_run_that_was_begun_before_there_were_exact_ids_goes_on():
+    assert TrainingSettings(output="a", documents=("t",)).fingerprint == "c55cf1cc7789a03d"
+
+
 def test_each_step_falls_into_its_stage():
     settings = TrainingSettings(output="a", documents=("t",), stages=(Stage(steps=2), Stage(steps=3)))
     assert [settings.stage_at(step)[::2] for step in range(5)] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,8 +29,8 @@ class BeaconConfig:
         local_tokens: raw tokens that the tail keeps at least, after a chunk has been closed (0 = the paper).
         anchored: whether beacons project the state of a token (the last of their unit) with their own, see
             `projection.BeaconProjection` (False = the paper).
-        placement: "interleave" puts one beacon after each unit; "append" puts all at the chunk's end, where no raw token sees
-            them (the paper's ablation; what anchored beacons are best off with).
+        placement: "interleave" puts one beacon after each unit; "append" puts all at the chunk's end, where no raw token of
+            the chunk sees them (the paper's ablation; exact beacons need it).
         exact_ids: ids of tokens, such as digits, that beacons are to hold one by one, see `exact.anchor_tokens`; "digits"
             until a tokenizer has named them. Needs anchored beacons, placed by "append" (none = the paper).
         base_model: where the base model comes from: "default", a hub id, or a path (relative to the adapter's folder).
@@ -73,7 +73,7 @@ class BeaconConfig:
         if self.exact_ids and not (self.anchored and self.placement == "append"):
             raise ConfigError(
                 "exact_ids needs beacons that begin as a token and stand at the chunk's end. Add anchored: true and "
-                "placement: append."
+                "placement: append, or leave exact_ids out."
             )
         if self.num_sinks > self.chunk_size:
             raise ConfigError(
@@ -166,9 +166,9 @@ def _as_ratios(ratios: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _as_exact_ids(ids: object) -> tuple[int, ...] | Literal["digits"]:
-    if ids == "digits":
+    if isinstance(ids, str) and ids == "digits":
         return "digits"
-    listed = tuple(ids) if isinstance(ids, Sequence) and not isinstance(ids, str) else None
+    listed = tuple(ids) if isinstance(ids, Sequence | Set) and not isinstance(ids, str | bytes) else None
     if listed is None or not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in listed):
         raise ConfigError(f'exact_ids must be token ids, or "digits"; got {ids!r}.')
     return tuple(sorted(set(listed)))

@@ -142,7 +142,6 @@ class _Reader:
         self.readings = readings
         self.seen = [row.tokens_seen for row in cache.rows]
         self.ids = _appended_ids(cache, new)  # (B, longest text), right-aligned
-        self.host_ids: torch.Tensor | None = None
         self.readout = Readout()
         if wanted.labels is not None:
             self.readout.nll = torch.full(
@@ -156,15 +155,36 @@ class _Reader:
         rows = [Row(row.chunk_size) if reading.restart else row for row, reading in self._rows_and_readings()]
         self.cache.rows = tuple(rows)
         rounds = list(closing_rounds(self.readings))
+        anchors = self._anchor_slots(rounds)
         for number, (members, layout) in enumerate(rounds):
-            self._close(members, layout)
+            self._close(members, layout, anchors[number])
             if progress is not None:
                 progress(number + 1, len(rounds))
 
     def _rows_and_readings(self) -> Any:
         return zip(self.cache.rows, self.readings, strict=True)
 
-    def _close(self, members: tuple[int, ...], layout: ChunkLayout) -> None:
+    def _anchor_slots(self, rounds: Sequence[tuple[tuple[int, ...], ChunkLayout]]) -> list[torch.Tensor]:
+        """For each pass, slots (n,) or (B, n) of the tokens that its beacons begin as; copied to a GPU together."""
+        config, device = self.cache.config, self.ids.device
+        slots = [constant(layout.anchor_slots, device) for _, layout in rounds]
+        exact = [number for number, (_, layout) in enumerate(rounds) if config.exact and not layout.has_raw_runs]
+        if not exact:
+            return slots
+        ids, chosen = self.ids.cpu(), []
+        num_closed = [len(row.chunks) for row in self.cache.rows]
+        for number, (members, layout) in enumerate(rounds):
+            starts = [num_closed[row] * config.chunk_size for row in members]
+            if number in exact:
+                chosen.append(exact_anchor_slots(config, layout, self._text(members, starts, config.chunk_size, ids)))
+            for row in members:
+                num_closed[row] += 1
+        parts = torch.cat([each.flatten() for each in chosen]).to(device).split([each.numel() for each in chosen])
+        for number, each, part in zip(exact, chosen, parts, strict=True):
+            slots[number] = part.view(each.shape)
+        return slots
+
+    def _close(self, members: tuple[int, ...], layout: ChunkLayout, anchor_slots: torch.Tensor) -> None:
         cache = self.cache
         starts = [len(cache.rows[row].chunks) * cache.config.chunk_size for row in members]
         ids = self._text(members, starts, cache.config.chunk_size)
@@ -186,22 +206,11 @@ class _Reader:
             past_key_values=memory,
             use_cache=True,
             beacon_slots=constant(layout.beacon_slots, ids.device),
-            beacon_anchor_slots=self._anchor_slots(members, starts, layout),
+            beacon_anchor_slots=anchor_slots,
         )
         if output is not None:
             self._collect(output, members, starts, cache.config.chunk_size)
         self._keep(members, memory, layout)
-
-    def _anchor_slots(self, members: tuple[int, ...], starts: Sequence[int], layout: ChunkLayout) -> torch.Tensor:
-        """Slots (n,) or (B, n) of the tokens that a chunk's beacons begin as."""
-        config = self.cache.config
-        if not config.exact or layout.num_raw:
-            return constant(layout.anchor_slots, self.ids.device)
-        if self.host_ids is None:
-            self.host_ids = self.ids.cpu()  # waits for a GPU once, not for each chunk
-        return exact_anchor_slots(config, layout, self._text(members, starts, config.chunk_size, self.host_ids)).to(
-            self.ids.device
-        )
 
     def _keep(self, members: tuple[int, ...], memory: Cache, layout: ChunkLayout) -> None:
         """Append what the chunk leaves behind to the memory of its rows, and drop the rest."""

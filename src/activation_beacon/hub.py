@@ -11,6 +11,7 @@ from activation_beacon.base_models import load_pretrained_base
 from activation_beacon.config import BeaconConfig
 from activation_beacon.default_base import DEFAULT_BASE_REVISION
 from activation_beacon.errors import StorageError
+from activation_beacon.exact import with_digits
 from activation_beacon.model import attach, detach
 from activation_beacon.persistence import CONFIG_FILE, fill_parameters, load_adapter_config, load_adapter_tensors
 
@@ -50,7 +51,7 @@ def load(
     else:
         source, base_revision = (base, None) if base else (_base_name(config, folder), _hub_revision(config))
         model, tokenizer = load_pretrained_base(source, dtype=dtype, device=device, revision=base_revision)
-    model = attach(model, config)
+    model = attach(model, config if tokenizer is None else with_digits(config, tokenizer))
     if folder is not None:
         try:
             fill_parameters(model.beacon_parameters(), load_adapter_tensors(folder))

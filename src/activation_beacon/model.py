@@ -527,7 +527,7 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
     Raises:
         AttachError: if it carries beacons already.
         UnsupportedModelError: if its architecture cannot carry beacons.
-        ConfigError: if a chunk does not fit its positions, or `exact_ids` does not name tokens yet.
+        ConfigError: if a chunk does not fit its positions, or `exact_ids` names no tokens, or others than its own.
         MismatchError: if the config names the fingerprint of another base model.
     """
     config = config or BeaconConfig()
@@ -537,6 +537,11 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
         )
     if isinstance(base_model, BeaconModel):
         raise AttachError(f"This {type(base_model).__name__} carries beacons already. Call detach(model) first.")
+    num_ids = base_model.get_input_embeddings().weight.shape[0]
+    if config.exact and max(config.exact) >= num_ids:
+        raise ConfigError(
+            f"exact_ids names {max(config.exact)}, but the base model has {num_ids} tokens. Use digit_ids of its own tokenizer."
+        )
     site = find_decoder(base_model, config.projections)
     check_chunk_fits(config, site)
     base_print = fingerprint(base_parameters(base_model))

@@ -148,6 +148,7 @@ class ChunkLayout:
     num_sinks: int
     num_beacons: int  # beacons among the kept
     num_raw: int  # tokens of raw runs among the kept
+    has_raw_runs: bool  # also where all of them are sinks
 
     @property
     def closed(self) -> ClosedChunk:
@@ -183,7 +184,7 @@ def entries_held(config: BeaconConfig, num_tokens: int, ratio: int) -> int:
 def chunk_layout(
     chunk_size: int, ratio: int, placement: Placement, num_sinks: int = 0, raw_runs: tuple[RawRun, ...] = ()
 ) -> ChunkLayout:
-    """Lay out one chunk (section 3.1: interleaved; "append" is the paper's ablation)."""
+    """Lay out one chunk (section 3.1: interleaved; "append" is the paper's ablation, and what exact beacons need)."""
     units = chunk_size // ratio
     if placement == "append":
         raw_slots = tuple(range(chunk_size))
@@ -208,6 +209,7 @@ def chunk_layout(
         num_sinks=num_sinks,
         num_beacons=len(beacons),
         num_raw=len(kept_raw),
+        has_raw_runs=bool(raw_runs),
     )
 
 

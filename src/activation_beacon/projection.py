@@ -38,7 +38,7 @@ class BeaconProjection(nn.Module):
 
     Anchored, x is the state of a token, the last of its unit or one to be exact about, and of the beacon's own as much as a gate
     lets through: `y = (a + g x) W^T + b`, with g zero at the start. Before training such a beacon is what that token's own key and
-    value are, which serves a reader well; training adds what the tokens before it held.
+    value are, which serves a reader well; training adds what it can see besides.
 
     Args:
         weight: (N, M), copied.
@@ -72,7 +72,8 @@ def _selected(hidden: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Rows (B, n, M) of hidden states (B, T, M) at slots that all texts share (n,), or at each text's own (B, n)."""
     if slots.dim() == 1:
         return hidden.index_select(1, slots)
-    return hidden.take_along_dim(slots[:, :, None], dim=1)
+    first = torch.arange(0, hidden.shape[0] * hidden.shape[1], hidden.shape[1], device=slots.device)
+    return hidden.flatten(0, 1).index_select(0, (slots + first[:, None]).flatten()).unflatten(0, slots.shape)
 
 
 def replace_beacon_rows(linear: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:

@@ -44,6 +44,8 @@ def untrained_notice(config: "BeaconConfig") -> str | None:
     """What is to be known of an untrained adapter; None for a trained one."""
     if config.is_trained:
         return None
+    if config.exact_ids:
+        return "untrained: this adapter's beacons hold numbers, one token in so many of the rest of a text, and nothing else."
     if config.anchored:
         return "untrained: this adapter's beacons hold one token of each unit of a compressed text, and nothing of the others."
     return "untrained: this adapter's beacons have not been trained; do not trust what is said of a compressed text."

@@ -170,7 +170,7 @@ def _settings(config: "BeaconConfig") -> dict[str, Any]:
 
 def _setting_lines(config: "BeaconConfig") -> list[tuple[str, str]]:
     local = f", at least {config.local_tokens} raw tokens in the tail" if config.local_tokens else ""
-    exact = f" with {len(config.exact_ids):,} exact ids" if config.exact_ids else ""
+    exact = f" with {len(config.exact):,} exact ids" if config.exact_ids else ""
     anchored = f", anchored beacons{exact}" if config.anchored else ""
     beacons = "" if config.placement == "interleave" else f", beacons placed by {config.placement!r}"
     return [

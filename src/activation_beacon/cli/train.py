@@ -59,12 +59,13 @@ def train(
         ),
     ] = None,
     exact: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--exact",
-            help="Numbers, dates and codes are held token by token: anchored beacons at the chunk's end, exact_ids digits.",
+            "--exact/--no-exact",
+            help="Numbers, dates and codes are held token by token: sets anchored, placement append and exact_ids digits; give "
+            "sinks as well.",
         ),
-    ] = False,
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="At its height.")] = None,
     distillation: Annotated[
         float | None, typer.Option("--distillation", help="Weight of the uncompressed model's predictions in the loss.")
@@ -118,9 +119,9 @@ def train(
         "chunk_size": chunk_size,
         "ratios": None if ratios is None else list(options.parse_ratios(ratios)),
         "num_sinks": sinks,
-        "anchored": True if exact else anchored,
+        "anchored": True if exact and anchored is None else anchored,
         "placement": "append" if exact else None,
-        "exact_ids": "digits" if exact else None,
+        "exact_ids": None if exact is None else "digits" if exact else [],
     }
     stage = {
         "steps": steps, "length": length, "batch_size": batch_size, "micro_batch_size": micro_batch_size,

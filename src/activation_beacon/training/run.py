@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from activation_beacon.base_models import load_pretrained_base
+from activation_beacon.config import BeaconConfig
 from activation_beacon.default_base import DEFAULT_BASE_REVISION
 from activation_beacon.errors import BaseModelError, ConfigError, StorageError
-from activation_beacon.exact import digit_ids
+from activation_beacon.exact import with_digits
 from activation_beacon.files import write_text
 from activation_beacon.model import attach
-from activation_beacon.persistence import fill_parameters, load_adapter_tensors, save_adapter
+from activation_beacon.persistence import fill_parameters, load_adapter_config, load_adapter_tensors, save_adapter
 from activation_beacon.processes import Processes, processes
 from activation_beacon.training.card import training_card
 from activation_beacon.training.checkpoints import checkpoints
@@ -196,12 +197,24 @@ def _model(settings: TrainingSettings, group: Processes, device: str | None) -> 
             f"length ({longest}) exceeds what the base reads uncompressed ({positions} positions), and distillation and "
             f"context_weight ask it to. Use a length of at most {positions}, or cross_entropy alone."
         )
-    if config.exact_ids == "digits":
-        config = dataclasses.replace(config, exact_ids=digit_ids(tokenizer))
-    model = attach(base, config)
+    model = attach(base, with_digits(config, tokenizer))
     if settings.adapter is not None:
+        _tell_differences(settings.adapter, model.beacon_config)
         fill_parameters(model.beacon_parameters(), load_adapter_tensors(settings.adapter))
     return model, tokenizer
+
+
+def _tell_differences(adapter: str, config: BeaconConfig) -> None:
+    """Say where the recipe's settings are not those of the adapter that it goes on from."""
+    before = load_adapter_config(adapter)
+    for name in ("num_sinks", "anchored", "placement", "exact_ids"):
+        old, new = getattr(before, name), getattr(config, name)
+        if old != new:
+            logger.warning("%s has %s %s; this run goes on with %s.", adapter, name, _brief(old), _brief(new))
+
+
+def _brief(value: Any) -> str:
+    return f"of {len(value)} tokens" if isinstance(value, tuple) else str(value)
 
 
 @contextmanager

@@ -224,6 +224,8 @@ class TrainingSettings:
         for name in ("average_decay", "max_tokens"):
             if not values[name]:
                 del values[name]  # runs from before there was one go on
+        if not values["config"]["exact_ids"]:
+            del values["config"]["exact_ids"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
