@@ -136,8 +136,14 @@ def _adapter(name: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     else:
         lines += [("parameters", "none on disk: beacons begin as copies of the base model's projections")]
     lines += _setting_lines(config)
-    lines += [(f"training {name}", str(value)) for name, value in (config.training or {}).items()]
+    training = config.training or {}
+    lines += [(f"training {name}", _short(value)) for name, value in training.items()]
     return values, lines
+
+
+def _short(value: object) -> str:
+    """A value on one line; several runs by their number."""
+    return str(len(value)) if isinstance(value, list) else str(value)
 
 
 def _weights(folder: Path, config: "BeaconConfig") -> dict[str, Any]:
