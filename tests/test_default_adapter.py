@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from activation_beacon import load
+from activation_beacon import ChatPrompt, load
 from activation_beacon.books import read_demo_book
+from activation_beacon.data.hiding import hide
 from activation_beacon.hub import default_adapter_folder
 from activation_beacon.training.settings import TrainingSettings
 
@@ -44,3 +45,17 @@ def test_beacons_close_part_of_the_gap_between_a_chunk_alone_and_the_whole_text(
     assert full < alone
     # Beacons know how books are written, which the base does not: they may even do better than it with the whole text.
     assert beacons < alone - 0.5 * (alone - full), (full, beacons, alone)
+
+
+@pytest.mark.default_model
+@pytest.mark.parametrize("ratio", [4, 8, 16])
+def test_a_number_is_found_through_beacons(ratio):
+    model, tokenizer = load("default")
+    prompt = ChatPrompt(tokenizer)
+    ids = tokenizer(read_demo_book(), verbose=False)["input_ids"][:1250]
+    text = hide(tokenizer.decode(ids), "The special magic number of the violin is 7853176.", 0.3)
+    context = model.compress([prompt.opening(text)], ratio=ratio)
+    assert context.num_beacons == model.beacon_config.chunk_size // ratio
+    asked = torch.tensor([prompt.question("What is the special magic number of the violin?")])
+    answer = model.generate(asked, context=context, max_new_tokens=24, do_sample=False)
+    assert "7853176" in tokenizer.decode(answer[0, asked.shape[1] :])
