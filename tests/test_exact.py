@@ -1,11 +1,13 @@
 """Which tokens beacons begin as."""
 
+import dataclasses
 import random
 
 import pytest
 
-from activation_beacon import digit_ids
-from activation_beacon.exact import anchor_tokens
+from activation_beacon import BeaconConfig, digit_ids
+from activation_beacon.errors import ConfigError
+from activation_beacon.exact import anchor_tokens, with_digits
 from reference import exact_anchors
 
 E = 99  # an exact token
@@ -68,6 +70,19 @@ class Tokenizer:
 
     def get_added_vocab(self):
         return {"<|im_2|>": 8}
+
+
+def test_a_tokenizer_without_digits_is_refused_and_ids_that_are_named_are_kept():
+    asked = BeaconConfig(anchored=True, placement="append", exact_ids="digits")
+    assert with_digits(asked, Tokenizer()).exact_ids == (1, 2, 3, 7)
+    named = dataclasses.replace(asked, exact_ids=(5,))
+    assert with_digits(named, Tokenizer()) is named
+    bare = Tokenizer()
+    bare.get_vocab = lambda: {"a": 1}
+    with pytest.raises(
+        ConfigError, match=r"^exact_ids \(\"digits\"\) finds none: no token of the tokenizer holds a digit\."
+    ):
+        with_digits(asked, bare)
 
 
 def test_tokens_that_hold_a_digit_are_named_without_special_ones_and_bytes():

@@ -383,6 +383,14 @@ def test_untrained_exact_beacons_hold_numbers_token_by_token():
         torch.testing.assert_close(layer.values[:, :, places], expected.values[:, :, :5], rtol=0, atol=1e-5)
 
 
+def test_exact_ids_beyond_the_vocabulary_are_refused():
+    config = BeaconConfig(chunk_size=CHUNK, ratios=RATIOS, anchored=True, placement="append", exact_ids=(5, 97))
+    with pytest.raises(
+        ConfigError, match=r"^exact_ids names 97, but the base model has 97 tokens\. Use digit_ids of its own"
+    ):
+        attach(tiny("qwen2"), config)
+
+
 def test_exact_ids_that_name_no_tokens_yet_are_refused():
     config = BeaconConfig(chunk_size=CHUNK, ratios=RATIOS, anchored=True, placement="append", exact_ids="digits")
     with pytest.raises(ConfigError, match=r"^exact_ids \(\"digits\"\) names no tokens yet\. Give "):

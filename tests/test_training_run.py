@@ -86,7 +86,7 @@ def test_flags_alone_make_a_run_and_the_summary_says_how_to_go_on(files, tmp_pat
     assert "step 3 of 3: loss " in result.stderr
 
 
-def test_exact_finds_the_tokenizers_digits_and_a_run_goes_on_with_them(files, tmp_path):
+def test_exact_finds_the_tokenizers_digits_and_a_run_goes_on_with_them(files, tmp_path, caplog):
     options = [*arguments(files), "--exact", "--sinks", "2", "-o", "run", "--json"]
     assert run(*options, "--steps", "1", cwd=tmp_path).exit_code == 0
     model, tokenizer = load(tmp_path / "run" / "adapter")
@@ -97,6 +97,15 @@ def test_exact_finds_the_tokenizers_digits_and_a_run_goes_on_with_them(files, tm
     result = run(*options[:-3], "--adapter", "run/adapter", "--steps", "1", "-o", "more", "--json", cwd=tmp_path)
     assert result.exit_code == 0, result.output
     assert load(tmp_path / "more" / "adapter")[0].beacon_config.exact_ids == config.exact_ids
+    plain = run(
+        *arguments(files), "--anchored", "--adapter", "run/adapter", "--steps", "1", "-o", "plain", cwd=tmp_path
+    )
+    assert plain.exit_code == 0, plain.output
+    told = [record.getMessage() for record in caplog.records if "this run goes on with" in record.getMessage()]
+    assert "run/adapter has placement append; this run goes on with interleave." in told
+    refused = run(*arguments(files), "--exact", "--not-anchored", "-o", "refused", cwd=tmp_path)
+    assert refused.exit_code == 1
+    assert "exact_ids needs beacons that begin as a token" in refused.output
 
 
 def test_what_has_no_option_of_its_own_is_set_by_name(files, tmp_path):

@@ -9,7 +9,6 @@ everything to it in passes that are not of this kind.
 """
 
 import contextlib
-import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from activation_beacon.adapt import AT_ONCE, DecoderSite
 from activation_beacon.causal import LowerRight
 from activation_beacon.config import BeaconConfig
 from activation_beacon.errors import UnsupportedError
-from activation_beacon.forward import BaseModel, exact_anchor_slots, interleave
+from activation_beacon.forward import BaseModel, anchor_slots, interleave
 from activation_beacon.plan import ChunkLayout
 from activation_beacon.rope import KeyMover
 
@@ -41,7 +40,7 @@ class Chunks:
         layouts: of the chunks that are closed, in order.
         tail_length: raw tokens after them.
         device: of the masks and indices.
-        exact: for each chunk the slots (B, n) of the tokens that its beacons begin as; none for those of the layout.
+        anchors: for each chunk the slots (n,) or (B, n) of the tokens that its beacons begin as.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class Chunks:
         layouts: Sequence[ChunkLayout],
         tail_length: int,
         device: torch.device,
-        exact: Sequence[torch.Tensor] = (),
+        anchors: Sequence[torch.Tensor],
     ) -> None:
         self.layer_of = {layer.attention: index for index, layer in enumerate(site.layers)}
         self.spans: list[tuple[int, int]] = []  # slots, entries held before them
@@ -58,14 +57,14 @@ class Chunks:
         positions: list[int] = []
         raw: list[int] = []
         beacons: list[int] = []
-        anchors: list[int] = []
+        firsts: list[int] = []
         first = 0
         for layout in layouts:
             self.spans.append((layout.num_slots, len(kept)))
             positions += range(len(kept), len(kept) + layout.num_slots)
             raw += [first + slot for slot in layout.raw_slots]
             beacons += [first + slot for slot in layout.beacon_slots]
-            anchors += [first + slot for slot in layout.anchor_slots]
+            firsts.append(first)
             kept += [first + slot for slot in layout.kept_slots]
             first += layout.num_slots
         self.spans.append((tail_length, len(kept)))
@@ -77,12 +76,8 @@ class Chunks:
         self.position_ids = torch.tensor(positions, device=device)[None]  # (1, N)
         self.raw_slots = torch.tensor(raw, device=device)  # (T,)
         self.beacon_slots = torch.tensor(beacons, dtype=torch.long, device=device)
-        self.anchor_slots = torch.tensor(anchors, dtype=torch.long, device=device)  # or (B, beacons), where exact
-        if exact:
-            firsts = itertools.accumulate((layout.num_slots for layout in layouts[:-1]), initial=0)
-            self.anchor_slots = torch.cat([slots + first for slots, first in zip(exact, firsts, strict=True)], 1).to(
-                device
-            )
+        moved = [slots + first for slots, first in zip(anchors, firsts, strict=True)]
+        self.anchor_slots = torch.cat(moved, dim=-1).to(device) if moved else self.beacon_slots  # (n,) or (B, n) of all
         self._masks: dict[tuple[int, int, int | None, torch.dtype | None], torch.Tensor | None] = {}
 
     def attend(
@@ -187,11 +182,9 @@ def read_at_once(
     tail_length = ids.shape[1] - len(layouts) * chunk_size
     assert tail_length > 0, "closing is lazy: a tail is left"
     texts = ids[:, : len(layouts) * chunk_size].split(chunk_size, dim=1) if layouts else ()
-    exact = []
-    if config.exact and layouts:
-        on_host = ids[:, : len(layouts) * chunk_size].cpu().split(chunk_size, dim=1)
-        exact = [exact_anchor_slots(config, layout, text) for layout, text in zip(layouts, on_host, strict=True)]
-    chunks = Chunks(site, layouts, tail_length, ids.device, exact)
+    seen = torch.cat(texts, dim=1).cpu().split(chunk_size, dim=1) if layouts and config.exact else texts
+    anchors = [anchor_slots(config, layout, text) for layout, text in zip(layouts, seen, strict=True)]
+    chunks = Chunks(site, layouts, tail_length, ids.device, anchors)
     pieces = [interleave(model, text, layout) for text, layout in zip(texts, layouts, strict=True)]
     pieces.append(model.get_input_embeddings()(ids[:, len(layouts) * chunk_size :]))
     output = model.get_decoder()(

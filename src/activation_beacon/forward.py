@@ -167,22 +167,17 @@ class _Reader:
     def _anchor_slots(self, rounds: Sequence[tuple[tuple[int, ...], ChunkLayout]]) -> list[torch.Tensor]:
         """For each pass, slots (n,) or (B, n) of the tokens that its beacons begin as; copied to a GPU together."""
         config, device = self.cache.config, self.ids.device
-        slots = [constant(layout.anchor_slots, device) for _, layout in rounds]
-        exact = [number for number, (_, layout) in enumerate(rounds) if config.exact and not layout.has_raw_runs]
-        if not exact:
-            return slots
+        if not config.exact:
+            return [constant(layout.anchor_slots, device) for _, layout in rounds]
         ids, chosen = self.ids.cpu(), []
         num_closed = [len(row.chunks) for row in self.cache.rows]
-        for number, (members, layout) in enumerate(rounds):
+        for members, layout in rounds:
             starts = [num_closed[row] * config.chunk_size for row in members]
-            if number in exact:
-                chosen.append(exact_anchor_slots(config, layout, self._text(members, starts, config.chunk_size, ids)))
+            chosen.append(anchor_slots(config, layout, self._text(members, starts, config.chunk_size, ids)))
             for row in members:
                 num_closed[row] += 1
         parts = torch.cat([each.flatten() for each in chosen]).to(device).split([each.numel() for each in chosen])
-        for number, each, part in zip(exact, chosen, parts, strict=True):
-            slots[number] = part.view(each.shape)
-        return slots
+        return [part.view(each.shape) for each, part in zip(chosen, parts, strict=True)]
 
     def _close(self, members: tuple[int, ...], layout: ChunkLayout, anchor_slots: torch.Tensor) -> None:
         cache = self.cache
@@ -415,8 +410,16 @@ def interleave(model: BaseModel, ids: torch.Tensor, layout: ChunkLayout) -> torc
     return torch.where(beacon_mask, model.beacon_embedding.to(tokens.dtype), spread)
 
 
-def exact_anchor_slots(config: BeaconConfig, layout: ChunkLayout, ids: torch.Tensor) -> torch.Tensor:
-    """Slots (B, n) of the tokens that the beacons of a chunk (B, w) begin as, numbers and codes token by token."""
+def anchor_slots(config: BeaconConfig, layout: ChunkLayout, ids: torch.Tensor) -> torch.Tensor:
+    """Slots of the tokens that the beacons of a chunk (B, w) begin as: the layout's (n,), or each text's own (B, n).
+
+    Args:
+        config: of the adapter; its exact ids are held token by token.
+        layout: of the chunk; one with raw runs is cut evenly.
+        ids: on the host; not looked at where nothing is exact.
+    """
+    if not config.exact or layout.has_raw_runs:
+        return torch.tensor(layout.anchor_slots)
     chosen = [anchor_tokens(row, len(layout.beacon_slots), config.exact) for row in ids.tolist()]
     return torch.tensor([[layout.raw_slots[token] for token in row] for row in chosen])
 

@@ -199,7 +199,8 @@ def _model(settings: TrainingSettings, group: Processes, device: str | None) -> 
         )
     model = attach(base, with_digits(config, tokenizer))
     if settings.adapter is not None:
-        _tell_differences(settings.adapter, model.beacon_config)
+        if group.is_first:
+            _tell_differences(settings.adapter, model.beacon_config)
         fill_parameters(model.beacon_parameters(), load_adapter_tensors(settings.adapter))
     return model, tokenizer
 
