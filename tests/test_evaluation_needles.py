@@ -26,10 +26,12 @@ def needles():
     return list(needle_samples(PROMPT, BACKGROUND, LENGTH))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "passkey"])
+@pytest.mark.parametrize("kind", [*KINDS, "passkey", "fact"])
 def test_a_needle_says_what_is_asked_and_the_question_does_not(kind):
-    for seed in range(20):
+    for seed in range(200):
         needle = make_needle(kind, random.Random(seed))
+        assert needle == make_needle(kind, random.Random(seed))
+        assert not set("{}") & set(needle.statement + needle.question.text)
         [answer] = needle.question.references
         assert answer in needle.statement
         assert answer not in needle.question.text
@@ -100,7 +102,7 @@ def test_a_short_background_is_taken_up_again():
     [
         (
             lambda: make_needle("haystack", random.Random(0)),
-            "There is no needle of kind 'haystack'. Use some of sentence, number, uuid, passkey.",
+            "There is no needle of kind 'haystack'. Use some of sentence, number, uuid, passkey, fact.",
         ),
         (
             lambda: list(needle_samples(PROMPT, [], LENGTH)),

@@ -11,7 +11,9 @@ from activation_beacon.errors import ConfigError, InputError
 from activation_beacon.evaluation import needles as evaluated
 from activation_beacon.training import needle_words
 from activation_beacon.training.needles import KINDS, Needles, Reconstruction, find_cue, make_needle
+from activation_beacon.training.samplers import RunData, stage_samplers
 from activation_beacon.training.sampling import num_chunks
+from activation_beacon.training.settings import Stage, TrainingSettings
 from training_texts import MARKED, UNMARKED, answers_of, letter_tokenizer, store_of_texts, text_of, text_with
 
 CHUNK, LENGTH = 1024, 8192
@@ -56,7 +58,7 @@ def test_the_answer_stands_in_the_statement_and_not_in_the_question(kind):
         assert needle.answer not in needle.question
         assert needle.question.endswith(("?", "."))
         shapes = [SHAPES[kind]] if kind in SHAPES else [SHAPES[name] for name in ("number", "uuid", "word")]
-        assert any(re.fullmatch(shape, needle.answer) for shape in shapes)
+        assert kind == "fact" or any(re.fullmatch(shape, needle.answer) for shape in shapes)
         assert not re.search("[{}]", needle.statement + needle.question)
 
 
@@ -64,7 +66,7 @@ def test_needles_of_one_kind_differ():
     for kind in KINDS:
         made = [make_needle(kind, random.Random(seed)) for seed in range(300)]
         assert len({needle.statement for needle in made}) > 290
-        assert len({needle.question for needle in made}) > (30 if kind == "sentence" else 290)
+        assert len({needle.question for needle in made}) > {"sentence": 30, "fact": 250}.get(kind, 290)
 
 
 def test_a_needle_of_several_keys_hides_as_many_statements_of_one_form():
@@ -80,21 +82,39 @@ def test_a_needle_of_several_keys_hides_as_many_statements_of_one_form():
     assert counts.keys() == {3, 4, 5, 6, 7, 8}
 
 
+def test_facts_are_answered_in_short_and_in_whole_sentences():
+    made = [make_needle("fact", random.Random(seed)) for seed in range(400)]
+    is_whole = [needle.answer == needle.statement for needle in made]
+    assert 0.4 < sum(is_whole) / len(made) < 0.6
+    assert len({re.sub(r"\W+|[A-Z]\w*|\d+", " ", needle.statement).split()[0] for needle in made}) > 4
+    assert all(len(needle.answer) < 40 for needle, whole in zip(made, is_whole, strict=True) if not whole)
+
+
 def test_an_unknown_kind_is_refused(store):
     for make in (lambda: make_needle("pin", random.Random(0)), lambda: needles(store, kinds=("word", "pin"))):
         with pytest.raises(ConfigError) as caught:
             make()
         assert str(caught.value) == (
-            "There is no needle of kind 'pin'. Use some of word, number, uuid, sentence, multi."
+            "There is no needle of kind 'pin'. Use some of word, number, uuid, sentence, multi, fact."
         )
     with pytest.raises(ConfigError, match=r"kinds names no needle\. Use some of word"):
         needles(store, kinds=())
 
 
+def test_a_stage_hides_the_kinds_that_it_names(store):
+    stage = Stage(documents=0.0, needles=1.0, needle_kinds=("number",), length=LENGTH, chunk_size=CHUNK)
+    settings = TrainingSettings(output="run", documents=("texts",), stages=(stage,))
+    [sampler] = stage_samplers(settings, RunData(store, None, [], []), letter_tokenizer(MARKED), print)
+    answers = [answer for index in range(20) for answer in answers_of(sampler.sample(index))]
+    assert all(re.match(SHAPES["number"], answer) for answer in answers), answers
+
+
 def test_no_word_list_is_shared_with_the_evaluation():
-    for name in ("ACTS", "PLACES", "TIMES", "CITIES"):
+    for name in ("ACTS", "PLACES", "TIMES", "CITIES", "NAMES", "SURNAMES"):
         assert not set(getattr(needle_words, name)) & set(getattr(evaluated, name))
     assert not set(needle_words.NOUNS) & set(evaluated.THINGS)
+    trained, asked = ({form[0] for form in forms} for forms in (needle_words.FACT_FORMS, evaluated.FACTS))
+    assert not trained & asked
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

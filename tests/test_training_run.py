@@ -7,11 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from activation_beacon import digit_ids, load
 from activation_beacon.cli import app
+from activation_beacon.persistence import load_adapter_tensors
 from activation_beacon.training.checkpoints import checkpoints
+from activation_beacon.training.settings import CONFIG_FIELDS
 from saved_models import CHUNK, save_base
 
 BEACON = [sys.executable, "-m", "activation_beacon"]
@@ -98,14 +101,42 @@ def test_exact_finds_the_tokenizers_digits_and_a_run_goes_on_with_them(files, tm
     assert result.exit_code == 0, result.output
     assert load(tmp_path / "more" / "adapter")[0].beacon_config.exact_ids == config.exact_ids
     plain = run(
-        *arguments(files), "--anchored", "--adapter", "run/adapter", "--steps", "1", "-o", "plain", cwd=tmp_path
-    )
+        *arguments(files), "--no-exact", "--set", "config.placement=interleave", "--adapter", "run/adapter",
+        "--steps", "1", "-o", "plain", cwd=tmp_path,
+    )  # fmt: skip
     assert plain.exit_code == 0, plain.output
     told = [record.getMessage() for record in caplog.records if "this run goes on with" in record.getMessage()]
     assert "run/adapter has placement append; this run goes on with interleave." in told
     refused = run(*arguments(files), "--exact", "--not-anchored", "-o", "refused", cwd=tmp_path)
     assert refused.exit_code == 1
     assert "exact_ids needs beacons that begin as a token" in refused.output
+
+
+def test_a_run_that_goes_on_from_an_adapter_has_its_base_and_settings_from_it(files, tmp_path, monkeypatch, caplog):
+    begun = run(*arguments(files), "--exact", "--sinks", "2", "--steps", "1", "-o", "run", cwd=tmp_path)
+    assert begun.exit_code == 0, begun.output
+    before, _ = load(tmp_path / "run" / "adapter")
+    texts = [str(files / "texts.jsonl"), "--length", "128", "--batch-size", "2", "--steps", "1"]
+    monkeypatch.setattr("activation_beacon.hub.default_adapter_folder", lambda: tmp_path / "run" / "adapter")
+    for number, name in enumerate(("run/adapter", str(tmp_path / "run" / "adapter"), "default")):
+        result = run(*texts, "--adapter", name, "-o", f"more-{number}", cwd=tmp_path)
+        assert result.exit_code == 0, result.output
+        after = load(tmp_path / f"more-{number}" / "adapter")[0].beacon_config
+        for field in (*CONFIG_FIELDS, "base_model", "base_fingerprint"):
+            assert getattr(after, field) == getattr(before.beacon_config, field)
+    assert "this run goes on with" not in caplog.text
+    recipe = json.loads((tmp_path / "more-2" / "adapter" / "recipe.json").read_text())
+    assert (recipe["adapter"], recipe["base"]) == ("default", str(files / "base"))
+    [weights, *same] = [load_adapter_tensors(tmp_path / f"more-{number}" / "adapter") for number in range(3)]
+    begin = load_adapter_tensors(tmp_path / "run" / "adapter")
+    assert all(torch.equal(tensor, other[key]) for other in same for key, tensor in weights.items())
+    assert any(not torch.equal(tensor, begin[key]) for key, tensor in weights.items())
+    other = run(*texts, "--adapter", "run/adapter", "--sinks", "1", "-o", "other", cwd=tmp_path)
+    assert other.exit_code == 0, other.output
+    assert load(tmp_path / "other" / "adapter")[0].beacon_config.num_sinks == 1
+    missing = run(*texts, "--adapter", str(tmp_path / "none"), "-o", "missing", cwd=tmp_path)
+    assert missing.exit_code == 1
+    assert "none holds no adapter: beacon_config.json is missing." in missing.output
 
 
 def test_what_has_no_option_of_its_own_is_set_by_name(files, tmp_path):

@@ -39,6 +39,15 @@ def test_a_run_that_was_begun_before_there_were_exact_ids_goes_on():
     assert TrainingSettings(output="a", documents=("t",)).fingerprint == "c55cf1cc7789a03d"
 
 
+def test_kinds_of_needles_decide_where_there_are_needles():
+    def run(**stage):
+        return TrainingSettings(output="a", documents=("t",), stages=(Stage(**stage),)).fingerprint
+
+    assert run(needle_kinds=("fact",)) == run()
+    assert run(needles=1.0, needle_kinds=("fact",)) != run(needles=1.0)
+    assert Stage(needle_kinds="fact").needle_kinds == ("fact",)
+
+
 def test_each_step_falls_into_its_stage():
     settings = TrainingSettings(output="a", documents=("t",), stages=(Stage(steps=2), Stage(steps=3)))
     assert [settings.stage_at(step)[::2] for step in range(5)] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
@@ -60,6 +69,14 @@ BAD_STAGES = [
     ({"learning_rate": "1e-3"}, "learning_rate must be a number of more than 0; got '1e-3'."),
     ({"documents": 0.0}, "documents, questions, needles and reconstruction are all 0: no text is left. Raise one."),
     ({"needles": -1}, "needles must be a number of at least 0; got -1."),
+    (
+        {"needle_kinds": ("word", "pin")},
+        "needle_kinds must be one of word, number, uuid, sentence, multi, fact; got 'pin'.",
+    ),
+    (
+        {"needle_kinds": ()},
+        "needle_kinds names none. Use some of word, number, uuid, sentence, multi, fact, or needles: 0.",
+    ),
     ({"warmup": 0.6, "decay": 0.6}, "warmup (0.6) and decay (0.6) must not exceed 1 together."),
     ({"ratio_draw": "step"}, "ratio_draw must be one of chunk, text; got 'step'."),
     ({"cross_entropy": -1.0}, "cross_entropy must be a number of at least 0; got -1.0."),

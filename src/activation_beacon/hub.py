@@ -44,12 +44,12 @@ def load(
         BaseModelError: if the base model cannot be found.
         MismatchError: if the base model is not the one that the adapter was made for.
     """
-    folder = _adapter_folder(name, revision)
+    folder = adapter_folder(name, revision)
     config = _untrained_default() if folder is None else load_adapter_config(folder)
     if isinstance(base, PreTrainedModel):
         model, tokenizer = base, None
     else:
-        source, base_revision = (base, None) if base else (_base_name(config, folder), _hub_revision(config))
+        source, base_revision = (base, None) if base else (base_name(config, folder), _hub_revision(config))
         model, tokenizer = load_pretrained_base(source, dtype=dtype, device=device, revision=base_revision)
     model = attach(model, config if tokenizer is None else with_digits(config, tokenizer))
     if folder is not None:
@@ -71,7 +71,15 @@ def _untrained_default() -> BeaconConfig:
     return BeaconConfig(base_model=DEFAULT, base_revision=DEFAULT_BASE_REVISION)
 
 
-def _adapter_folder(name: str | Path, revision: str | None) -> Path | None:
+def adapter_folder(name: str | Path, revision: str | None = None) -> Path | None:
+    """The folder of an adapter by its name, as `load` takes it; fetched from the hub if need be.
+
+    Returns:
+        None for "default" where the package ships without an adapter.
+
+    Raises:
+        StorageError: if it is neither a folder nor to be had from the hub.
+    """
     if str(name) == DEFAULT:
         return default_adapter_folder()
     path = Path(name)
@@ -92,7 +100,12 @@ def _download_adapter(repo_id: str, revision: str | None) -> Path:
         ) from error
 
 
-def _base_name(config: BeaconConfig, folder: Path | None) -> str:
+def base_name(config: BeaconConfig, folder: Path | None) -> str:
+    """The base model that an adapter names: "default", a hub id, or a folder, which may lie beside the adapter's files.
+
+    Raises:
+        StorageError: if it names none.
+    """
     if config.base_model is None:
         raise StorageError(f"The adapter in {folder} names no base model. Name it: load(..., base=...), or --base.")
     beside = None if folder is None else folder / config.base_model

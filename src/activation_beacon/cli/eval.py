@@ -75,7 +75,7 @@ def needles(
     depths: Annotated[int, typer.Option("--depths", min=1, help="Depths to hide needles at.")] = 10,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Samples of each kind and depth.")] = 1,
     kinds: Annotated[
-        str, typer.Option("--kinds", help="Kinds of needles: sentence, number, uuid, passkey.")
+        str, typer.Option("--kinds", help="Kinds of needles: sentence, number, uuid, passkey, fact.")
     ] = "sentence,number,uuid",
     limit: Limit = None,
     methods: Methods = METHODS,

@@ -32,7 +32,9 @@ def train(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base model: default, a folder, or a hub id.")] = None,
-    adapter: Annotated[str | None, typer.Option("--adapter", help="Adapter folder to start from.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="Adapter to go on from: default, a folder, or a hub id.")
+    ] = None,
     questions: Annotated[
         Sources, typer.Option("--questions", help="Questions with contexts, for a second stage.")
     ] = None,
@@ -101,9 +103,12 @@ def train(
     """Train an adapter: beacons learn to stand for the text before them; the base model stays as it is.
 
     A recipe says everything in one file (see recipes/), and options override what it says for all of its stages. Without
-    a recipe, one stage on the given texts; with --questions, a second one on packed questions.
+    a recipe, one stage on the given texts; with --questions, a second one on packed questions. A run that goes on from
+    an adapter takes its base and its settings from it, where nothing else is said.
 
-    Example: beacon train my-texts/ --base my/decoder -o my-run --max-minutes 60 --set stage.decay=0.3 --set average_decay=0.99
+    Examples: beacon train my-texts/ --base my/decoder -o my-run --max-minutes 60 --set stage.decay=0.3 --set average_decay=0.99
+
+    beacon train my-texts/ --adapter default -o my-run --max-minutes 30
 
     The run's folder gets checkpoints, metrics.jsonl, and the adapter. Ctrl-C, SIGTERM and --max-minutes save and end it;
     --resume goes on to the same weights as an unbroken run.
@@ -171,6 +176,23 @@ def set_others(pairs: list[str], groups: dict[str, dict[str, Any]]) -> None:
             ) from error
 
 
+def _on_from(adapter: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Values of a run that goes on from an adapter: what they do not say, its base and settings, they have from it.
+
+    Raises:
+        StorageError, FileFormatError: if there is no such adapter, or it cannot be read.
+    """
+    from activation_beacon.hub import adapter_folder, base_name
+    from activation_beacon.persistence import load_adapter_config
+    from activation_beacon.training.settings import CONFIG_FIELDS
+
+    folder = adapter_folder(adapter)
+    config = load_adapter_config(folder or adapter)
+    known = {name: getattr(config, name) for name in CONFIG_FIELDS}
+    base = values.get("base") or base_name(config, folder)
+    return {**values, "base": base, "config": {**known, **values["config"]}}
+
+
 def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
@@ -193,6 +215,8 @@ def _settings(
     else:
         raise ConfigError("There is nothing to train on. Name texts, or a recipe such as recipes/default-cpu.yaml.")
     values = {**values, **flags, "stages": stages, "config": {**(values.get("config") or {}), **config}}
+    if values.get("adapter"):
+        values = _on_from(values["adapter"], values)
     if not values.get("output"):
         raise ConfigError("The run needs a folder for what comes of it. Add --output FOLDER.")
     return TrainingSettings.from_dict(values)

@@ -14,22 +14,30 @@ from activation_beacon.training.needle_words import (
     ACTS,
     ADJECTIVES,
     CITIES,
+    COLOURS,
+    DISHES,
+    FACT_FORMS,
+    JOBS,
+    KINDS,
+    MONTHS,
     NAMES,
     NOUNS,
+    PETS,
     PLACES,
     REPEAT_FORMS,
     SENTENCE_FORMS,
     SUBJECTS,
+    SURNAMES,
     TIMES,
     VALUE_FORMS,
 )
 from activation_beacon.training.sampling import DocumentSampler, Sample, drawn_length
 from activation_beacon.training.token_store import TokenStore
 
-KINDS = ("word", "number", "uuid", "sentence", "multi")
 VALUE_KINDS = ("word", "number", "uuid")
 MOST_TURNS = 4
 MULTI_KEYS = (3, 8)
+WHOLE = 0.5  # of the answers to facts say all of it, as chat models do
 ANSWER_TOKENS = (100, 300)
 MOST_CHARACTERS = 16  # of a token, in prose
 CUE = re.compile(r"(?<!\S)\S++(?:\s++\S++){11}")
@@ -51,7 +59,10 @@ class Needle:
 
 
 def make_needle(kind: str, rng: random.Random) -> Needle:
-    """A needle of one kind: a "word", "number" or "uuid" that belongs to a key, a "sentence", or several keys ("multi").
+    """A needle of one kind.
+
+    A "word", "number" or "uuid" that belongs to a key, a "sentence", several keys ("multi"), or a "fact": a date, an amount, a
+    telephone number, a name, as people write them.
 
     Raises:
         ConfigError: listing the kinds.
@@ -60,6 +71,8 @@ def make_needle(kind: str, rng: random.Random) -> Needle:
         return _multi_needle(rng.choice(VALUE_KINDS), rng)
     if kind == "sentence":
         return _sentence_needle(rng)
+    if kind == "fact":
+        return _fact_needle(rng)
     if kind in VALUE_KINDS:
         statement, question = rng.choice(VALUE_FORMS)
         return _value_needle(kind, statement, question, _key(rng), rng.choice(SUBJECTS[kind]), rng)
@@ -100,6 +113,35 @@ def _sentence_needle(rng: random.Random) -> Needle:
     who = {"name": rng.choice(NAMES), "city": rng.choice(CITIES)}
     answer = " ".join(map(rng.choice, (ACTS, PLACES, TIMES)))
     return Needle(statement.format(answer=answer, **who), question.format(**who), answer)
+
+
+def _fact_needle(rng: random.Random) -> Needle:
+    statement, question, answer = rng.choice(FACT_FORMS)
+    values = _fact_values(rng)
+    statement = statement.format(**values)
+    return Needle(statement, question.format(**values), statement if rng.random() < WHOLE else answer.format(**values))
+
+
+def _fact_values(rng: random.Random) -> dict[str, str]:
+    """What the places of `FACT_FORMS` are filled with."""
+    city, other = rng.sample(CITIES, 2)
+    name, other_name = rng.sample(NAMES, 2)
+    noun, thing = rng.sample(NOUNS, 2)
+    day, month, year = rng.randint(1, 28), rng.choice(MONTHS), rng.randint(1700, 2050)
+    letters = "".join(rng.choices("ABCDEFGHJKLMNPRSTUVWXYZ", k=3))
+    values: dict[str, Any] = {
+        "city": city, "other": other, "name": name, "other_name": other_name, "noun": noun, "thing": thing,
+        "adjective": rng.choice(ADJECTIVES), "surname": rng.choice(SURNAMES), "job": rng.choice(JOBS),
+        "colour": rng.choice(COLOURS), "dish": rng.choice(DISHES), "pet": rng.choice(PETS), "word": rng.choice(NOUNS),
+        "clock": f"{rng.randint(0, 23)}:{rng.randint(0, 59):02d}", "year": year, "day": f"{month} {day}",
+        "date": rng.choice((f"{day} {month} {year}", f"{month} {day}, {year}", f"{year}-{MONTHS.index(month) + 1:02d}-{day:02d}")),
+        "money": f"{rng.randint(1000, 99999):,}", "price": f"{rng.randint(2, 99)}.{rng.randint(0, 99):02d}",
+        "two": rng.randint(10, 99), "three": rng.randint(100, 999), "four": rng.randint(1000, 9999),
+        "five": rng.randint(10000, 99999), "long": rng.randint(10**7, 10**9), "seat": f"{rng.randint(1, 40)}{letters[0]}",
+        "decimal": f"{rng.randint(2, 60)}.{rng.randint(1, 9)}", "code": f"{letters[:2]}-{rng.randint(1000, 99999)}",
+        "plate": f"{letters} {rng.randint(100, 999)}", "telephone": f"{rng.randint(200, 999)}-{rng.randint(1000, 9999)}",
+    }  # fmt: skip
+    return {name: str(value) for name, value in values.items()}
 
 
 def _key(rng: random.Random) -> str:

@@ -20,6 +20,7 @@ from activation_beacon.default_base import DEFAULT_BASE_REVISION
 from activation_beacon.errors import BaseModelError, ConfigError, StorageError
 from activation_beacon.exact import with_digits
 from activation_beacon.files import write_text
+from activation_beacon.hub import adapter_folder
 from activation_beacon.model import attach
 from activation_beacon.persistence import fill_parameters, load_adapter_config, load_adapter_tensors, save_adapter
 from activation_beacon.processes import Processes, processes
@@ -199,15 +200,16 @@ def _model(settings: TrainingSettings, group: Processes, device: str | None) -> 
         )
     model = attach(base, with_digits(config, tokenizer))
     if settings.adapter is not None:
+        with group.first_before_others():
+            folder = adapter_folder(settings.adapter) or settings.adapter
         if group.is_first:
-            _tell_differences(settings.adapter, model.beacon_config)
-        fill_parameters(model.beacon_parameters(), load_adapter_tensors(settings.adapter))
+            _tell_differences(settings.adapter, load_adapter_config(folder), model.beacon_config)
+        fill_parameters(model.beacon_parameters(), load_adapter_tensors(folder))
     return model, tokenizer
 
 
-def _tell_differences(adapter: str, config: BeaconConfig) -> None:
+def _tell_differences(adapter: str, before: BeaconConfig, config: BeaconConfig) -> None:
     """Say where the recipe's settings are not those of the adapter that it goes on from."""
-    before = load_adapter_config(adapter)
     for name in ("num_sinks", "anchored", "placement", "exact_ids"):
         old, new = getattr(before, name), getattr(config, name)
         if old != new:

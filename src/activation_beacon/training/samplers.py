@@ -9,7 +9,7 @@ from activation_beacon.data.data_files import data_files
 from activation_beacon.data.sources import ReadReport
 from activation_beacon.processes import Processes
 from activation_beacon.training.sampling import DocumentSampler, MixedSampler, Sampler
-from activation_beacon.training.settings import TrainingSettings
+from activation_beacon.training.settings import Stage, TrainingSettings
 from activation_beacon.training.token_store import BuildProgress, TokenStore, build_token_store
 
 if TYPE_CHECKING:
@@ -122,20 +122,23 @@ def _stage_sampler(settings: TrainingSettings, number: int, data: RunData, token
         "chunk_size": stage.chunk_size or settings.config.chunk_size,
         "seed": settings.seed + number,
     }
-    parts = [(_sampler(kind, data, tokenizer, sizes, tell), share) for kind, share in stage.shares.items() if share]
+    parts = [
+        (_sampler(kind, stage, data, tokenizer, sizes, tell), share) for kind, share in stage.shares.items() if share
+    ]
     return parts[0][0] if len(parts) == 1 else MixedSampler(parts, seed=sizes["seed"])
 
 
-def _sampler(kind: str, data: RunData, tokenizer: Any, sizes: dict[str, Any], tell: Tell) -> Sampler:
-    if kind == "documents":
-        assert data.documents is not None, "settings are checked: documents are named"
-        return DocumentSampler(data.documents, **sizes)
+def _sampler(kind: str, stage: Stage, data: RunData, tokenizer: Any, sizes: dict[str, Any], tell: Tell) -> Sampler:
     if kind == "questions":
         return _packed(data.questions, "questions", tokenizer, sizes, tell)
+    assert data.documents is not None, "settings are checked: documents are named"
+    if kind == "documents":
+        return DocumentSampler(data.documents, **sizes)
     from activation_beacon.training.needles import Needles, Reconstruction
 
-    made: Any = Needles if kind == "needles" else Reconstruction
-    return made(data.documents, tokenizer, **sizes)
+    if kind == "needles":
+        return Needles(data.documents, tokenizer, **sizes, kinds=stage.needle_kinds)
+    return Reconstruction(data.documents, tokenizer, **sizes)
 
 
 def _packed(groups: "list[QuestionGroup]", name: str, tokenizer: Any, sizes: dict[str, Any], tell: Tell) -> Sampler:

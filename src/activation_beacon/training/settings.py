@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from activation_beacon.config import BeaconConfig
 from activation_beacon.errors import ConfigError
+from activation_beacon.training.needle_words import KINDS
 
 Optimizer = Literal["adamw", "muon"]
 RatioDraw = Literal["chunk", "text"]
@@ -29,6 +30,7 @@ class Stage:
         documents: share of texts that are cut from documents.
         questions: share of packed questions, with the loss on the answers only.
         needles: share of hidden needles, likewise.
+        needle_kinds: kinds of needles, as `needles.make_needle` knows them; one that is named twice is drawn twice as often.
         reconstruction: share of texts of which a passage is to be repeated, likewise.
         cross_entropy, distillation, context_weight: see `objective.Objective`.
         ratio_draw: a ratio for each chunk (the paper's best), or one for each text (its ablation).
@@ -49,6 +51,7 @@ class Stage:
     documents: float = 1.0
     questions: float = 0.0
     needles: float = 0.0
+    needle_kinds: tuple[str, ...] = KINDS
     reconstruction: float = 0.0
     cross_entropy: float = 1.0
     distillation: float = 0.0
@@ -74,8 +77,17 @@ class Stage:
         if self.warmup + self.decay > 1:
             raise ConfigError(f"warmup ({self.warmup}) and decay ({self.decay}) must not exceed 1 together.")
         _check_choice("ratio_draw", self.ratio_draw, get_args(RatioDraw))
+        self._check_kinds()
         for name in ("cross_entropy", "distillation", "context_weight"):
             _check_number(name, getattr(self, name), least=0.0)
+
+    def _check_kinds(self) -> None:
+        kinds = (self.needle_kinds,) if isinstance(self.needle_kinds, str) else tuple(self.needle_kinds or ())
+        object.__setattr__(self, "needle_kinds", kinds)
+        if not kinds:
+            raise ConfigError(f"needle_kinds names none. Use some of {', '.join(KINDS)}, or needles: 0.")
+        for kind in kinds:
+            _check_choice("needle_kinds", kind, KINDS)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -97,7 +109,7 @@ class TrainingSettings:
     Attributes:
         output: folder for checkpoints, metrics, curves and the adapter.
         base: base model: "default", a folder, or a hub id.
-        adapter: adapter to start from; None for untrained beacons.
+        adapter: adapter to start from: "default", a folder, or a hub id; None for untrained beacons.
         dtype: of the base's weights; beacon weights are trained in float32.
         config: settings of the adapter (`BeaconConfig` without what is filled in by itself).
         lora_rank: train the difference to the base's projections as a product of this rank; None trains it in full.
@@ -226,6 +238,9 @@ class TrainingSettings:
                 del values[name]  # runs from before there was one go on
         if not values["config"]["exact_ids"]:
             del values["config"]["exact_ids"]
+        for stage in values["stages"]:
+            if not stage["needles"]:
+                del stage["needle_kinds"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
