@@ -134,6 +134,11 @@ def test_a_run_that_goes_on_from_an_adapter_has_its_base_and_settings_from_it(fi
     other = run(*texts, "--adapter", "run/adapter", "--sinks", "1", "-o", "other", cwd=tmp_path)
     assert other.exit_code == 0, other.output
     assert load(tmp_path / "other" / "adapter")[0].beacon_config.num_sinks == 1
+    assert "was made for another base" not in caplog.text
+    save_base(tmp_path / "base", seed=1)
+    moved = run(*texts, "--adapter", "run/adapter", "--base", "base", "-o", "moved", cwd=tmp_path)
+    assert moved.exit_code == 0, moved.output
+    assert "run/adapter was made for another base (fingerprint " in caplog.text
     missing = run(*texts, "--adapter", str(tmp_path / "none"), "-o", "missing", cwd=tmp_path)
     assert missing.exit_code == 1
     assert "none holds no adapter: beacon_config.json is missing." in missing.output

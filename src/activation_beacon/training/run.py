@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from activation_beacon.base_models import load_pretrained_base
-from activation_beacon.config import BeaconConfig
+from activation_beacon.config import BeaconConfig, is_same_fingerprint, short_fingerprint
 from activation_beacon.default_base import DEFAULT_BASE_REVISION
 from activation_beacon.errors import BaseModelError, ConfigError, StorageError
 from activation_beacon.exact import with_digits
@@ -214,6 +214,12 @@ def _tell_differences(adapter: str, before: BeaconConfig, config: BeaconConfig) 
         old, new = getattr(before, name), getattr(config, name)
         if old != new:
             logger.warning("%s has %s %s; this run goes on with %s.", adapter, name, _brief(old), _brief(new))
+    made_for, base = before.base_fingerprint, config.base_fingerprint
+    if made_for and base and not is_same_fingerprint(made_for, base):
+        logger.warning(
+            "%s was made for another base (fingerprint %s; this one has %s): what it learnt there may be of little use.",
+            adapter, short_fingerprint(made_for), short_fingerprint(base),
+        )  # fmt: skip
 
 
 def _brief(value: Any) -> str:
