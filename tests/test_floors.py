@@ -13,7 +13,7 @@ FLOORS = [
     {"config"},
     {"plan"},
     {"constants", "exact"},
-    {"causal", "files", "fingerprint", "processes", "projection", "room", "rope"},
+    {"causal", "files", "fingerprint", "processes", "projection", "resuming", "room", "rope"},
     {"entries", "json_lines"},
     {"batch", "cache", "data"},
     {"adapt"},

@@ -261,43 +261,65 @@ class PassEnded(Exception):  # noqa: N818 - nothing went wrong
 
 
 class ChunkLayer(DynamicLayer):
-    """One layer during the pass that reads a chunk: lends the memory, and keeps the new entries to itself.
+    """One layer during the pass that closes a chunk: lends what is held, and keeps the chunk's entries to itself.
 
     Args:
-        memory: makes the keys and values (B, K, m, D) that stand before the chunk; called when the layer is reached, so
-            that copies of one layer at a time are alive. None where nothing is held.
-        length: m.
+        held: makes the keys and values (B, K, m + h, D) that stand before the pass; called when the layer is reached, so that
+            copies of one layer at a time are alive. None where nothing is held.
+        length: m, entries before the chunk.
+        num_held: h, tokens of the chunk that have been read already.
+        num_repeated: first slots of the pass that are among these; their keys and values are dropped.
         ends_pass: whether nothing is wanted of the pass beyond this layer's keys and values.
     """
 
     def __init__(
         self,
-        memory: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None,
+        held: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None,
         length: int,
         *,
+        num_held: int = 0,
+        num_repeated: int = 0,
         ends_pass: bool = False,
     ) -> None:
         super().__init__()
-        self.memory = memory
+        self.held = held
         self.length = length
+        self.num_held = num_held
+        self.num_repeated = num_repeated
         self.ends_pass = ends_pass
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the chunk's entries (B, K, T, D); returns memory and chunk, to attend to.
+        """Keep the entries of the pass (B, K, R, D), without the repeated ones; returns all that is attended to.
 
         Raises:
             PassEnded: where it `ends_pass`.
         """
         self.keys, self.values = key_states, value_states
+        if self.num_repeated:
+            self.keys, self.values = (states[:, :, self.num_repeated :] for states in (key_states, value_states))
         if self.ends_pass:
             raise PassEnded
-        if self.memory is None:
-            return key_states, value_states
-        keys, values = self.memory()
-        return torch.cat((keys, key_states), dim=2), torch.cat((values, value_states), dim=2)
+        return self._behind(0)
+
+    def memory(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values (B, K, m, D) that stand before the chunk; not for a layer that holds nothing."""
+        assert self.held is not None, "nothing is held"
+        keys, values = self.held()
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def chunk(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values (B, K, T, D) of the chunk's slots, those read already among them."""
+        return self._behind(self.length) if self.num_held else (self.keys, self.values)
+
+    def _behind(self, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pass's keys and values behind what is held from slot `first` on."""
+        if self.held is None:
+            return self.keys, self.values
+        keys, values = self.held()
+        return torch.cat((keys[:, :, first:], self.keys), dim=2), torch.cat((values[:, :, first:], self.values), dim=2)
 
     def get_seq_length(self) -> int:
         """Entries before the chunk."""

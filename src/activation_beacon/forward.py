@@ -22,6 +22,7 @@ from activation_beacon.constants import constant
 from activation_beacon.entries import BeaconLayer, ChunkLayer, PassEnded, Quantized, merge, take
 from activation_beacon.exact import anchor_tokens
 from activation_beacon.plan import ChunkLayout, Row, RowReading, TextPlanner, closing_rounds
+from activation_beacon.resuming import ChunkRows
 from activation_beacon.rope import KeyMover
 
 # B batch · N new tokens (columns) · T slots of a pass · S cache slots · M model dim · V vocabulary
@@ -184,28 +185,47 @@ class _Reader:
         starts = [len(cache.rows[row].chunks) * cache.config.chunk_size for row in members]
         ids = self._text(members, starts, cache.config.chunk_size)
         lengths = [cache.rows[row].memory_length for row in members]
-        memory = _memory_view(cache, members, max(lengths))
+        rows = self._rows_to_compute(members, layout, anchor_slots)
+        memory = _memory_view(cache, members, max(lengths), rows)
         wanted = self._first_wanted(members, starts)
         memory.layers[-1].ends_pass = wanted is None and can_end_early(self.model.get_decoder(), self.site)
-        slots = torch.arange(layout.num_slots, device=ids.device)
-        output = self._call_base(
-            wanted,
-            layout.raw_slots,
-            inputs_embeds=interleave(self.model, ids, layout),
-            position_ids=_positions(lengths, slots),
-            attention_mask=self._mask(
-                _padding_mask(lengths, [layout.num_slots] * len(lengths), layout.num_slots, ids.device),
-                max(lengths),
-                layout.num_slots,
-            ),
-            past_key_values=memory,
-            use_cache=True,
-            beacon_slots=constant(layout.beacon_slots, ids.device),
-            beacon_anchor_slots=anchor_slots,
-        )
+        embeddings = interleave(self.model, ids, layout)
+        if rows is None:
+            slots = torch.arange(layout.num_slots, device=ids.device)
+            padding = _padding_mask(lengths, [layout.num_slots] * len(lengths), layout.num_slots, ids.device)
+            inputs = {
+                "inputs_embeds": embeddings,
+                "position_ids": _positions(lengths, slots),
+                "attention_mask": self._mask(padding, max(lengths), layout.num_slots),
+                "beacon_slots": constant(layout.beacon_slots, ids.device),
+                "beacon_anchor_slots": anchor_slots,
+            }
+        else:
+            inputs = {
+                "inputs_embeds": rows.of(embeddings),
+                "position_ids": _positions(lengths, rows.slots),
+                "attention_mask": rows.mask(lengths),
+                "beacon_slots": rows.beacon_rows,
+                "beacon_anchor_slots": rows.repeated_rows,
+            }
+        row_of = layout.raw_slots if rows is None else [rows.row_of(slot) for slot in layout.raw_slots]
+        output = self._call_base(wanted, row_of, past_key_values=memory, use_cache=True, **inputs)
         if output is not None:
             self._collect(output, members, starts, cache.config.chunk_size)
         self._keep(members, memory, layout)
+
+    def _rows_to_compute(
+        self, members: tuple[int, ...], layout: ChunkLayout, anchor_slots: torch.Tensor
+    ) -> ChunkRows | None:
+        """What is left to compute of a chunk whose first tokens stand in the tail; None where all of it is."""
+        config = self.cache.config
+        if config.placement != "append" or not self._understands_masks():
+            return None
+        num_held = min(config.chunk_size, *(self.cache.rows[row].tail_length for row in members))
+        repeated = anchor_slots if config.anchored else anchor_slots[:0]
+        if num_held <= repeated.shape[-1]:
+            return None
+        return ChunkRows(layout.num_slots, num_held, len(layout.beacon_slots), repeated)
 
     def _keep(self, members: tuple[int, ...], memory: Cache, layout: ChunkLayout) -> None:
         """Append what the chunk leaves behind to the memory of its rows, and drop the rest."""
@@ -216,8 +236,8 @@ class _Reader:
         layers = []
         for index, (chunk, layer) in enumerate(zip(memory.layers, cache.layers, strict=True)):
             kept = constant(layout.kept_slots, chunk.keys.device)
-            keys = mover.move(chunk.keys.index_select(2, kept), index)
-            values = chunk.values.index_select(2, kept)
+            keys, values = (states.index_select(2, kept) for states in chunk.chunk())
+            keys = mover.move(keys, index)
             chunk.keys = chunk.values = None
             layers.append(_joined_layer(layer, chunk, keys, values, members, others, longest_other))
         cache.layers = layers
@@ -284,10 +304,13 @@ class _Reader:
 
         Without a memory, or for one slot, the base makes no mask either. With gradients it writes one out, once for all layers.
         """
-        is_mask_needed = num_held > 0 and num_slots > 1 and not torch.is_grad_enabled()
-        if padding is not None or not is_mask_needed or not understands_told_masks(self.model, self.site):
+        if padding is not None or not num_held or num_slots == 1 or not self._understands_masks():
             return padding
         return LowerRight.on(self.ids.device)
+
+    def _understands_masks(self) -> bool:
+        """Whether a pass may be given a mask of ours, and is the better for it."""
+        return not torch.is_grad_enabled() and understands_told_masks(self.model, self.site)
 
     def _text(
         self, members: Sequence[int], starts: Sequence[int], width: int, ids: torch.Tensor | None = None
@@ -444,20 +467,26 @@ def _appended_ids(cache: BeaconCache, new: NewTokens) -> torch.Tensor:
     return take(torch.cat((held, left_aligned), dim=1), range(len(ends)), ends, max(totals), dim=1)
 
 
-def _memory_view(cache: BeaconCache, members: Sequence[int], length: int) -> Cache:
-    """The memory of some rows as the cache of a chunk's pass, cut out layer by layer when it is needed."""
-    if length == 0:
+def _memory_view(cache: BeaconCache, members: Sequence[int], length: int, rows: ChunkRows | None) -> Cache:
+    """What some rows hold, as the cache of a chunk's pass, cut out layer by layer when it is needed.
+
+    That is their memory, and what `rows` says is held of the chunk.
+    """
+    num_held, num_repeated = (0, 0) if rows is None else (rows.num_held, rows.num_repeated)
+    total = length + num_held
+    if total == 0:
         return Cache(layers=[ChunkLayer(None, 0) for _ in cache.layers])
-    ends = cache.memory_ends(members)
+    ends = [end + num_held for end in cache.memory_ends(members)]
 
     def lend(layer: BeaconLayer) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         def cut() -> tuple[torch.Tensor, torch.Tensor]:
             keys, values = layer.entries()
-            return take(keys, members, ends, length, dim=2), take(values, members, ends, length, dim=2)
+            return take(keys, members, ends, total, dim=2), take(values, members, ends, total, dim=2)
 
         return cut
 
-    return Cache(layers=[ChunkLayer(lend(layer), length) for layer in cache.layers])
+    layers = [ChunkLayer(lend(layer), length, num_held=num_held, num_repeated=num_repeated) for layer in cache.layers]
+    return Cache(layers=layers)
 
 
 def _joined_layer(
@@ -475,7 +504,7 @@ def _joined_layer(
         held = [part.map(lambda codes: codes[:, :, : chunk.length]) for part in layer.stored]
         parts = [part.joined(Quantized.of(new, part.bits)) for part, new in zip(held, (keys, values), strict=True)]
         return BeaconLayer.of(keys[:, :, :0], values[:, :, :0], (parts[0], parts[1]))
-    if chunk.memory is not None:
+    if chunk.held is not None:
         held_keys, held_values = chunk.memory()
         keys, values = torch.cat((held_keys, keys), dim=2), torch.cat((held_values, values), dim=2)
     if not others:
@@ -491,9 +520,9 @@ def _joined_layer(
 
 
 def _positions(first: Sequence[int], slots: torch.Tensor) -> torch.Tensor:
-    """Position ids (1 or B, T): each row's slots counted from its first position; padding before it stands at 0."""
+    """Position ids (1 or B, T): each row's slots (T,) or (B, T) counted from its first position; padding before it is at 0."""
     if len(set(first)) == 1:
-        return (slots + first[0])[None]
+        return (slots + first[0]).view(-1, slots.shape[-1])
     return (torch.tensor(first, device=slots.device)[:, None] + slots).clamp(min=0)
 
 
