@@ -116,7 +116,16 @@ def test_a_text_of_whole_chunks_pays_for_its_last_one_when_writing_begins():
 
 @pytest.mark.parametrize("num_new", [0, 1, 5, 8, 30])
 @pytest.mark.parametrize(
-    "how", [Compression(2, 4), Compression(2, 8), Compression(4, 8), Compression(4, 8, 2)], ids=str
+    "how",
+    [
+        Compression(2, 4),
+        Compression(2, 8),
+        Compression(4, 8),
+        Compression(4, 8, 2),
+        Compression(2, 8, placement="append"),
+        Compression(4, 8, placement="append", anchored=True),
+    ],
+    ids=str,
 )
 def test_the_break_even_lies_behind_the_last_text_that_loses(how, num_new):
     losing = [tokens for tokens in range(1, 600) if end_to_end_speedup(TINY, tokens, num_new, how) <= 1]
@@ -137,6 +146,32 @@ def test_writing_costs_its_entries_and_the_chunks_that_it_closes():
     one_pass = TINY.token_flops(10) + TINY.attention_flops(10 * 2 + 55)
     entries = [how.entries(17), how.entries(18)]
     assert closing == 2 * (TINY.token_flops(1) + TINY.head_flops(1)) + TINY.attention_flops(sum(entries)) + one_pass
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("ratio", [2, 4])
+def test_writing_closes_a_chunk_by_what_is_missing_of_it(ratio, anchored):
+    how = Compression(ratio, 8, 1, "append", anchored)
+    beacons, held = 8 // ratio, 1 + 8 // ratio
+    anchors = [held + (unit + 1) * ratio for unit in range(beacons)] if anchored else []
+    pairs = sum(anchors) + sum(held + 8 + beacon + 1 for beacon in range(beacons))
+    anew, missing = (dataclasses.replace(how, placement=placement) for placement in ("interleave", "append"))
+    saved = decode_flops(TINY, 9, 9, anew) - decode_flops(TINY, 9, 9, missing)
+    slots = 8 + beacons
+    whole = TINY.token_flops(slots) + TINY.attention_flops(slots * held + slots * (slots + 1) // 2)
+    assert whole - saved == TINY.token_flops(len(anchors) + beacons) + TINY.attention_flops(pairs)
+    assert prefill_flops(TINY, 20, anew) == prefill_flops(TINY, 20, missing)
+
+
+def test_the_rows_that_are_counted_are_those_that_are_computed():
+    settings = BeaconConfig(chunk_size=16, ratios=(2, 4, 8), anchored=True, placement="append", num_sinks=2)
+    model, rows = with_beacons("llama", settings, attention="sdpa"), []
+    cache = model.compress(random_ids(48), ratio=4)
+    model.model.layers[0].register_forward_pre_hook(lambda layer, args: rows.append(args[0].shape[1]))
+    model.compress(random_ids(1), cache=cache)
+    counted = list(Compression.of(settings, 4).resumed_closings(48, 49))
+    assert rows == [*(each.rows for each in counted), 1]
+    assert [each.held for each in counted] == [2 + 2 * 4]
 
 
 def test_writing_reads_all_weights_and_the_cache():

@@ -17,11 +17,12 @@ from evaluation_models import beacon_model, byte_tokenizer
 from families import with_beacons
 
 CHUNK = 16
+CONFIG = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8))
 TINY = ModelShape(2, 8, 2, 1, 4, 16, 10)
 
 
 def model(**overrides):
-    return with_beacons("llama", BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8)), attention="sdpa", **overrides)
+    return with_beacons("llama", CONFIG, attention="sdpa", **overrides)
 
 
 def made(total_s, *, step_s=1.0, cache_bytes=100):
@@ -85,7 +86,7 @@ def test_factors_are_taken_pair_by_pair_and_bounds_stand_beside_them():
         Cell(64, 1, 4, 2): made(1),
         Cell(128, 1, 4, 0): made(4),
     }
-    full, beacons, alone = report.summary(runs, TINY, num_new=3, chunk_size=16, element_bytes=2)
+    full, beacons, alone = report.summary(runs, TINY, num_new=3, config=CONFIG, element_bytes=2)
     assert (full.ratio, full.repeats, full.total_s, full.total_speedup, full.total_bound) == (None, 2, 49, 1, 1)
     assert (beacons.ratio, beacons.repeats, beacons.total_s, beacons.total_speedup) == (4, 3, 4, 2.5)
     assert beacons.cache_factor == 8
@@ -97,7 +98,7 @@ def test_factors_are_taken_pair_by_pair_and_bounds_stand_beside_them():
 
 def test_the_table_has_a_line_for_each_way():
     runs = {Cell(64, 1, None, 0): made(8), Cell(64, 1, 4, 0): made(4, step_s=0.375)}
-    head, full, beacons = report.table(report.summary(runs, TINY, num_new=3, chunk_size=16, element_bytes=2))
+    head, full, beacons = report.table(report.summary(runs, TINY, num_new=3, config=CONFIG, element_bytes=2))
     columns = ("tokens", "texts", "way", "first token", "a token", "slowest token", "total", "bound", "cache", "peak")
     assert head.split() == " ".join(columns).split()
     assert full.split()[:10] == ["64", "1", "full", "4.00", "s", "1.00x", "1.00", "s", "1.00x", "2.00"]
@@ -107,7 +108,7 @@ def test_the_table_has_a_line_for_each_way():
 
 def test_kvpress_is_compared_with_full_attention_too_and_has_no_bound():
     runs = {Cell(64, 1, None, 0): made(8), Cell(64, 1, 4, 0): made(4), Cell(64, 1, 4, 0, "knorm"): made(16)}
-    rows = report.summary(runs, TINY, num_new=3, chunk_size=16, element_bytes=2)
+    rows = report.summary(runs, TINY, num_new=3, config=CONFIG, element_bytes=2)
     assert [(row.way, row.total_speedup) for row in rows] == [("full", 1), ("x4", 2), ("knorm x4", 0.5)]
     assert (rows[2].first_token_bound, rows[2].step_bound, rows[2].total_bound) == (None, None, None)
     assert report.table(rows)[3].split()[2:4] == ["knorm", "x4"]
@@ -116,7 +117,7 @@ def test_kvpress_is_compared_with_full_attention_too_and_has_no_bound():
 def test_a_picture_is_drawn(tmp_path):
     runs = {Cell(n, 1, ratio, 0): made(n * (1 if ratio else 2)) for n in (32, 64) for ratio in (None, 4)}
     runs |= {cell._replace(press="knorm"): made(9) for cell in runs if cell.ratio}
-    report.draw(tmp_path / "speed.png", report.summary(runs, TINY, num_new=3, chunk_size=16, element_bytes=2))
+    report.draw(tmp_path / "speed.png", report.summary(runs, TINY, num_new=3, config=CONFIG, element_bytes=2))
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -129,7 +130,7 @@ def test_a_bound_is_named_for_what_it_counts(tmp_path, monkeypatch, title, label
     canvas = pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg
     monkeypatch.setattr(canvas, "print_png", lambda self, path: drawn.append(self.figure) or Path(path).touch())
     runs = {Cell(n, 1, ratio, 0): made(n) for n in (32, 64) for ratio in (None, 4)}
-    report.draw(tmp_path / "speed.png", report.summary(runs, TINY, num_new=3, chunk_size=16, element_bytes=2))
+    report.draw(tmp_path / "speed.png", report.summary(runs, TINY, num_new=3, config=CONFIG, element_bytes=2))
     [axis] = [axis for axis in drawn[0].axes if axis.get_title() == title]
     assert [line.get_label() for line in axis.lines if line.get_linestyle() == "--"] == [label]
 

@@ -8,8 +8,9 @@ Operations are those of one text; bytes and what fits are those of a batch of te
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from activation_beacon.config import BeaconConfig, Placement
 from activation_beacon.errors import ConfigError
 
 
@@ -107,6 +108,25 @@ SHAPES = {
 }
 
 
+class Pass(NamedTuple):
+    """One pass of the model over a part of a text.
+
+    Attributes:
+        rows: tokens and beacons that are computed.
+        pairs: of a row and an entry it sees.
+        held: entries before the part.
+    """
+
+    rows: int
+    pairs: int
+    held: int
+
+    @classmethod
+    def causal(cls, rows: int, held: int) -> "Pass":
+        """Each row sees what is held, and the rows up to itself."""
+        return cls(rows, rows * held + rows * (rows + 1) // 2, held)
+
+
 @dataclass(frozen=True)
 class Compression:
     """How a text is compressed; no ratio for full attention.
@@ -115,17 +135,26 @@ class Compression:
         ratio: raw tokens per beacon.
         chunk_size: tokens of a chunk.
         num_sinks: first tokens kept raw.
+        placement: beacons that stand at the chunk's end ("append") are all that is computed of a chunk read before,
+        anchored: and the tokens that they begin as.
     """
 
     ratio: int | None
     chunk_size: int = 1024
     num_sinks: int = 0
+    placement: Placement = "interleave"
+    anchored: bool = False
 
     def __post_init__(self) -> None:
         if self.ratio is not None and (self.ratio < 2 or self.chunk_size % self.ratio):
             raise ConfigError(
                 f"chunk_size ({self.chunk_size}) must be divisible by ratio ({self.ratio}), which is 2 or more."
             )
+
+    @classmethod
+    def of(cls, config: BeaconConfig, ratio: int | None) -> "Compression":
+        """As an adapter's settings have it."""
+        return cls(ratio, config.chunk_size, config.num_sinks, config.placement, config.anchored)
 
     @property
     def closing_slots(self) -> int:
@@ -154,16 +183,30 @@ class Compression:
             return self.entries(num_tokens)
         return max(self.entries(num_tokens), self.held_before(closed - 1) + self.closing_slots)
 
-    def closings(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Slots of each pass that closes a chunk while a text grows from `start` to `stop` tokens, and entries held before."""
+    def closings(self, start: int, stop: int) -> Iterator[Pass]:
+        """Each pass that closes a chunk while a text grows from `start` to `stop` tokens, none of the chunk read before."""
         for chunk in range(self.num_closed(start), self.num_closed(stop)):
-            yield self.closing_slots, self.held_before(chunk)
+            yield Pass.causal(self.closing_slots, self.held_before(chunk))
 
-    def passes(self, num_tokens: int) -> Iterator[tuple[int, int]]:
-        """Slots of each pass of a prefill, and the entries held before it."""
+    def resumed_closings(self, start: int, stop: int) -> Iterator[Pass]:
+        """The same passes where all of each chunk has been read before, as in writing, token by token."""
+        for anew in self.closings(start, stop):
+            beacons = self.closing_slots - self.chunk_size
+            if self.placement != "append":
+                yield anew
+                continue
+            before = anew.held + self.chunk_size
+            pairs = beacons * before + beacons * (beacons + 1) // 2
+            if self.anchored:  # evenly spaced: the last token of each unit
+                unit = self.chunk_size // beacons
+                pairs += beacons * anew.held + unit * beacons * (beacons + 1) // 2
+            yield Pass(beacons * (2 if self.anchored else 1), pairs, anew.held)
+
+    def passes(self, num_tokens: int) -> Iterator[Pass]:
+        """Each pass of a prefill."""
         yield from self.closings(0, num_tokens)
         closed = self.num_closed(num_tokens)
-        yield num_tokens - closed * self.chunk_size, self.held_before(closed)
+        yield Pass.causal(num_tokens - closed * self.chunk_size, self.held_before(closed))
 
     def widest_pass(self, num_tokens: int, num_new: int = 0) -> int:
         """Slots of the widest pass of reading a text and writing on."""
@@ -178,7 +221,7 @@ FULL_ATTENTION = Compression(None)
 
 def prefill_flops(shape: ModelShape, num_tokens: int, how: Compression) -> int:
     """Operations of reading a text, and of the head once at its end."""
-    return shape.head_flops(1) + sum(_pass_flops(shape, *each) for each in how.passes(num_tokens))
+    return shape.head_flops(1) + sum(pass_flops(shape, each) for each in how.passes(num_tokens))
 
 
 def decode_flops(shape: ModelShape, num_tokens: int, num_new: int, how: Compression) -> int:
@@ -186,11 +229,12 @@ def decode_flops(shape: ModelShape, num_tokens: int, num_new: int, how: Compress
     stop = num_tokens + num_new
     total = num_new * (shape.token_flops(1) + shape.head_flops(1))
     total += shape.attention_flops(sum(how.entries(length) for length in range(num_tokens + 1, stop + 1)))
-    return total + sum(_pass_flops(shape, *each) for each in how.closings(num_tokens, stop))
+    return total + sum(pass_flops(shape, each) for each in how.resumed_closings(num_tokens, stop))
 
 
-def _pass_flops(shape: ModelShape, slots: int, held: int) -> int:
-    return shape.token_flops(slots) + shape.attention_flops(slots * held + slots * (slots + 1) // 2)
+def pass_flops(shape: ModelShape, each: Pass) -> int:
+    """Operations of all layers in one pass."""
+    return shape.token_flops(each.rows) + shape.attention_flops(each.pairs)
 
 
 def end_to_end_speedup(shape: ModelShape, num_tokens: int, num_new: int, how: Compression) -> float:

@@ -10,6 +10,7 @@ from activation_beacon.bench import cost
 from activation_beacon.bench.cost import Compression, ModelShape
 from activation_beacon.bench.measure import Cell
 from activation_beacon.bench.timing import Run
+from activation_beacon.config import BeaconConfig
 
 HEAD = (
     *("tokens", "texts", "way", "first token", "", "a token", "", "slowest token"),
@@ -60,7 +61,7 @@ class Row:
 
 
 def summary(
-    runs: Mapping[Cell, Run], shape: ModelShape, *, num_new: int, chunk_size: int, element_bytes: int
+    runs: Mapping[Cell, Run], shape: ModelShape, *, num_new: int, config: BeaconConfig, element_bytes: int
 ) -> list[Row]:
     """One row for each text and way, in the order of the runs."""
     groups: dict[Cell, dict[int, Run]] = {}
@@ -71,7 +72,7 @@ def summary(
         full = groups.get(cell._replace(ratio=None, press=None), {})
         bounds: Mapping[str, float] = {}
         if cell.press is None:
-            how = Compression(cell.ratio, chunk_size)
+            how = Compression.of(config, cell.ratio)
             bounds = _bounds(shape, cell.length, how, num_new, cell.batch_size, element_bytes)
         rows.append(_row(cell, groups[cell], full, bounds))
     return rows

@@ -24,7 +24,7 @@ MANY_POSITIONS = 1 << 22  # so that no length is refused
 
 
 def random_model(shape: str, *, chunk_size: int, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """A model of one of `cost.SHAPES` with untrained beacons on, drawn on the device itself."""
+    """A model of one of `cost.SHAPES` with untrained beacons on, of the default adapter's kind, drawn on the device itself."""
     sizes = SHAPES[shape]
     config = CONFIG_MAPPING[FAMILIES.get(shape, "llama")](
         vocab_size=sizes.vocab_size,
@@ -39,7 +39,7 @@ def random_model(shape: str, *, chunk_size: int, device: torch.device | str, dty
     )
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-        return attach(model, BeaconConfig(chunk_size=chunk_size))
+        return attach(model, BeaconConfig(chunk_size=chunk_size, anchored=True, placement="append"))
 
 
 def read_shape(name: str) -> ModelShape:

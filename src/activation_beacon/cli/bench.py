@@ -9,6 +9,7 @@ import typer
 from activation_beacon.cli import options
 from activation_beacon.cli.console import bytes_text, notice, print_json
 from activation_beacon.cli.models import Loaded, load_model
+from activation_beacon.config import Placement
 from activation_beacon.errors import InputError
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ PLAN_EPILOG = options.examples(
     "beacon bench plan --shape qwen2-7b",
     "beacon bench plan --shape llama-3-8b --gpu-gib 24 --lengths 32768,131072 --ratios 4,8,32",
     "beacon bench plan --model my/decoder --gpu-gib 80 --batch-size 8",
+    "beacon bench plan --shape qwen2-7b --placement interleave   # the paper's beacons",
 )
 
 
@@ -147,6 +149,13 @@ def plan(
     lengths: Annotated[str, typer.Option("--lengths", help="Tokens of the texts.")] = "8192,32768,131072",
     ratios: Annotated[str, typer.Option("--ratios", help="Tokens per beacon.")] = "2,4,8,16,32",
     chunk_size: Annotated[int, typer.Option("--chunk-size", min=2, help="Tokens of a chunk.")] = 1024,
+    placement: Annotated[
+        Placement,
+        typer.Option(
+            "--placement",
+            help="Beacons behind the chunk, anchored, as the default adapter has them; or between its tokens, as in the paper.",
+        ),
+    ] = "append",
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=0, help="Tokens written after reading.")] = 64,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts read side by side.")] = 1,
     gpu_gib: Annotated[float | None, typer.Option("--gpu-gib", min=0.0, help="Say what fits this memory.")] = None,
@@ -166,12 +175,13 @@ def plan(
 
     name, known = _known_shape(shape, model)
     gpu_bytes = _gpu_bytes(gpu_gib)
-    ways = [Compression(ratio, chunk_size) for ratio in (None, *options.parse_ratios(ratios))]
+    kind: dict[str, Any] = {"placement": placement, "anchored": placement == "append"}
+    ways = [Compression(ratio, chunk_size, **kind) for ratio in (None, *options.parse_ratios(ratios))]
     work: dict[str, int] = {"new_tokens": new_tokens, "batch_size": batch_size, "element_bytes": element_bytes}
     rows = [_planned(known, length, how, gpu_bytes, **work) for length in parse_lengths(lengths) for how in ways]
     limits = [_limits(known, how, gpu_bytes, **work) for how in ways]
     if json:
-        setting = {"model": name, "shape": dataclasses.asdict(known), "chunk_size": chunk_size, **work}
+        setting = {"model": name, "shape": dataclasses.asdict(known), "chunk_size": chunk_size, **kind, **work}
         print_json({**setting, "gpu_gib": gpu_gib, "rows": rows, "ratios": limits})
         return
     typer.echo("\n".join([_plan_line(PLAN_HEAD), *map(_row_line, rows), "", *map(_limit_line, limits)]))

@@ -89,7 +89,6 @@ def speed(
     )
     presses = _presses(peers)
     name, attached = _model(model, base, shape, chunk_size, device, dtype, threads)
-    chunk_size = attached.beacon_config.chunk_size
     records = Records(output, {**_setting(name, attached), "new_tokens": new_tokens})
     notice("warming up")
     measure.warm_up(attached, ways)
@@ -108,7 +107,7 @@ def speed(
         records.runs,
         ModelShape.of(attached.config.get_text_config(decoder=True)),
         num_new=new_tokens,
-        chunk_size=chunk_size,
+        config=attached.beacon_config,
         element_bytes=attached.dtype.itemsize,
     )
     if not json:
@@ -210,20 +209,20 @@ def chunks(
 ) -> None:
     """Time each chunk of one long text: linear, but for attention to the beacons held, which the bound counts."""
     from activation_beacon.bench import measure
-    from activation_beacon.bench.cost import Compression, ModelShape
+    from activation_beacon.bench.cost import Compression, ModelShape, pass_flops
 
     name, attached = _model(model, base, shape, chunk_size, device, dtype, threads)
-    chunk_size = attached.beacon_config.chunk_size
+    how = Compression.of(attached.beacon_config, ratio)
     measure.warm_up(attached, [ratio])
     seconds = measure.chunk_seconds(attached, num_chunks, ratio)
     sizes = ModelShape.of(attached.config.get_text_config(decoder=True))
-    passes = list(Compression(ratio, chunk_size).passes(num_chunks * chunk_size + 1))[:num_chunks]
-    flops = [sizes.token_flops(n) + sizes.attention_flops(n * held + n * (n + 1) // 2) for n, held in passes]
+    passes = list(how.closings(0, num_chunks * how.chunk_size + 1))
+    flops = [pass_flops(sizes, each) for each in passes]
     if not json:
         typer.echo(f"{'chunk':>6}{'held':>9}{'seconds':>10}{'of the first':>14}{'on paper':>10}")
         for number in sorted({0, *range(7, num_chunks, 8), num_chunks - 1}):
             typer.echo(
-                f"{number + 1:>6}{passes[number][1]:>9,}{seconds[number]:>10.3f}"
+                f"{number + 1:>6}{passes[number].held:>9,}{seconds[number]:>10.3f}"
                 f"{seconds[number] / seconds[0]:>13.2f}x{flops[number] / flops[0]:>9.2f}x"
             )
     _print_line({**_setting(name, attached), "ratio": ratio, "seconds": seconds, "flops": flops})
@@ -305,6 +304,8 @@ def _setting(name: str, model: Any) -> dict[str, Any]:
     return {
         "model": name,
         "chunk_size": model.beacon_config.chunk_size,
+        "placement": model.beacon_config.placement,
+        "anchored": model.beacon_config.anchored,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
