@@ -68,10 +68,15 @@ def test_each_chunk_of_a_long_text_is_timed():
     assert min(seconds) > 0
 
 
+def test_chunks_that_fill_a_pass_are_not_timed_together(monkeypatch):
+    monkeypatch.setattr(measure, "rows_together", lambda device: 2 * (CHUNK + CHUNK // 4) - 1)
+    assert measure.seconds_in_one_call(model(), 3, 4) is None
+
+
 def test_pairs_of_bare_and_attached_leave_the_model_attached():
     attached = model()
     pairs = measure.idle_pairs(attached, 5, 3, 2)
-    assert len(pairs) == 2
+    assert len(pairs) == 2 * measure.TIMES_EACH
     assert pairs[0][0].cache_bytes == pairs[0][1].cache_bytes
     assert isinstance(attached, BeaconModel)
     assert measure.median_factor([(made(4), made(2)), (made(1), made(3)), (made(1), made(1))], "total_s") == 1
@@ -222,8 +227,11 @@ def test_chunks_and_idle_print_their_numbers(options):
     result = invoke("chunks", *options, "--chunks", "9", "--ratio", "4")
     assert result.exit_code == 0, result.output
     *table, line = result.stdout.splitlines()
-    assert [row.split()[0] for row in table[1:]] == ["1", "8", "9"]
-    assert len(json.loads(line)["seconds"]) == 9
+    assert [row.split()[0] for row in table[1:]] == ["1", "8", "9", "in"]
+    assert table[-1].startswith("in one call, several chunks a pass: ")
+    measured = json.loads(line)
+    assert len(measured["seconds"]) == 9
+    assert measured["seconds_in_one_call"] > 0
     values = json.loads(
         invoke("idle", *options, "--length", "8", "--new-tokens", "2", "--repeats", "1", "--json").stdout
     )

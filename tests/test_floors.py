@@ -15,7 +15,7 @@ FLOORS = [
     {"constants", "exact"},
     {"causal", "files", "fingerprint", "processes", "projection", "resuming", "room", "rope"},
     {"entries", "json_lines"},
-    {"batch", "cache", "data"},
+    {"batch", "cache", "data", "grouped"},
     {"adapt"},
     {"attachment", "forward"},
     {"at_once", "ragged"},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from activation_beacon import BeaconConfig
+from activation_beacon import BeaconConfig, grouped
 from activation_beacon.forward import _Reader
 from activation_beacon.resuming import ChunkRows
 from families import random_ids, with_beacons
@@ -12,6 +12,11 @@ CHUNK = 16
 APPEND = {"placement": "append"}
 ANCHORED = {**APPEND, "anchored": True}
 EXACT = {**ANCHORED, "exact_ids": tuple(range(3, 97, 17))}
+
+
+@pytest.fixture(autouse=True)
+def a_pass_for_each_chunk(monkeypatch):
+    monkeypatch.setattr(grouped, "FEW_ROWS", 0)
 
 
 def model_of(family="llama", **settings):

@@ -22,8 +22,8 @@ from activation_beacon.adapt import AT_ONCE, DecoderSite
 from activation_beacon.causal import LowerRight
 from activation_beacon.config import BeaconConfig
 from activation_beacon.errors import UnsupportedError
-from activation_beacon.forward import BaseModel, anchor_slots, interleave
-from activation_beacon.plan import ChunkLayout
+from activation_beacon.forward import BaseModel, anchor_slots, anchors_of_all, interleave
+from activation_beacon.plan import ChunkLayout, GroupLayout
 from activation_beacon.rope import KeyMover
 
 # B batch · T tokens of a text · N slots of all chunks and the tail · H query heads · K kv heads · D head dim · M model dim
@@ -52,32 +52,19 @@ class Chunks:
         anchors: Sequence[torch.Tensor],
     ) -> None:
         self.layer_of = {layer.attention: index for index, layer in enumerate(site.layers)}
-        self.spans: list[tuple[int, int]] = []  # slots, entries held before them
-        kept: list[int] = []
-        positions: list[int] = []
-        raw: list[int] = []
-        beacons: list[int] = []
-        firsts: list[int] = []
-        first = 0
-        for layout in layouts:
-            self.spans.append((layout.num_slots, len(kept)))
-            positions += range(len(kept), len(kept) + layout.num_slots)
-            raw += [first + slot for slot in layout.raw_slots]
-            beacons += [first + slot for slot in layout.beacon_slots]
-            firsts.append(first)
-            kept += [first + slot for slot in layout.kept_slots]
-            first += layout.num_slots
-        self.spans.append((tail_length, len(kept)))
-        positions += range(len(kept), len(kept) + tail_length)
-        raw += range(first, first + tail_length)
-        shifts = [shift for layout in layouts for shift in layout.shifts]
-        self.mover = KeyMover(site.ropes, torch.tensor(shifts, dtype=torch.long, device=device))
-        self.kept_slots = torch.tensor(kept, dtype=torch.long, device=device)  # (entries held at the end,)
+        group = GroupLayout(tuple(layouts))
+        first, held = group.first_slots[-1], group.num_kept[-1]  # of the tail
+        sizes = (*group.sizes, tail_length)
+        self.spans = list(zip(sizes, group.num_kept, strict=True))  # slots, entries held before them
+        positions = (*group.positions, *range(held, held + tail_length))
+        raw = (*group.raw_slots, *range(first, first + tail_length))
+        self.mover = KeyMover(site.ropes, torch.tensor(group.shifts, dtype=torch.long, device=device))
+        self.kept_slots = torch.tensor(group.kept_slots, dtype=torch.long, device=device)  # (entries held at the end,)
         self.position_ids = torch.tensor(positions, device=device)[None]  # (1, N)
         self.raw_slots = torch.tensor(raw, device=device)  # (T,)
-        self.beacon_slots = torch.tensor(beacons, dtype=torch.long, device=device)
-        moved = [slots + first for slots, first in zip(anchors, firsts, strict=True)]
-        self.anchor_slots = torch.cat(moved, dim=-1).to(device) if moved else self.beacon_slots  # (n,) or (B, n) of all
+        self.beacon_slots = torch.tensor(group.beacon_slots, dtype=torch.long, device=device)
+        # (n,) or (B, n) of all chunks
+        self.anchor_slots = anchors_of_all(anchors, group).to(device) if layouts else self.beacon_slots
         self._masks: dict[tuple[int, int, int | None, torch.dtype | None], torch.Tensor | None] = {}
 
     def attend(

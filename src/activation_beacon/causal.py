@@ -7,6 +7,7 @@ GPU; on a CPU by two calls of the flash kernel, one to the memory and one to the
 sums of their exponentials. That is exact, not an approximation.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,46 @@ class LowerRight(torch.Tensor):
         if func is nn.functional.scaled_dot_product_attention:
             return attend(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class ToldEntries(torch.Tensor):
+    """A mask (1, 1, 1, 1) that says "not the keys and values given, but these"; subclasses say which query sees which.
+
+    Attributes:
+        entries: of the layer that is being computed, in the subclass's form; the layer's cache sets them.
+    """
+
+    entries: list[Any]
+
+    @classmethod
+    def on(cls, device: torch.device) -> Any:
+        """Such a mask, without entries yet; four dimensions, so that transformers takes it for one that the caller prepared."""
+        mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).as_subclass(cls)
+        mask.entries = []
+        return mask
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer for attention what the mask says; what else is made of it says the same."""
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            mask = kwargs["attn_mask"] if "attn_mask" in kwargs else args[3]
+            return cls.attended(args[0] if args else kwargs["query"], mask.entries, scale=kwargs.get("scale"))
+        result = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(result, cls):
+            result.entries = next(arg.entries for arg in args if isinstance(arg, cls))
+        return result
+
+    def told(self, entries: Sequence[Any]) -> None:
+        """Set the entries, in place: what has been made of the mask meanwhile, on another device, shares the list."""
+        self.entries[:] = entries
+
+    @staticmethod
+    def attended(query: torch.Tensor, entries: Sequence[Any], *, scale: float | None) -> torch.Tensor:
+        """Attention (B, H, T, D) of queries (B, H, T, D) to the entries."""
+        raise NotImplementedError
 
 
 def attend(

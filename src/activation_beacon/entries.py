@@ -314,6 +314,10 @@ class ChunkLayer(DynamicLayer):
         """The keys and values (B, K, T, D) of the chunk's slots, those read already among them."""
         return self._behind(self.length) if self.num_held else (self.keys, self.values)
 
+    def forget(self) -> None:
+        """Let go of what the pass has left here."""
+        del self.keys, self.values
+
     def _behind(self, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The pass's keys and values behind what is held from slot `first` on."""
         if self.held is None:

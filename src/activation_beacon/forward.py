@@ -5,7 +5,7 @@ the tail. Every pass calls the base's own forward on a cache; no modeling code i
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,7 +21,8 @@ from activation_beacon.config import BeaconConfig
 from activation_beacon.constants import constant
 from activation_beacon.entries import BeaconLayer, ChunkLayer, PassEnded, Quantized, merge, take
 from activation_beacon.exact import anchor_tokens
-from activation_beacon.plan import ChunkLayout, Row, RowReading, TextPlanner, closing_rounds
+from activation_beacon.grouped import ByChunk, GroupLayer, rows_together
+from activation_beacon.plan import ChunkLayout, GroupLayout, Row, RowReading, TextPlanner, closing_rounds
 from activation_beacon.resuming import ChunkRows
 from activation_beacon.rope import KeyMover
 
@@ -32,6 +33,8 @@ Progress = Callable[[int, int], None]
 
 class BaseModel(Protocol):
     """What reading needs of an attached model."""
+
+    training: bool
 
     @property
     def config(self) -> Any:
@@ -157,10 +160,67 @@ class _Reader:
         self.cache.rows = tuple(rows)
         rounds = list(closing_rounds(self.readings))
         anchors = self._anchor_slots(rounds)
-        for number, (members, layout) in enumerate(rounds):
-            self._close(members, layout, anchors[number])
+        done = 0
+        while done < len(rounds):
+            (members, layout), group = rounds[done], self._group(rounds[done:])
+            stop = done + max(1, len(group.layouts))
+            if len(group.layouts) > 1:
+                self._close_together(members, group, anchors[done:stop])
+            else:
+                self._close(members, layout, anchors[done])
+            done = stop
             if progress is not None:
-                progress(number + 1, len(rounds))
+                progress(done, len(rounds))
+
+    def _group(self, rounds: Sequence[tuple[tuple[int, ...], ChunkLayout]]) -> GroupLayout:
+        """The chunks that come next and can be closed in one pass; none where the next is better closed alone."""
+        members, first = rounds[0]
+        lengths = {self.cache.rows[row].memory_length for row in members}
+        most = rows_together(self.ids.device) // len(members)
+        is_begun = self.cache.config.placement == "append" and any(self.cache.rows[row].tail_length for row in members)
+        is_alone = is_begun or len(lengths) > 1 or 2 * first.num_slots > most
+        if is_alone or self.model.training or not self._understands_masks():  # in training attention may drop some
+            return GroupLayout(())
+        size, layouts, num_slots = self.cache.config.chunk_size, [], 0
+        starts = [len(self.cache.rows[row].chunks) * size for row in members]
+        for number, (others, layout) in enumerate(rounds):
+            num_slots += layout.num_slots
+            is_wanted = self._first_wanted(members, [start + number * size for start in starts]) is not None
+            if others != members or num_slots > most or is_wanted:
+                break
+            layouts.append(layout)
+        return GroupLayout(tuple(layouts))
+
+    def _close_together(
+        self, members: tuple[int, ...], group: GroupLayout, anchor_slots: Sequence[torch.Tensor]
+    ) -> None:
+        """Close several chunks of the same rows, whose memories are of one length, in one pass."""
+        cache, size, device = self.cache, self.cache.config.chunk_size, self.ids.device
+        starts = [len(cache.rows[row].chunks) * size for row in members]
+        length = cache.rows[members[0]].memory_length
+        pieces = [
+            interleave(self.model, self._text(members, [start + number * size for start in starts], size), layout)
+            for number, layout in enumerate(group.layouts)
+        ]
+        mover = KeyMover(self.site.ropes, constant(group.shifts, device))
+        mask = ByChunk.on(device)
+        layers = [
+            GroupLayer(lent, length, group, mover, index, mask)
+            for index, lent in enumerate(_lent(cache, members, cache.memory_ends(members), length))
+        ]
+        layers[-1].ends_pass = can_end_early(self.model.get_decoder(), self.site)
+        self._call_base(
+            None,
+            (),
+            inputs_embeds=torch.cat(pieces, dim=1),
+            position_ids=(constant(group.positions, device) + length)[None],
+            attention_mask=mask,
+            past_key_values=Cache(layers=layers),
+            use_cache=True,
+            beacon_slots=constant(group.beacon_slots, device),
+            beacon_anchor_slots=anchors_of_all(anchor_slots, group),
+        )
+        self._keep(members, layers, ((layer.keys, layer.values) for layer in layers), group.layouts)
 
     def _rows_and_readings(self) -> Any:
         return zip(self.cache.rows, self.readings, strict=True)
@@ -212,7 +272,15 @@ class _Reader:
         output = self._call_base(wanted, row_of, past_key_values=memory, use_cache=True, **inputs)
         if output is not None:
             self._collect(output, members, starts, cache.config.chunk_size)
-        self._keep(members, memory, layout)
+        self._keep(members, memory.layers, self._kept(memory.layers, layout), (layout,))
+
+    def _kept(self, passed: Sequence[ChunkLayer], layout: ChunkLayout) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys, moved, and values (B, K, n, D) that a chunk leaves behind in each layer."""
+        mover = KeyMover(self.site.ropes, constant(layout.shifts, self.ids.device))
+        for index, layer in enumerate(passed):
+            keys, values = layer.chunk()
+            kept = constant(layout.kept_slots, keys.device)
+            yield mover.move(keys.index_select(2, kept), index), values.index_select(2, kept)
 
     def _rows_to_compute(
         self, members: tuple[int, ...], layout: ChunkLayout, anchor_slots: torch.Tensor
@@ -227,21 +295,24 @@ class _Reader:
             return None
         return ChunkRows(layout.num_slots, num_held, len(layout.beacon_slots), repeated)
 
-    def _keep(self, members: tuple[int, ...], memory: Cache, layout: ChunkLayout) -> None:
-        """Append what the chunk leaves behind to the memory of its rows, and drop the rest."""
+    def _keep(
+        self,
+        members: tuple[int, ...],
+        passed: Sequence[ChunkLayer | GroupLayer],
+        kept: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        layouts: Sequence[ChunkLayout],
+    ) -> None:
+        """Append what chunks leave behind, for each layer (B, K, n, D), to the memory of their rows, and drop the rest."""
         cache = self.cache
-        mover = KeyMover(self.site.ropes, constant(layout.shifts, self.ids.device))
         others = [row for row in range(cache.batch_size) if row not in members]
         longest_other = max((cache.rows[row].cache_length for row in others), default=0)
         layers = []
-        for index, (chunk, layer) in enumerate(zip(memory.layers, cache.layers, strict=True)):
-            kept = constant(layout.kept_slots, chunk.keys.device)
-            keys, values = (states.index_select(2, kept) for states in chunk.chunk())
-            keys = mover.move(keys, index)
-            chunk.keys = chunk.values = None
+        for chunk, (keys, values), layer in zip(passed, kept, cache.layers, strict=True):
+            chunk.forget()
             layers.append(_joined_layer(layer, chunk, keys, values, members, others, longest_other))
         cache.layers = layers
-        cache.rows = tuple(row.after_closing(layout) if b in members else row for b, row in enumerate(cache.rows))
+        for layout in layouts:
+            cache.rows = tuple(row.after_closing(layout) if b in members else row for b, row in enumerate(cache.rows))
 
     # --- the tail ---
 
@@ -467,31 +538,39 @@ def _appended_ids(cache: BeaconCache, new: NewTokens) -> torch.Tensor:
     return take(torch.cat((held, left_aligned), dim=1), range(len(ends)), ends, max(totals), dim=1)
 
 
-def _memory_view(cache: BeaconCache, members: Sequence[int], length: int, rows: ChunkRows | None) -> Cache:
-    """What some rows hold, as the cache of a chunk's pass, cut out layer by layer when it is needed.
+def anchors_of_all(anchors: Sequence[torch.Tensor], group: GroupLayout) -> torch.Tensor:
+    """The anchors of a group's chunks, (n,) or (B, n) each in slots of the chunk, together in slots of the group."""
+    moved = [slots + first for slots, first in zip(anchors, group.first_slots, strict=False)]
+    batch = torch.broadcast_shapes(*(slots.shape[:-1] for slots in moved))
+    return torch.cat([slots.expand(*batch, -1) for slots in moved], dim=-1)
 
-    That is their memory, and what `rows` says is held of the chunk.
-    """
+
+def _memory_view(cache: BeaconCache, members: Sequence[int], length: int, rows: ChunkRows | None) -> Cache:
+    """What some rows hold, as the cache of a chunk's pass: their memory, and what `rows` says is held of the chunk."""
     num_held, num_repeated = (0, 0) if rows is None else (rows.num_held, rows.num_repeated)
-    total = length + num_held
-    if total == 0:
-        return Cache(layers=[ChunkLayer(None, 0) for _ in cache.layers])
     ends = [end + num_held for end in cache.memory_ends(members)]
+    lent = _lent(cache, members, ends, length + num_held)
+    return Cache(layers=[ChunkLayer(each, length, num_held=num_held, num_repeated=num_repeated) for each in lent])
+
+
+def _lent(
+    cache: BeaconCache, members: Sequence[int], ends: Sequence[int], length: int
+) -> list[Callable[[], tuple[torch.Tensor, torch.Tensor]] | None]:
+    """For each layer what cuts out of it, when it is needed, the `length` slots before each row's of `ends`; None for none."""
 
     def lend(layer: BeaconLayer) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         def cut() -> tuple[torch.Tensor, torch.Tensor]:
             keys, values = layer.entries()
-            return take(keys, members, ends, total, dim=2), take(values, members, ends, total, dim=2)
+            return take(keys, members, ends, length, dim=2), take(values, members, ends, length, dim=2)
 
         return cut
 
-    layers = [ChunkLayer(lend(layer), length, num_held=num_held, num_repeated=num_repeated) for layer in cache.layers]
-    return Cache(layers=layers)
+    return [lend(layer) if length else None for layer in cache.layers]
 
 
 def _joined_layer(
     layer: BeaconLayer,
-    chunk: ChunkLayer,
+    chunk: ChunkLayer | GroupLayer,
     keys: torch.Tensor,
     values: torch.Tensor,
     members: Sequence[int],

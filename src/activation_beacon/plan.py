@@ -213,6 +213,61 @@ def chunk_layout(
     )
 
 
+@dataclass(frozen=True)
+class GroupLayout:
+    """Chunks of a text in one pass, their layouts laid end to end.
+
+    Slots count from the first chunk's first, entries and positions from the end of the memory before it.
+    """
+
+    layouts: tuple[ChunkLayout, ...]
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Slots of each chunk."""
+        return tuple(layout.num_slots for layout in self.layouts)
+
+    @functools.cached_property
+    def first_slots(self) -> tuple[int, ...]:
+        """First slot of each chunk, and at the end the number of all slots."""
+        return (0, *itertools.accumulate(self.sizes))
+
+    @functools.cached_property
+    def num_kept(self) -> tuple[int, ...]:
+        """Entries kept of the chunks before each, and at the end of all."""
+        return (0, *itertools.accumulate(len(layout.kept_slots) for layout in self.layouts))
+
+    @functools.cached_property
+    def positions(self) -> tuple[int, ...]:
+        """Position of each slot."""
+        spans = zip(self.num_kept, self.sizes, strict=False)
+        return tuple(position for held, size in spans for position in range(held, held + size))
+
+    @functools.cached_property
+    def raw_slots(self) -> tuple[int, ...]:
+        """Slot of each raw token."""
+        return self._slots("raw_slots")
+
+    @functools.cached_property
+    def beacon_slots(self) -> tuple[int, ...]:
+        """Slot of each beacon."""
+        return self._slots("beacon_slots")
+
+    @functools.cached_property
+    def kept_slots(self) -> tuple[int, ...]:
+        """Slots whose entries are kept, in the order in which they are held."""
+        return self._slots("kept_slots")
+
+    @functools.cached_property
+    def shifts(self) -> tuple[int, ...]:
+        """For each kept entry, the position it is moved to less the one it was read at."""
+        return tuple(shift for layout in self.layouts for shift in layout.shifts)
+
+    def _slots(self, name: str) -> tuple[int, ...]:
+        starts = zip(self.first_slots, self.layouts, strict=False)
+        return tuple(first + slot for first, layout in starts for slot in getattr(layout, name))
+
+
 # --- one text --------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from activation_beacon.adapt import DecoderSite, understands_rows_apart
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
+from activation_beacon.causal import ToldEntries
 from activation_beacon.entries import BeaconLayer
 from activation_beacon.forward import BaseModel, Wanted, read
 from activation_beacon.plan import TextPlanner
@@ -24,49 +25,22 @@ from activation_beacon.plan import TextPlanner
 # B rows · H query heads · K kv heads · S entries of a row · D head dim · V vocabulary
 
 
-class OwnEntries(torch.Tensor):
-    """A mask (1, 1, 1, 1) that says "each row, all of its own entries".
+class OwnEntries(ToldEntries):
+    """A mask that says "each row, all of its own entries": keys and values (1, K, S, D) of each row."""
 
-    Attributes:
-        entries: keys and values (1, K, S, D) of each row in the layer that is being computed; the layer's cache sets them.
-    """
+    @staticmethod
+    def attended(
+        query: torch.Tensor, entries: Sequence[tuple[torch.Tensor, torch.Tensor]], *, scale: float | None
+    ) -> torch.Tensor:
+        """Attention (B, H, 1, D) of queries (B, H, 1, D), one of each row, to the row's own keys and values.
 
-    entries: list[tuple[torch.Tensor, torch.Tensor]]
-
-    @classmethod
-    def on(cls, device: torch.device) -> "OwnEntries":
-        """Such a mask; four dimensions, so that transformers takes it for one that the caller has prepared."""
-        mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).as_subclass(cls)
-        mask.entries = []
-        return mask
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Answer for attention what the mask says; what else is made of it says the same."""
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
-            mask = kwargs["attn_mask"] if "attn_mask" in kwargs else args[3]
-            return attend(args[0] if args else kwargs["query"], mask.entries, scale=kwargs.get("scale"))
-        result = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(result, cls):
-            result.entries = next(arg.entries for arg in args if isinstance(arg, cls))
-        return result
-
-
-def attend(
-    query: torch.Tensor, entries: Sequence[tuple[torch.Tensor, torch.Tensor]], *, scale: float | None
-) -> torch.Tensor:
-    """Attention (B, H, 1, D) of queries (B, H, 1, D), one of each row, to the row's own keys and values.
-
-    The query heads that share a kv head stand as queries of it: nothing is repeated.
-    """
-    outputs = []
-    for row, (keys, values) in zip(query, entries, strict=True):
-        shared = row.reshape(1, keys.shape[1], -1, row.shape[-1])
-        outputs.append(nn.functional.scaled_dot_product_attention(shared, keys, values, scale=scale))
-    return torch.cat([output.reshape(1, query.shape[1], 1, -1) for output in outputs])
+        The query heads that share a kv head stand as queries of it: nothing is repeated.
+        """
+        outputs = []
+        for row, (keys, values) in zip(query, entries, strict=True):
+            shared = row.reshape(1, keys.shape[1], -1, row.shape[-1])
+            outputs.append(nn.functional.scaled_dot_product_attention(shared, keys, values, scale=scale))
+        return torch.cat([output.reshape(1, query.shape[1], 1, -1) for output in outputs])
 
 
 class RowsLayer(DynamicLayer):
@@ -94,8 +68,7 @@ class RowsLayer(DynamicLayer):
         for row, keys, values in zip(self.rows, key_states.split(1), value_states.split(1), strict=True):
             held_keys, held_values = row.update(keys, values)
             entries.append((held_keys[:, :, first:], held_values[:, :, first:]))
-        # In place: what has been made of the mask meanwhile, on another device, shares the list.
-        self.mask.entries[:] = entries
+        self.mask.told(entries)
         return key_states, value_states
 
     def get_seq_length(self) -> int:

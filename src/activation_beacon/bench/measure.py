@@ -4,18 +4,19 @@ All ways do the same work with the same code (`timing.timed`): one call of the m
 token's logits, then tokens are written greedily, one by one. Full attention is the base model itself, beacons disabled.
 """
 
-import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
 
 from activation_beacon import attach, detach
-from activation_beacon.bench.timing import Run, now, random_ids, timed
+from activation_beacon.bench.timing import Run, keep_pages, now, random_ids, timed
+from activation_beacon.grouped import rows_together
 
 WARM_UP_TOKENS = 4
+TIMES_EACH = 3
 
 
 class Cell(NamedTuple):
@@ -84,36 +85,59 @@ def warm_up_length(model: Any) -> int:
 
 
 def chunk_seconds(model: Any, num_chunks: int, ratio: int) -> list[float]:
-    """Seconds that each of so many chunks takes to be closed, in order."""
-    device = model.get_input_embeddings().weight.device
-    size, width = model.get_input_embeddings().weight.shape[0], num_chunks * model.beacon_config.chunk_size + 1
-    times = [now(device)]
+    """Seconds that each of so many chunks takes to be closed in a pass of its own, in order."""
+    device, width = model.get_input_embeddings().weight.device, model.beacon_config.chunk_size
+    cache, seconds, began = model.new_cache(ratio=ratio), [], 0.0
 
     def note(*_: int) -> None:
-        times.append(now(device))
+        seconds.append(now(device) - began)
 
-    model.compress(torch.randint(0, size, (1, width), device=device), ratio=ratio, progress=note)
-    return [after - before for before, after in itertools.pairwise(times)]
+    for piece in _chunks(model, num_chunks).split([width + 1, *[width] * (num_chunks - 1)], dim=1):  # each closes one
+        began = now(device)
+        model.compress(piece, cache=cache, progress=note)
+    return seconds
+
+
+def seconds_in_one_call(model: Any, num_chunks: int, ratio: int) -> float | None:
+    """Seconds to close as many chunks in one call, several in one pass; None where each would have its own."""
+    device, chunk = model.get_input_embeddings().weight.device, model.beacon_config.chunk_size
+    if 2 * (chunk + chunk // ratio) > rows_together(device):
+        return None
+    times = [now(device)]
+    model.compress(_chunks(model, num_chunks), ratio=ratio, progress=lambda *_: times.append(now(device)))
+    return times[-1] - times[0]
+
+
+def _chunks(model: Any, num_chunks: int) -> torch.Tensor:
+    """Random tokens (1, T) that close so many chunks."""
+    weight = model.get_input_embeddings().weight
+    return random_ids(weight.shape[0], 1, num_chunks * model.beacon_config.chunk_size + 1, weight.device)
 
 
 @torch.no_grad()
 def idle_pairs(model: Any, length: int, num_new: int, repeats: int) -> list[tuple[Run, Run]]:
     """Runs on a short text in pairs: on the bare base model, and with beacons attached. The beacons are new ones after it.
 
-    Attaching and detaching move much memory: a run that does not count comes after each.
+    Attaching and detaching move much memory: it is kept from then on, and a run that does not count comes after each. What
+    else the machine does comes and goes: each way is first in turn, and runs `TIMES_EACH` times.
     """
-    config, pairs = model.beacon_config, []
+    keep_pages()
+    config = model.beacon_config
+    pairs: list[tuple[Run, Run]] = []
     device = model.get_input_embeddings().weight.device
     ids = torch.randint(0, model.get_input_embeddings().weight.shape[0], (1, length), device=device)
+
+    def runs_of(model: Any, make_cache: Callable[[], Any]) -> list[Run]:
+        timed(model, make_cache(), ids, 1)
+        return [timed(model, make_cache(), ids, num_new) for _ in range(TIMES_EACH)]
+
     for number in range(repeats + 1):
+        with_beacons = runs_of(model, model.new_cache) if number % 2 else []
         bare = detach(model)
-        timed(bare, DynamicCache(), ids, 1)
-        alone = timed(bare, DynamicCache(), ids, num_new)
+        alone = runs_of(bare, DynamicCache)
         model = attach(bare, config)
-        timed(model, model.new_cache(), ids, 1)
-        with_beacons = timed(model, model.new_cache(), ids, num_new)
-        if number:
-            pairs.append((alone, with_beacons))
+        if number:  # the first repeat does not count
+            pairs += zip(alone, with_beacons or runs_of(model, model.new_cache), strict=True)
     return pairs
 
 

@@ -1,0 +1,124 @@
+"""Several chunks closed in one pass, layer by layer.
+
+What a chunk sees of the chunks before it in a layer are entries that come of the layer's input: a pass over several chunks is
+exact. All rows go through projections, MLPs and norms together, which a GPU wants of small models and small chunks; attention
+is computed chunk by chunk, to the memory, the entries kept of the group's earlier chunks, their keys moved to where they are
+held, and causally to the chunk itself.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from activation_beacon.causal import ToldEntries, attend
+from activation_beacon.constants import constant
+from activation_beacon.entries import PassEnded
+from activation_beacon.plan import GroupLayout
+from activation_beacon.rope import KeyMover
+
+# B batch · H query heads · K kv heads · N slots of all chunks · T slots of one · S entries before it · m before all · D head dim
+
+ROWS_TOGETHER = {"cuda": 8192}  # slots of all texts that keep a GPU busy; more would cost memory (not measured)
+FEW_ROWS = 1024  # elsewhere: on two cores, passes over more are no faster for each slot (docs/performance.md)
+
+
+def rows_together(device: torch.device) -> int:
+    """Slots that a pass over several chunks has at most, of all texts."""
+    return ROWS_TOGETHER.get(device.type, FEW_ROWS)
+
+
+class ByChunk(ToldEntries):
+    """A mask that says "each chunk, what is held before it, and causally itself": T and keys and values (B, K, S + T, D)."""
+
+    @staticmethod
+    def attended(
+        query: torch.Tensor, entries: Sequence[tuple[int, torch.Tensor, torch.Tensor]], *, scale: float | None
+    ) -> torch.Tensor:
+        """Attention (B, H, N, D) of queries (B, H, N, D), chunk by chunk."""
+        outputs = []
+        queries = query.split([size for size, _, _ in entries], dim=2)
+        for own, (_, keys, values) in zip(queries, entries, strict=True):
+            num_shared = own.shape[1] // keys.shape[1]
+            keys, values = (states.repeat_interleave(num_shared, dim=1) for states in (keys, values))
+            outputs.append(attend(own, keys, values, scale=scale))
+        return torch.cat(outputs, dim=2)
+
+
+class GroupLayer(DynamicLayer):
+    """One layer during a pass over several chunks: keeps what they leave behind, and tells the mask what each of them sees.
+
+    Args:
+        held: makes the keys and values (B, K, m, D) of the memory; called when the layer is reached. None where it is empty.
+        length: m.
+        group: the chunks.
+        mover: moves the keys that are kept.
+        index: of the layer.
+        mask: that the pass is given.
+    """
+
+    num_held = 0  # tokens of the chunks that have been read before
+
+    def __init__(
+        self,
+        held: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None,
+        length: int,
+        group: GroupLayout,
+        mover: KeyMover,
+        index: int,
+        mask: ByChunk,
+    ) -> None:
+        super().__init__()
+        self.held = held
+        self.length = length
+        self.group = group
+        self.mover = mover
+        self.index = index
+        self.mask = mask
+        self.ends_pass = False
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep what the chunks leave behind, given all slots' entries (B, K, N, D); returns few, which nobody attends to.
+
+        Raises:
+            PassEnded: where it `ends_pass`.
+        """
+        slots = constant(self.group.kept_slots, key_states.device)
+        self.keys = self.mover.move(key_states.index_select(2, slots), self.index)
+        self.values = value_states.index_select(2, slots)
+        if self.ends_pass:
+            raise PassEnded
+        before = [self.keys, self.values]
+        if self.held is not None:
+            before = [torch.cat(pair, dim=2) for pair in zip(self.held(), before, strict=True)]
+        parts = [states.split(self.group.sizes, dim=2) for states in (key_states, value_states)]
+        self.mask.told(
+            [
+                (
+                    size,
+                    *(
+                        torch.cat((old[:, :, : self.length + kept], own), dim=2)
+                        for old, own in zip(before, new, strict=True)
+                    ),
+                )
+                for size, kept, *new in zip(self.group.sizes, self.group.num_kept, *parts, strict=False)
+            ]
+        )
+        return key_states[:, :, :1], value_states[:, :, :1]
+
+    def memory(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values (B, K, m, D) before the chunks; not for a layer that holds nothing."""
+        assert self.held is not None, "nothing is held"
+        return self.held()
+
+    def forget(self) -> None:
+        """Let go of what the pass has left here."""
+        del self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Entries before the chunks."""
+        return self.length
