@@ -59,3 +59,16 @@ def test_a_number_is_found_through_beacons(ratio):
     asked = torch.tensor([prompt.question("What is the special magic number of the violin?")])
     answer = model.generate(asked, context=context, max_new_tokens=24, do_sample=False)
     assert "7853176" in tokenizer.decode(answer[0, asked.shape[1] :])
+
+
+@pytest.mark.default_model
+@torch.no_grad()
+def test_a_chunk_that_has_been_read_is_closed_to_the_same_cache():
+    model, tokenizer = load("default")
+    size = model.beacon_config.chunk_size
+    ids = torch.tensor([tokenizer(read_demo_book(), verbose=False)["input_ids"][: size + 1]])
+    in_pieces = model.compress(ids[:, : size - 24], ratio=8)
+    model.compress(ids[:, size - 24 :], cache=in_pieces)
+    for layer, expected in zip(in_pieces.layers, model.compress(ids, ratio=8).layers, strict=True):
+        torch.testing.assert_close(layer.keys, expected.keys, rtol=0, atol=1e-4)
+        torch.testing.assert_close(layer.values, expected.values, rtol=0, atol=1e-4)
