@@ -135,6 +135,17 @@ def with_beacons(
     return model
 
 
+def widths(model: Any, read: Any) -> list[int]:
+    """Rows of each pass of the decoder that a call makes."""
+    found: list[int] = []
+    handle = model.model.layers[0].register_forward_pre_hook(lambda layer, args: found.append(args[0].shape[1]))
+    try:
+        read()
+    finally:
+        handle.remove()
+    return found
+
+
 def beacon_tensors(model: Any) -> dict[str, torch.Tensor]:
     """Copies of a model's beacon weights, by their names in an adapter's file."""
     return {name: parameter.detach().clone() for name, parameter in model.beacon_parameters()}

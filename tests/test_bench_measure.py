@@ -69,7 +69,7 @@ def test_each_chunk_of_a_long_text_is_timed():
 
 
 def test_chunks_that_fill_a_pass_are_not_timed_together(monkeypatch):
-    monkeypatch.setattr(measure, "rows_together", lambda device: 2 * (CHUNK + CHUNK // 4) - 1)
+    monkeypatch.setattr(measure, "ROWS_TOGETHER", 2 * (CHUNK + CHUNK // 4) - 1)
     assert measure.seconds_in_one_call(model(), 3, 4) is None
 
 

@@ -114,7 +114,7 @@ def read_with_gradients(model):
     ],
 )
 def test_masks_are_told_where_they_are_understood(family, attention, read, masks, monkeypatch):
-    monkeypatch.setattr(grouped, "FEW_ROWS", 0)  # a pass for each chunk
+    monkeypatch.setattr(grouped, "ROWS_TOGETHER", 0)  # a pass for each chunk
     model = with_beacons(family, CONFIG, attention=attention)
     assert masks_of_passes(model, read) == masks
 

@@ -320,7 +320,7 @@ class Breaking:
 @pytest.mark.parametrize("settings", [{}, EXACT], ids=["interleave", "exact"])
 @torch.no_grad()
 def test_an_error_in_the_middle_leaves_the_cache_as_it_was(settings, held, call, error, monkeypatch):
-    monkeypatch.setattr(grouped, "FEW_ROWS", 0)  # a pass for each chunk
+    monkeypatch.setattr(grouped, "ROWS_TOGETHER", 0)  # a pass for each chunk
     model, ids = attached({"num_sinks": 2, **settings}), random_ids(LENGTH)
     cache = model.compress(ids[:, :held], ratio=4) if held else model.new_cache(ratio=4)
     before, rest = state_of(cache), ids[:, held:]

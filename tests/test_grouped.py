@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from activation_beacon import BeaconConfig, grouped
-from activation_beacon.grouped import ByChunk, GroupLayer, rows_together
+from activation_beacon.grouped import ByChunk, GroupLayer
 from activation_beacon.plan import GroupLayout, RawRun, chunk_layout
 from activation_beacon.rope import KeyMover
-from families import random_ids, tiny, with_beacons
+from families import random_ids, tiny, widths, with_beacons
 from reference import Reference
 
 CHUNK = 16
@@ -27,21 +27,10 @@ def alone(monkeypatch):
 
     def call(read):
         with monkeypatch.context() as patched:
-            patched.setattr(grouped, "FEW_ROWS", 0)
+            patched.setattr(grouped, "ROWS_TOGETHER", 0)
             return read()
 
     return call
-
-
-def widths(model, read):
-    """Rows of each pass of the decoder that a call makes."""
-    found = []
-    handle = model.model.layers[0].register_forward_pre_hook(lambda layer, args: found.append(args[0].shape[1]))
-    try:
-        read()
-    finally:
-        handle.remove()
-    return found
 
 
 def same(cache, expected, tolerance=1e-5):
@@ -118,7 +107,7 @@ SLOTS = CHUNK + 4  # at ratio 4
 )
 @torch.no_grad()
 def test_as_many_chunks_go_together_as_the_rows_allow(most, expected, monkeypatch):
-    monkeypatch.setattr(grouped, "FEW_ROWS", most)
+    monkeypatch.setattr(grouped, "ROWS_TOGETHER", most)
     model, done = model_of(), []
     assert widths(model, lambda: model.compress(random_ids(5 * CHUNK + 3), ratio=4)) == expected
     model.compress(random_ids(5 * CHUNK + 3), ratio=4, progress=lambda *count: done.append(count))
@@ -163,7 +152,7 @@ def test_only_chunks_that_can_go_together_do(case, expected):
 @pytest.mark.parametrize("settings", [{}, EXACT], ids=["interleave", "exact"])
 @torch.no_grad()
 def test_an_error_in_the_middle_of_a_group_leaves_the_cache_as_it_was(settings, monkeypatch):
-    monkeypatch.setattr(grouped, "FEW_ROWS", 2 * SLOTS)
+    monkeypatch.setattr(grouped, "ROWS_TOGETHER", 2 * SLOTS)
     model, ids = model_of(**settings), random_ids(6 * CHUNK + 3)
     cache = model.compress(ids[:, : CHUNK + 1], ratio=4)
     before, rows = [layer.keys.clone() for layer in cache.layers], cache.rows
@@ -183,10 +172,6 @@ def test_an_error_in_the_middle_of_a_group_leaves_the_cache_as_it_was(settings, 
         assert cache.rows == rows
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
     same(model.compress(ids[:, CHUNK + 1 :], cache=cache), model.compress(ids, ratio=4))
-
-
-def test_a_gpu_takes_more_rows_than_a_cpu():
-    assert rows_together(torch.device("cuda")) > rows_together(torch.device("cpu"))
 
 
 # --- by hand -------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 from activation_beacon import BeaconConfig, grouped
 from activation_beacon.forward import _Reader
 from activation_beacon.resuming import ChunkRows
-from families import random_ids, with_beacons
+from families import random_ids, widths, with_beacons
 
 CHUNK = 16
 APPEND = {"placement": "append"}
@@ -16,27 +16,11 @@ EXACT = {**ANCHORED, "exact_ids": tuple(range(3, 97, 17))}
 
 @pytest.fixture(autouse=True)
 def a_pass_for_each_chunk(monkeypatch):
-    monkeypatch.setattr(grouped, "FEW_ROWS", 0)
+    monkeypatch.setattr(grouped, "ROWS_TOGETHER", 0)
 
 
 def model_of(family="llama", **settings):
     return with_beacons(family, BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8, 16), **settings), attention="sdpa")
-
-
-def widths(model, read):
-    """Rows of each pass of the decoder that a call makes."""
-    found = []
-
-    def note(decoder, args, kwargs):
-        states = kwargs.get("inputs_embeds")
-        found.append((kwargs["input_ids"] if states is None else states).shape[1])
-
-    handle = model.model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        read()
-    finally:
-        handle.remove()
-    return found
 
 
 def same(cache, expected, tolerance=1e-5):

@@ -13,6 +13,7 @@ import torch
 from transformers import Cache
 from transformers.utils import ModelOutput
 
+from activation_beacon import grouped
 from activation_beacon.adapt import DecoderSite, can_end_early, understands_told_masks
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
@@ -21,7 +22,7 @@ from activation_beacon.config import BeaconConfig
 from activation_beacon.constants import constant
 from activation_beacon.entries import BeaconLayer, ChunkLayer, PassEnded, Quantized, merge, take
 from activation_beacon.exact import anchor_tokens
-from activation_beacon.grouped import ByChunk, GroupLayer, rows_together
+from activation_beacon.grouped import ByChunk, GroupLayer
 from activation_beacon.plan import ChunkLayout, GroupLayout, Row, RowReading, TextPlanner, closing_rounds
 from activation_beacon.resuming import ChunkRows
 from activation_beacon.rope import KeyMover
@@ -176,7 +177,7 @@ class _Reader:
         """The chunks that come next and can be closed in one pass; none where the next is better closed alone."""
         members, first = rounds[0]
         lengths = {self.cache.rows[row].memory_length for row in members}
-        most = rows_together(self.ids.device) // len(members)
+        most = grouped.ROWS_TOGETHER // len(members)
         is_begun = self.cache.config.placement == "append" and any(self.cache.rows[row].tail_length for row in members)
         is_alone = is_begun or len(lengths) > 1 or 2 * first.num_slots > most
         if is_alone or self.model.training or not self._understands_masks():  # in training attention may drop some

@@ -1,7 +1,7 @@
 """Several chunks closed in one pass, layer by layer.
 
 What a chunk sees of the chunks before it in a layer are entries that come of the layer's input: a pass over several chunks is
-exact. All rows go through projections, MLPs and norms together, which a GPU wants of small models and small chunks; attention
+exact. All rows go through projections, MLPs and norms together, which small chunks gain by; attention
 is computed chunk by chunk, to the memory, the entries kept of the group's earlier chunks, their keys moved to where they are
 held, and causally to the chunk itself.
 """
@@ -20,13 +20,9 @@ from activation_beacon.rope import KeyMover
 
 # B batch · H query heads · K kv heads · N slots of all chunks · T slots of one · S entries before it · m before all · D head dim
 
-ROWS_TOGETHER = {"cuda": 8192}  # slots of all texts that keep a GPU busy; more would cost memory (not measured)
-FEW_ROWS = 1024  # elsewhere: on two cores, passes over more are no faster for each slot (docs/performance.md)
-
-
-def rows_together(device: torch.device) -> int:
-    """Slots that a pass over several chunks has at most, of all texts."""
-    return ROWS_TOGETHER.get(device.type, FEW_ROWS)
+ROWS_TOGETHER = (
+    1024  # slots of all texts in one pass; on two cores more are no faster for each slot, on a GPU it is not measured
+)
 
 
 class ByChunk(ToldEntries):

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from activation_beacon import attach, detach
 from activation_beacon.bench.timing import Run, keep_pages, now, random_ids, timed
-from activation_beacon.grouped import rows_together
+from activation_beacon.grouped import ROWS_TOGETHER
 
 WARM_UP_TOKENS = 4
 TIMES_EACH = 3
@@ -101,7 +101,7 @@ def chunk_seconds(model: Any, num_chunks: int, ratio: int) -> list[float]:
 def seconds_in_one_call(model: Any, num_chunks: int, ratio: int) -> float | None:
     """Seconds to close as many chunks in one call, several in one pass; None where each would have its own."""
     device, chunk = model.get_input_embeddings().weight.device, model.beacon_config.chunk_size
-    if 2 * (chunk + chunk // ratio) > rows_together(device):
+    if 2 * (chunk + chunk // ratio) > ROWS_TOGETHER:
         return None
     times = [now(device)]
     model.compress(_chunks(model, num_chunks), ratio=ratio, progress=lambda *_: times.append(now(device)))
