@@ -1,9 +1,8 @@
 """Several chunks closed in one pass, layer by layer.
 
 What a chunk sees of the chunks before it in a layer are entries that come of the layer's input: a pass over several chunks is
-exact. All rows go through projections, MLPs and norms together, which small chunks gain by; attention
-is computed chunk by chunk, to the memory, the entries kept of the group's earlier chunks, their keys moved to where they are
-held, and causally to the chunk itself.
+exact. All rows go through projections, MLPs and norms together, which small chunks gain by; attention is computed chunk by
+chunk: to the memory, to what is kept of the group's earlier chunks, keys moved to where they are held, and causally to itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +19,8 @@ from activation_beacon.rope import KeyMover
 
 # B batch · H query heads · K kv heads · N slots of all chunks · T slots of one · S entries before it · m before all · D head dim
 
-ROWS_TOGETHER = (
-    1024  # slots of all texts in one pass; on two cores more are no faster for each slot, on a GPU it is not measured
-)
+# Slots of all texts in one pass: on two cores, more are no faster for each slot; on a GPU it is not measured.
+ROWS_TOGETHER = 1024
 
 
 class ByChunk(ToldEntries):
@@ -53,8 +51,6 @@ class GroupLayer(DynamicLayer):
         index: of the layer.
         mask: that the pass is given.
     """
-
-    num_held = 0  # tokens of the chunks that have been read before
 
     def __init__(
         self,
