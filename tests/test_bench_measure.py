@@ -256,6 +256,12 @@ def test_bad_options_are_refused(args, message):
     assert message in result.stderr
 
 
+def test_graphs_are_refused_on_a_cpu(options):
+    result = invoke("speed", *options, "--device", "cpu", "--cuda-graphs")
+    assert result.exit_code == 1
+    assert "--cuda-graphs needs a GPU; the model is on cpu. Add --device cuda." in result.stderr
+
+
 def test_idle_refuses_a_text_that_would_be_compressed(options):
     result = invoke("idle", *options, "--length", "40")
     assert result.exit_code == 1

@@ -20,9 +20,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from activation_beacon.adapt import AT_ONCE, DecoderSite
 from activation_beacon.causal import LowerRight
+from activation_beacon.chunk_inputs import BaseModel, anchor_slots, anchors_of_all, interleave
 from activation_beacon.config import BeaconConfig
 from activation_beacon.errors import UnsupportedError
-from activation_beacon.forward import BaseModel, anchor_slots, anchors_of_all, interleave
 from activation_beacon.plan import ChunkLayout, GroupLayout
 from activation_beacon.rope import KeyMover
 

@@ -35,6 +35,7 @@ class Attachment:
     handles: list[Any]
     own_forward: Callable[..., Any] | None  # a forward that another library had put on the instance
     policy: RatioPolicy
+    cuda_graphs: bool = False
     token: str = field(default_factory=lambda: secrets.token_hex(8))  # names this attaching, for caches to remember
     fingerprints: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
 

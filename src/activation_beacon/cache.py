@@ -47,6 +47,7 @@ class BeaconCache(Cache):
         checked_by: the attaching that last compared the fingerprints; None for a cache that has not been used yet.
         context_lengths: for each row, tokens seen before the first prompt of the generation that made this cache: what
             `generate` was given as `context`, and did not return among its ids.
+        recorded: the step of decoding that was last recorded on it, a `recorded.RecordedStep`; no copy has it.
         is_continued: whether the prompt of the generation in progress may open with the text seen (transformers'
             `past_key_values` convention) rather than follow it.
     """
@@ -72,6 +73,7 @@ class BeaconCache(Cache):
         self.adapter_fingerprint = adapter_fingerprint
         self.checked_by: str | None = None
         self.is_continued = False
+        self.recorded: Any = None
         self.context_lengths = (0,) * batch_size
 
     # --- numbers ---
@@ -468,6 +470,7 @@ class BeaconCache(Cache):
 
     def adopt(self, other: "BeaconCache") -> None:
         """Become what `other` is, all at once."""
+        self.recorded = None
         self.layers, self.rows, self.token_ids, self.policies = (
             other.layers,
             other.rows,

@@ -180,9 +180,18 @@ class BeaconLayer(DynamicLayer):
             if held.dim() != states.dim() or held.dtype != states.dtype or held.device != states.device:
                 return None
         num_new = new[0].shape[2]
-        if self.room is not None and self.room.can_append_to(self.keys, self.values, num_new):
+        if self.has_room(num_new):
             return self.room
         return Room(self.keys, self.values, num_new) if num_new == 1 else None
+
+    def has_room(self, num_new: int) -> bool:
+        """Whether the entries held stand in a room that has a place for so many more."""
+        return self.room is not None and self.room.can_append_to(self.keys, self.values, num_new)
+
+    def fill_next(self) -> None:
+        """Hold one entry more: that which has been written into the next slot of the room."""
+        assert self.room is not None, "it has been written somewhere"
+        self.keys, self.values = self.room.fill(1)
 
     def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all slots (B, K, S, D), dense."""

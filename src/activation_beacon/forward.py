@@ -6,8 +6,7 @@ the tail. Every pass calls the base's own forward on a cache; no modeling code i
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -18,76 +17,20 @@ from activation_beacon.adapt import DecoderSite, can_end_early, understands_told
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import LowerRight
-from activation_beacon.config import BeaconConfig
+from activation_beacon.chunk_inputs import BaseModel, anchor_slots, anchors_of_all, interleave
+from activation_beacon.chunk_memory import joined_layer, lent, memory_view
 from activation_beacon.constants import constant
-from activation_beacon.entries import BeaconLayer, ChunkLayer, PassEnded, Quantized, merge, take
-from activation_beacon.exact import anchor_tokens
+from activation_beacon.entries import ChunkLayer, PassEnded, take
 from activation_beacon.grouped import ByChunk, GroupLayer
 from activation_beacon.plan import ChunkLayout, GroupLayout, Row, RowReading, TextPlanner, closing_rounds
+from activation_beacon.readout import Readout, Wanted
+from activation_beacon.recorded import recorded_step
 from activation_beacon.resuming import ChunkRows
 from activation_beacon.rope import KeyMover
 
 # B batch · N new tokens (columns) · T slots of a pass · S cache slots · M model dim · V vocabulary
 
 Progress = Callable[[int, int], None]
-
-
-class BaseModel(Protocol):
-    """What reading needs of an attached model."""
-
-    training: bool
-
-    @property
-    def config(self) -> Any:
-        """The base's configuration."""
-
-    @property
-    def beacon_embedding(self) -> torch.Tensor:
-        """The input (M,) of every beacon."""
-
-    def base_forward(self, **kwargs: Any) -> Any:
-        """The base's own forward, with its language modelling head."""
-
-    def get_decoder(self) -> Any:
-        """The base without its head."""
-
-    def get_input_embeddings(self) -> Any:
-        """The token embedding."""
-
-
-@dataclass
-class Wanted:
-    """What a caller wants of the logits.
-
-    Attributes:
-        first_column: logits are returned from this column on; None for none at all.
-        labels: (B, N) next-token targets in the columns of the new tokens, -100 where there is none.
-        options: further keyword arguments of the base's forward, for the pass that reads the tail.
-    """
-
-    first_column: int | None = None
-    labels: torch.Tensor | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def needs_all(self) -> bool:
-        """Whether every token's logits are needed, to be returned or not."""
-        return self.labels is not None
-
-
-@dataclass
-class Readout:
-    """What came of a reading.
-
-    Attributes:
-        logits: (B, N - first column, V), zero in padding.
-        nll: (B, N - 1) in nats, NaN where there is no target.
-        last: the base's output of the tail's pass.
-    """
-
-    logits: torch.Tensor | None = None
-    nll: torch.Tensor | None = None
-    last: ModelOutput | None = None
 
 
 def read(
@@ -118,7 +61,8 @@ def read(
     ]
     reader = _Reader(model, site, cache, new, wanted, readings)
     if not any(reading.closings for reading in readings):
-        reader.read_tail()
+        if not reader.replay_step():
+            reader.read_tail()
         return reader.readout
     reader.cache = cache.fork()
     reader.close_chunks(progress)
@@ -145,13 +89,8 @@ class _Reader:
         self.new = new
         self.wanted = wanted
         self.readings = readings
-        self.seen = [row.tokens_seen for row in cache.rows]
         self.ids = _appended_ids(cache, new)  # (B, longest text), right-aligned
-        self.readout = Readout()
-        if wanted.labels is not None:
-            self.readout.nll = torch.full(
-                (len(self.seen), max(new.columns - 1, 0)), torch.nan, dtype=torch.float32, device=new.ids.device
-            )
+        self.readout = Readout(wanted, new, [row.tokens_seen for row in cache.rows])
 
     # --- chunks ---
 
@@ -186,7 +125,8 @@ class _Reader:
         starts = [len(self.cache.rows[row].chunks) * size for row in members]
         for number, (others, layout) in enumerate(rounds):
             num_slots += layout.num_slots
-            is_wanted = self._first_wanted(members, [start + number * size for start in starts]) is not None
+            moved = [start + number * size for start in starts]
+            is_wanted = self.readout.first_wanted(members, moved, size) is not None
             if others != members or num_slots > most or is_wanted:
                 break
             layouts.append(layout)
@@ -206,8 +146,8 @@ class _Reader:
         mover = KeyMover(self.site.ropes, constant(group.shifts, device))
         mask = ByChunk.on(device)
         layers = [
-            GroupLayer(lent, length, group, mover, index, mask)
-            for index, lent in enumerate(_lent(cache, members, cache.memory_ends(members), length))
+            GroupLayer(held, length, group, mover, index, mask)
+            for index, held in enumerate(lent(cache, members, cache.memory_ends(members), length))
         ]
         layers[-1].ends_pass = can_end_early(self.model.get_decoder(), self.site)
         self._call_base(
@@ -247,8 +187,8 @@ class _Reader:
         ids = self._text(members, starts, cache.config.chunk_size)
         lengths = [cache.rows[row].memory_length for row in members]
         rows = self._rows_to_compute(members, layout, anchor_slots)
-        memory = _memory_view(cache, members, max(lengths), rows)
-        wanted = self._first_wanted(members, starts)
+        memory = memory_view(cache, members, max(lengths), rows)
+        wanted = self.readout.first_wanted(members, starts, cache.config.chunk_size)
         memory.layers[-1].ends_pass = wanted is None and can_end_early(self.model.get_decoder(), self.site)
         embeddings = interleave(self.model, ids, layout)
         if rows is None:
@@ -272,7 +212,7 @@ class _Reader:
         row_of = layout.raw_slots if rows is None else [rows.row_of(slot) for slot in layout.raw_slots]
         output = self._call_base(wanted, row_of, past_key_values=memory, use_cache=True, **inputs)
         if output is not None:
-            self._collect(output, members, starts, cache.config.chunk_size)
+            self.readout.collect(output, members, starts, cache.config.chunk_size)
         self._keep(members, memory.layers, self._kept(memory.layers, layout), (layout,))
 
     def _kept(self, passed: Sequence[ChunkLayer], layout: ChunkLayout) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -310,12 +250,27 @@ class _Reader:
         layers = []
         for chunk, (keys, values), layer in zip(passed, kept, cache.layers, strict=True):
             chunk.forget()
-            layers.append(_joined_layer(layer, chunk, keys, values, members, others, longest_other))
+            layers.append(joined_layer(layer, chunk, keys, values, members, others, longest_other))
         cache.layers = layers
         for layout in layouts:
             cache.rows = tuple(row.after_closing(layout) if b in members else row for b, row in enumerate(cache.rows))
 
     # --- the tail ---
+
+    def replay_step(self) -> bool:
+        """Append one token to each row by a recorded step, if steps are to be recorded and this is one."""
+        cache, wanted = self.cache, self.wanted
+        is_step = self.new.columns == 1 and cache.layers[0].get_seq_length() > 0
+        is_plain = wanted.first_column == 0 and not wanted.needs_all and not any(wanted.options.values())
+        if not (self.model.cuda_graphs and is_step and is_plain):
+            return False
+        step = recorded_step(self.model, self.site, cache)
+        if step is None:
+            return False
+        num_slots, lengths = cache.num_slots, [row.cache_length for row in cache.rows]
+        self.readout.logits = step.run(cache, self.new.ids)
+        self._settle(lengths, [1] * len(lengths), num_slots, left=False)
+        return True
 
     def read_tail(self) -> None:
         """Read each row's tokens after its last closed chunk, raw."""
@@ -329,7 +284,7 @@ class _Reader:
         first = [start - offset for start, offset in zip(starts, offsets, strict=True)]
         ids = self._text(range(len(counts)), first, width)
         slots = torch.arange(width, device=ids.device)
-        wanted = self._wanted_slots(starts, counts, offsets)
+        wanted = self.readout.wanted_slots(starts, counts, offsets)
         try:
             output = self._call_base(
                 wanted,
@@ -349,7 +304,9 @@ class _Reader:
         self._settle(lengths, counts, num_slots, left)
         if output is not None:
             self.readout.last = output
-            self._collect(output, range(len(counts)), starts, width, offsets=offsets, counts=counts, slots=wanted)
+            self.readout.collect(
+                output, range(len(counts)), starts, width, offsets=offsets, counts=counts, slots=wanted
+            )
             if self.wanted.first_column is not None and self.readout.logits is None:  # all that was wanted is padding
                 shape = (len(counts), self.new.columns - self.wanted.first_column, output.logits.shape[-1])
                 self.readout.logits = output.logits.new_zeros(shape)
@@ -408,116 +365,6 @@ class _Reader:
         index = torch.tensor([slots[number] for number in wanted], dtype=torch.long, device=self.ids.device)
         return self.model.base_forward(**inputs, logits_to_keep=index)
 
-    def _column(self, row: int, token: int) -> int:
-        """Column of a text's token in the caller's batch; before the new tokens' first for those read earlier."""
-        return self.new.starts[row] + token - self.seen[row]
-
-    def _first_column(self) -> int | None:
-        return 0 if self.wanted.needs_all else self.wanted.first_column
-
-    def _first_wanted(self, members: Sequence[int], starts: Sequence[int]) -> list[int] | None:
-        """Tokens of a chunk whose logits are wanted in some row."""
-        first, size = self._first_column(), self.cache.config.chunk_size
-        if first is None:
-            return None
-        lowest = size
-        for row, start in zip(members, starts, strict=True):
-            lowest = min(lowest, max(0, first - self._column(row, start), self.seen[row] - start))
-        return list(range(lowest, size)) if lowest < size else None
-
-    def _wanted_slots(self, starts: list[int], counts: list[int], offsets: list[int]) -> list[int] | None:
-        """Slots of the tail's pass whose logits are wanted in some row."""
-        first = self._first_column()
-        if first is None:
-            return None
-        slots: set[int] = set()
-        for row, (start, count, offset) in enumerate(zip(starts, counts, offsets, strict=True)):
-            skipped = max(0, first - self._column(row, start), self.seen[row] - start)
-            slots.update(range(offset + skipped, offset + count))
-        return sorted(slots)
-
-    def _collect(
-        self,
-        output: Any,
-        members: Sequence[int],
-        starts: Sequence[int],
-        width: int,
-        *,
-        offsets: Sequence[int] | None = None,
-        counts: Sequence[int] | None = None,
-        slots: list[int] | None = None,
-    ) -> None:
-        """Put a pass's logits (b, wanted, V) into the columns of the caller's batch, and its losses beside them."""
-        logits = output.logits
-        first_slot = width - logits.shape[1]
-        order = slots if slots is not None else list(range(first_slot, width))
-        for b, row in enumerate(members):
-            offset = 0 if offsets is None else offsets[b]
-            count = width if counts is None else counts[b]
-            column = self._column(row, starts[b])
-            begin = max(self.seen[row] - starts[b], (self._first_column() or 0) - column, 0) + offset
-            chosen = [n for n, slot in enumerate(order) if begin <= slot < offset + count]
-            if not chosen:
-                continue
-            piece = logits[b, chosen[0] : chosen[-1] + 1]
-            column = self._column(row, starts[b] + order[chosen[0]] - offset)
-            self._put_nll(row, column, piece)
-            self._put_logits(row, column, piece, logits, len(members))
-
-    def _put_nll(self, row: int, column: int, piece: torch.Tensor) -> None:
-        if self.wanted.labels is None or self.readout.nll is None:
-            return
-        stop = min(column + piece.shape[0], self.readout.nll.shape[1])
-        if stop <= column:
-            return
-        targets = self.wanted.labels[row, column + 1 : stop + 1].to(piece.device)
-        losses = torch.nn.functional.cross_entropy(
-            piece[: stop - column].float(), targets, ignore_index=-100, reduction="none"
-        )
-        self.readout.nll[row, column:stop] = losses.masked_fill(targets == -100, torch.nan)
-
-    def _put_logits(self, row: int, column: int, piece: torch.Tensor, logits: torch.Tensor, num_rows: int) -> None:
-        first = self.wanted.first_column
-        if first is None:
-            return
-        batch, width = len(self.seen), self.new.columns - first
-        if self.readout.logits is None:
-            if num_rows == batch and logits.shape[1] == width and not self._is_padded():
-                self.readout.logits = logits  # one pass made them all
-                return
-            self.readout.logits = logits.new_zeros((batch, width, logits.shape[-1]))
-        elif self.readout.logits is logits:
-            return
-        skipped = max(0, first - column)
-        if skipped < piece.shape[0]:
-            begin = column + skipped - first
-            self.readout.logits[row, begin : begin + piece.shape[0] - skipped] = piece[skipped:]
-
-    def _is_padded(self) -> bool:
-        return any(count != self.new.columns for count in self.new.counts) and self.wanted.first_column == 0
-
-
-def interleave(model: BaseModel, ids: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
-    """Input embeddings (B, T, M) of a chunk: its tokens (B, w) with the beacon's embedding between them."""
-    tokens = model.get_input_embeddings()(ids)
-    beacon_mask = constant(layout.beacon_mask, ids.device, torch.bool)[:, None]
-    spread = tokens.index_select(1, constant(layout.token_of_slot, ids.device))
-    return torch.where(beacon_mask, model.beacon_embedding.to(tokens.dtype), spread)
-
-
-def anchor_slots(config: BeaconConfig, layout: ChunkLayout, ids: torch.Tensor) -> torch.Tensor:
-    """Slots of the tokens that the beacons of a chunk (B, w) begin as: the layout's (n,), or each text's own (B, n).
-
-    Args:
-        config: of the adapter; its exact ids are held token by token.
-        layout: of the chunk; one with raw runs is cut evenly.
-        ids: on the host; not looked at where nothing is exact.
-    """
-    if not config.exact or layout.has_raw_runs:
-        return torch.tensor(layout.anchor_slots)
-    chosen = [anchor_tokens(row, len(layout.beacon_slots), config.exact) for row in ids.tolist()]
-    return torch.tensor([[layout.raw_slots[token] for token in row] for row in chosen])
-
 
 def _appended_ids(cache: BeaconCache, new: NewTokens) -> torch.Tensor:
     """All ids of each text (B, longest), right-aligned: those seen and the new ones."""
@@ -537,66 +384,6 @@ def _appended_ids(cache: BeaconCache, new: NewTokens) -> torch.Tensor:
         dim=1,
     )
     return take(torch.cat((held, left_aligned), dim=1), range(len(ends)), ends, max(totals), dim=1)
-
-
-def anchors_of_all(anchors: Sequence[torch.Tensor], group: GroupLayout) -> torch.Tensor:
-    """The anchors of a group's chunks, (n,) or (B, n) each in slots of the chunk, together in slots of the group."""
-    moved = [slots + first for slots, first in zip(anchors, group.first_slots, strict=False)]
-    batch = torch.broadcast_shapes(*(slots.shape[:-1] for slots in moved))
-    return torch.cat([slots.expand(*batch, -1) for slots in moved], dim=-1)
-
-
-def _memory_view(cache: BeaconCache, members: Sequence[int], length: int, rows: ChunkRows | None) -> Cache:
-    """What some rows hold, as the cache of a chunk's pass: their memory, and what `rows` says is held of the chunk."""
-    num_held, num_repeated = (0, 0) if rows is None else (rows.num_held, rows.num_repeated)
-    ends = [end + num_held for end in cache.memory_ends(members)]
-    lent = _lent(cache, members, ends, length + num_held)
-    return Cache(layers=[ChunkLayer(each, length, num_held=num_held, num_repeated=num_repeated) for each in lent])
-
-
-def _lent(
-    cache: BeaconCache, members: Sequence[int], ends: Sequence[int], length: int
-) -> list[Callable[[], tuple[torch.Tensor, torch.Tensor]] | None]:
-    """For each layer what cuts out of it, when it is needed, the `length` slots before each row's of `ends`; None for none."""
-
-    def lend(layer: BeaconLayer) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        def cut() -> tuple[torch.Tensor, torch.Tensor]:
-            keys, values = layer.entries()
-            return take(keys, members, ends, length, dim=2), take(values, members, ends, length, dim=2)
-
-        return cut
-
-    return [lend(layer) if length else None for layer in cache.layers]
-
-
-def _joined_layer(
-    layer: BeaconLayer,
-    chunk: ChunkLayer | GroupLayer,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    members: Sequence[int],
-    others: Sequence[int],
-    longest_other: int,
-) -> BeaconLayer:
-    """One layer after a chunk has been closed: memory and kept entries of `members`, all entries of the others."""
-    if layer.stored is not None and not others and chunk.length in (0, layer.stored_length):
-        # Nothing is lent where the text is read anew: what was stored goes.
-        held = [part.map(lambda codes: codes[:, :, : chunk.length]) for part in layer.stored]
-        parts = [part.joined(Quantized.of(new, part.bits)) for part, new in zip(held, (keys, values), strict=True)]
-        return BeaconLayer.of(keys[:, :, :0], values[:, :, :0], (parts[0], parts[1]))
-    if chunk.held is not None:
-        held_keys, held_values = chunk.memory()
-        keys, values = torch.cat((held_keys, keys), dim=2), torch.cat((held_values, values), dim=2)
-    if not others:
-        return BeaconLayer.of(keys, values)
-    if layer.keys is None:
-        rest_keys, rest_values = (t.new_zeros((len(others), *t.shape[1:2], 0, t.shape[3])) for t in (keys, values))
-    else:
-        slots = layer.get_seq_length()
-        rest_keys, rest_values = (t[list(others), :, slots - longest_other :] for t in layer.entries())
-    return BeaconLayer.of(
-        merge([(members, keys), (others, rest_keys)], dim=2), merge([(members, values), (others, rest_values)], dim=2)
-    )
 
 
 def _positions(first: Sequence[int], slots: torch.Tensor) -> torch.Tensor:

@@ -33,12 +33,13 @@ from activation_beacon.config import BeaconConfig, is_same_fingerprint, short_fi
 from activation_beacon.entries import take
 from activation_beacon.errors import AttachError, ConfigError, InputError, MismatchError, UnsupportedError
 from activation_beacon.fingerprint import fingerprint
-from activation_beacon.forward import Progress, Wanted, read
+from activation_beacon.forward import Progress, read
 from activation_beacon.generation import BeaconGeneration
 from activation_beacon.persistence import save_adapter
 from activation_beacon.plan import Ratio, RatioPolicy, TextPlanner, as_policy
 from activation_beacon.projection import BeaconProjection, PassState
 from activation_beacon.ragged import read_next
+from activation_beacon.readout import Wanted
 
 # B batch · N new tokens · V vocabulary · M model dim
 
@@ -75,6 +76,19 @@ class BeaconModel(BeaconGeneration):
     @beacon_ratio.setter
     def beacon_ratio(self, ratio: Ratio) -> None:
         self._beacon.policy = self.ratio_policy(ratio)
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether steps of decoding are recorded as CUDA graphs and replayed; off unless set, and without effect on a CPU.
+
+        Of use where a GPU waits for Python: with few texts at once. Read token by token, with `generate` or by calling the
+        model, contexts are as ever; they take what a step needs of memory besides, while they are decoded from.
+        """
+        return self._beacon.cuda_graphs
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, is_on: bool) -> None:
+        self._beacon.cuda_graphs = is_on
 
     @property
     def untouched_length(self) -> int:

@@ -18,9 +18,11 @@ from activation_beacon.adapt import DecoderSite, understands_rows_apart
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import ToldEntries
+from activation_beacon.chunk_inputs import BaseModel
 from activation_beacon.entries import BeaconLayer
-from activation_beacon.forward import BaseModel, Wanted, read
+from activation_beacon.forward import read
 from activation_beacon.plan import TextPlanner
+from activation_beacon.readout import Wanted
 
 # B rows · H query heads · K kv heads · S entries of a row · D head dim · V vocabulary
 

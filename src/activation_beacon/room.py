@@ -22,6 +22,7 @@ class Room:
         num_new: slots that will be appended next.
 
     Attributes:
+        whole: keys and values (B, K, C, D), filled or not.
         filled: views (B, K, S, D) of all that is filled.
     """
 
@@ -29,19 +30,19 @@ class Room:
         needed = keys.shape[2] + num_new
         size = needed + max(LEAST_SPARE, needed // GROWTH)
         size += -size % ALIGNED
-        self._whole = tuple(held.new_empty((*held.shape[:2], size, held.shape[3])) for held in (keys, values))
-        self.filled = (self._whole[0][:, :, :0], self._whole[1][:, :, :0])
+        self.whole = tuple(held.new_empty((*held.shape[:2], size, held.shape[3])) for held in (keys, values))
+        self.filled = (self.whole[0][:, :, :0], self.whole[1][:, :, :0])
         self.append(keys, values)
 
     @property
     def num_slots(self) -> int:
         """C."""
-        return self._whole[0].shape[2]
+        return self.whole[0].shape[2]
 
     def can_append_to(self, keys: torch.Tensor | None, values: torch.Tensor | None, num_new: int) -> bool:
         """Whether these very tensors are all that is filled, and `num_new` slots more have a place here."""
         is_filled = keys is self.filled[0] and values is self.filled[1]
-        is_locked = self._whole[0].is_inference() and not torch.is_inference_mode_enabled()
+        is_locked = self.whole[0].is_inference() and not torch.is_inference_mode_enabled()
         return is_filled and not is_locked and self.filled[0].shape[2] + num_new <= self.num_slots
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,7 +53,17 @@ class Room:
         """
         start = self.filled[0].shape[2]
         stop = start + keys.shape[2]
-        for whole, new in zip(self._whole, (keys, values), strict=True):
+        for whole, new in zip(self.whole, (keys, values), strict=True):
             whole[:, :, start:stop].copy_(new)
-        self.filled = (self._whole[0][:, :, :stop], self._whole[1][:, :, :stop])
+        return self.fill(keys.shape[2])
+
+    def clear(self) -> None:
+        """Put zeros where nothing is filled: what memory held before may be no number, and nought times that is none either."""
+        for whole, filled in zip(self.whole, self.filled, strict=True):
+            whole[:, :, filled.shape[2] :].zero_()
+
+    def fill(self, num_new: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Note that the next slots hold something; the views (B, K, S + T, D) of all that is filled."""
+        stop = self.filled[0].shape[2] + num_new
+        self.filled = (self.whole[0][:, :, :stop], self.whole[1][:, :, :stop])
         return self.filled

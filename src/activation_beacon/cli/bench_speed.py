@@ -35,7 +35,7 @@ SPEED_EPILOG = options.examples(
     "beacon bench speed --lengths 4096,8192 --ratios 8",
     "beacon bench speed --lengths 4096,8192,16384,32768 --ratios 8 --enough 150 -o speed-cpu",
     "beacon bench speed --lengths 8192 --ratios 8 --peers snapkv,expected-attention   # after `make peers`",
-    "beacon bench speed --shape qwen2-7b --device cuda --dtype bfloat16 --lengths 32768,131072 -o speed-gpu",
+    "beacon bench speed --shape qwen2-7b --device cuda --cuda-graphs --lengths 32768,131072 -o speed-gpu",
 )
 
 
@@ -68,6 +68,10 @@ def speed(
     device: options.Device = None,
     dtype: options.DtypeOption = None,
     threads: Threads = None,
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option("--cuda-graphs", help="Record steps with beacons as CUDA graphs; full attention's are not."),
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Time reading and writing with beacons and with full attention, in turn, on random tokens.
@@ -89,6 +93,7 @@ def speed(
     )
     presses = _presses(peers)
     name, attached = _model(model, base, shape, chunk_size, device, dtype, threads)
+    _set_graphs(attached, cuda_graphs)
     records = Records(output, {**_setting(name, attached), "new_tokens": new_tokens})
     notice("warming up")
     measure.warm_up(attached, ways)
@@ -115,6 +120,12 @@ def speed(
     if output is not None and rows:
         _draw(output / "speed.png", rows)
     _print_line({**records.setting, "rows": [row.to_dict() for row in rows]})
+
+
+def _set_graphs(model: Any, is_on: bool) -> None:
+    if is_on and model.device.type != "cuda":
+        raise InputError(f"--cuda-graphs needs a GPU; the model is on {model.device.type}. Add --device cuda.")
+    model.cuda_graphs = is_on
 
 
 def _presses(peers: str | None) -> tuple[str, ...]:
@@ -319,6 +330,7 @@ def _setting(name: str, model: Any) -> dict[str, Any]:
         "chunk_size": model.beacon_config.chunk_size,
         "placement": model.beacon_config.placement,
         "anchored": model.beacon_config.anchored,
+        "cuda_graphs": model.cuda_graphs,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),

@@ -8,7 +8,7 @@ import typer
 from activation_beacon.cli import options
 from activation_beacon.cli.compress import cache_text, holding_text, numbers, ratios_text
 from activation_beacon.cli.console import bytes_text, print_json, trained_fields
-from activation_beacon.cli.models import adapter_config, adapter_folder, read_context
+from activation_beacon.cli.models import adapter_at_hand, adapter_config, read_context
 from activation_beacon.config import short_fingerprint
 from activation_beacon.errors import StorageError
 
@@ -104,7 +104,7 @@ def _policy_text(policy: "RatioPolicy") -> str:
 
 
 def _adapter(name: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    config, folder = adapter_config(name), adapter_folder(name)
+    config, folder = adapter_config(name), adapter_at_hand(name)
     assert config is not None  # the name is a folder's, or "default"
     weights = {} if folder is None else _weights(folder, config)
     values = {

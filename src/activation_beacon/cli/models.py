@@ -81,7 +81,7 @@ def adapter_config(name: str) -> "BeaconConfig | None":
     """
     from activation_beacon.config import BeaconConfig
 
-    folder = adapter_folder(name)
+    folder = adapter_at_hand(name)
     if folder is not None:
         from activation_beacon.persistence import load_adapter_config
 
@@ -89,7 +89,7 @@ def adapter_config(name: str) -> "BeaconConfig | None":
     return BeaconConfig(base_model=name) if name == "default" else None
 
 
-def adapter_folder(name: str) -> Path | None:
+def adapter_at_hand(name: str) -> Path | None:
     """The folder of an adapter that is at hand."""
     if name == "default":
         from activation_beacon.hub import default_adapter_folder

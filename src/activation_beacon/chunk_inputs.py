@@ -1,0 +1,66 @@
+"""What goes into a pass that closes chunks: tokens with beacons among them, and which tokens these begin as."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from activation_beacon.config import BeaconConfig
+from activation_beacon.constants import constant
+from activation_beacon.exact import anchor_tokens
+from activation_beacon.plan import ChunkLayout, GroupLayout
+
+# B batch · w tokens of a chunk · T slots of its pass · n beacons · M model dim
+
+
+class BaseModel(Protocol):
+    """What reading needs of an attached model."""
+
+    training: bool
+    cuda_graphs: bool
+
+    @property
+    def config(self) -> Any:
+        """The base's configuration."""
+
+    @property
+    def beacon_embedding(self) -> torch.Tensor:
+        """The input (M,) of every beacon."""
+
+    def base_forward(self, **kwargs: Any) -> Any:
+        """The base's own forward, with its language modelling head."""
+
+    def get_decoder(self) -> Any:
+        """The base without its head."""
+
+    def get_input_embeddings(self) -> Any:
+        """The token embedding."""
+
+
+def interleave(model: BaseModel, ids: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
+    """Input embeddings (B, T, M) of a chunk: its tokens (B, w) with the beacon's embedding between them."""
+    tokens = model.get_input_embeddings()(ids)
+    beacon_mask = constant(layout.beacon_mask, ids.device, torch.bool)[:, None]
+    spread = tokens.index_select(1, constant(layout.token_of_slot, ids.device))
+    return torch.where(beacon_mask, model.beacon_embedding.to(tokens.dtype), spread)
+
+
+def anchor_slots(config: BeaconConfig, layout: ChunkLayout, ids: torch.Tensor) -> torch.Tensor:
+    """Slots of the tokens that the beacons of a chunk (B, w) begin as: the layout's (n,), or each text's own (B, n).
+
+    Args:
+        config: of the adapter; its exact ids are held token by token.
+        layout: of the chunk; one with raw runs is cut evenly.
+        ids: on the host; not looked at where nothing is exact.
+    """
+    if not config.exact or layout.has_raw_runs:
+        return torch.tensor(layout.anchor_slots)
+    chosen = [anchor_tokens(row, len(layout.beacon_slots), config.exact) for row in ids.tolist()]
+    return torch.tensor([[layout.raw_slots[token] for token in row] for row in chosen])
+
+
+def anchors_of_all(anchors: Sequence[torch.Tensor], group: GroupLayout) -> torch.Tensor:
+    """The anchors of a group's chunks, (n,) or (B, n) each in slots of the chunk, together in slots of the group."""
+    moved = [slots + first for slots, first in zip(anchors, group.first_slots, strict=False)]
+    batch = torch.broadcast_shapes(*(slots.shape[:-1] for slots in moved))
+    return torch.cat([slots.expand(*batch, -1) for slots in moved], dim=-1)

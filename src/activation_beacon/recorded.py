@@ -1,0 +1,213 @@
+"""One token more by a step that is recorded once and replayed: a CUDA graph.
+
+A step of decoding is some hundreds of small kernels, which a GPU finishes before Python has launched them. Recorded, they are
+launched together. A recording runs on the same addresses each time: the ids, and the slot that their entries go to, are
+written into two tensors before; keys and values stand in the cache's room, all of which is attended to under a mask of what
+is filled. So a recording serves until the room is full or a chunk is closed, and then another one is made.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from activation_beacon.adapt import DecoderSite, understands_rows_apart
+from activation_beacon.cache import BeaconCache
+from activation_beacon.causal import ToldEntries
+from activation_beacon.chunk_inputs import BaseModel
+from activation_beacon.errors import UnsupportedError
+from activation_beacon.room import Room
+
+# B batch · H query heads · K kv heads · C slots of the room · D head dim · V vocabulary
+
+Recorder = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
+
+
+def record_on_cuda(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+    """Record a step that may run more than once.
+
+    Returns:
+        What replays it, and the tensor that its result is then in.
+    """
+    own = torch.cuda.Stream()
+    own.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(own):
+        step()  # libraries make their workspaces at the first call, which a recording could not
+    torch.cuda.current_stream().wait_stream(own)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
+        result = step()
+    return graph.replay, result
+
+
+RECORDERS: dict[str, Recorder] = {"cuda": record_on_cuda}  # by type of device; on others nothing is gained
+
+
+class FilledEntries(ToldEntries):
+    """A mask that says "all that is filled of these": keys and values (B, K, C, D), and which slots are, (B, 1, 1, C)."""
+
+    @staticmethod
+    def attended(query: torch.Tensor, entries: Sequence[torch.Tensor], *, scale: float | None) -> torch.Tensor:
+        """Attention (B, H, 1, D) of queries (B, H, 1, D); those that share a kv head stand as queries of it."""
+        keys, values, filled = entries
+        shared = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1])
+        attended = nn.functional.scaled_dot_product_attention(shared, keys, values, attn_mask=filled, scale=scale)
+        return attended.reshape(query.shape)
+
+
+class StepLayer(DynamicLayer):
+    """One layer during a recorded step: puts the new entry into its slot of the room, and tells the mask.
+
+    Args:
+        room: keys and values (B, K, C, D).
+        slot: (1,), where the new entry goes.
+        filled: (B, 1, 1, C), the slots that are seen.
+        mask: that the pass is given.
+    """
+
+    def __init__(self, room: Room, slot: torch.Tensor, filled: torch.Tensor, mask: FilledEntries) -> None:
+        super().__init__()
+        self.room = room
+        self.slot = slot
+        self.filled = filled
+        self.mask = mask
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Enter one entry (B, K, 1, D) of each row; returns it, which nobody attends to."""
+        for whole, new in zip(self.room.whole, (key_states, value_states), strict=True):
+            whole.index_copy_(2, self.slot, new)
+        self.mask.told([*self.room.whole, self.filled])
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Slots that are filled: nothing of a recording may depend on it, but a model may ask."""
+        return self.room.filled[0].shape[2]
+
+
+class RecordedStep:
+    """A step of decoding on the rooms of a cache.
+
+    Args:
+        model: whose `base_forward` is recorded.
+        site: its layers.
+        cache: of B rows, with room for a token; nothing of it changes.
+
+    Raises:
+        UnsupportedError: if the step cannot be recorded, with the reason.
+    """
+
+    def __init__(self, model: BaseModel, site: DecoderSite, cache: BeaconCache) -> None:
+        self.rooms = [room for layer in cache.layers if (room := layer.room) is not None]
+        for room in self.rooms:
+            room.clear()
+        self.padding = _padding(cache)
+        self.weights = _weights(model)
+        device = cache.token_ids.device
+        num_slots, size = cache.num_slots, self.rooms[0].num_slots
+        with torch.inference_mode(False):  # where they are made there, they are written nowhere else
+            ids = torch.zeros((cache.batch_size, 1), dtype=torch.long, device=device)
+            slot = torch.full((1,), num_slots, dtype=torch.long, device=device)
+        first = torch.tensor(self.padding, device=device)[:, None]
+        places = torch.arange(size, device=device)[None]
+        windows = [layer.window for layer in site.layers]
+
+        def step() -> torch.Tensor:
+            seen = (places >= first) & (places <= slot)
+            filled = {
+                window: (seen if window is None else seen & (places > slot - window))[:, None, None]
+                for window in set(windows)
+            }
+            mask = FilledEntries.on(device)
+            layers = [
+                StepLayer(room, slot, filled[window], mask) for room, window in zip(self.rooms, windows, strict=True)
+            ]
+            return model.base_forward(
+                input_ids=ids,
+                position_ids=slot - first,
+                attention_mask=mask,
+                past_key_values=Cache(layers=layers),
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+
+        self.ids, self.slot = ids, slot
+        try:
+            self._replay, self._logits = RECORDERS[device.type](step)
+        except RuntimeError as error:
+            raise UnsupportedError(
+                f"A step of this model cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}). "
+                "Set model.cuda_graphs = False."
+            ) from error
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return (type(None), ())  # a copied or pickled cache goes without, and has its own made
+
+    def serves(self, model: BaseModel, cache: BeaconCache) -> bool:
+        """Whether the model is where it was, and the cache still stands in these rooms and has a place for a token."""
+        return (
+            self.weights == _weights(model)
+            and self.padding == _padding(cache)
+            and all(
+                layer.room is room and layer.has_room(1) for layer, room in zip(cache.layers, self.rooms, strict=True)
+            )
+        )
+
+    def run(self, cache: BeaconCache, ids: torch.Tensor) -> torch.Tensor:
+        """Enter the entries of ids (B, 1) into the cache's layers; its rows are the caller's to note.
+
+        Returns:
+            Logits (B, 1, V).
+        """
+        self.ids.copy_(ids)
+        self.slot.fill_(cache.num_slots)
+        self._replay()
+        for layer in cache.layers:
+            layer.fill_next()
+        return self._logits.clone()
+
+
+def recorded_step(model: BaseModel, site: DecoderSite, cache: BeaconCache) -> RecordedStep | None:
+    """The step that appends one token to each row of a cache, recorded if it has not been; None where it must not be.
+
+    The cache keeps it. There has to be room, which the first token makes that an ordinary pass appends.
+
+    Raises:
+        UnsupportedError: if the step cannot be recorded, with the reason.
+    """
+    held: RecordedStep | None = cache.recorded
+    if held is not None and not held.serves(model, cache):
+        held = cache.recorded = None  # what it holds of a room is free before another is made
+    if not _can_be_recorded(model, site, cache):
+        return None
+    if held is None:
+        held = cache.recorded = RecordedStep(model, site, cache)
+    return held
+
+
+def _can_be_recorded(model: BaseModel, site: DecoderSite, cache: BeaconCache) -> bool:
+    device = cache.token_ids.device
+    return (
+        device.type in RECORDERS
+        and understands_rows_apart(model, site)
+        and not model.training
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(device.type)
+        and all(layer.stored is None and layer.device == device and layer.has_room(1) for layer in cache.layers)
+    )
+
+
+def _padding(cache: BeaconCache) -> tuple[int, ...]:
+    """Slots of padding before each row."""
+    longest = cache.num_slots
+    return tuple(longest - row.cache_length for row in cache.rows)
+
+
+def _weights(model: BaseModel) -> tuple[int, int]:
+    """Which model it is, and where its weights are: they move together."""
+    return id(model), model.get_input_embeddings().weight.data_ptr()
