@@ -174,6 +174,8 @@ def test_multi_turn_shows_every_turn(run):
         ((*LM, "--field", "body"), "docs.jsonl, line 1: there is no field \"body\" (fields: id, text). Mend or remove it, or"),
         (("lm", "no.jsonl", "-o", "out"), "There is no file, folder or glob 'no.jsonl'. Name one, or a hub data set"),
         ((*NEEDLES, "--kinds", "hay"), "There is no needle of kind 'hay'. Use some of sentence, number, uuid"),
+        ((*NEEDLES, "--at", "0.5,2"), "--at must be depths from 0 to 1 such as 0.5,1; got '0.5,2'."),
+        ((*NEEDLES, "--at", "end"), "--at must be depths from 0 to 1 such as 0.5,1; got 'end'."),
         ((*NEEDLES, "--background", "no.txt"), "There is no file, folder or glob 'no.txt'. Name one, or a hub data set"),
         ((*LM, "--on-error", "cry"), "--on-error must be skip or stop; got 'cry'."),
         ((*NEEDLES, "--methods", "full,knorm"), "and there is no .venv-peers/bin/python. Make it with `make peers`, or anywhere"),

@@ -66,6 +66,14 @@ def test_any_number_of_depths_is_covered(depths):
     assert found == ({0.5} if depths == 1 else {round(step / (depths - 1), 3) for step in range(depths)})
 
 
+def test_depths_may_be_named():
+    samples = list(needle_samples(PROMPT, BACKGROUND, LENGTH, depths=(0.25, 1.0), kinds=["number"], repeats=2))
+    assert [sample.facts["depth"] for sample in samples] == [0.25, 1.0, 0.25, 1.0]
+    for sample in samples:
+        [answer] = sample.questions[0].references
+        assert sample.context.index(answer) / len(sample.context) == pytest.approx(sample.facts["depth"], abs=0.25)
+
+
 def test_needles_stand_once_and_near_their_depth(needles):
     for sample in needles:
         [answer] = sample.questions[0].references

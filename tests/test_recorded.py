@@ -7,10 +7,13 @@ step reads from Python is what it was when it was recorded.
 import copy
 import dataclasses
 import io
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from activation_beacon import BeaconConfig, recorded
 from activation_beacon.cache import BeaconCache
@@ -22,26 +25,42 @@ CONFIG = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3)
 
 
 class Operations(TorchDispatchMode):
-    """Notes every operation, and what it wrote where; refuses to hand a value to Python, as recording on a GPU does."""
+    """Notes every operation, and what it wrote where; refuses to hand a value to Python, as recording on a GPU does.
+
+    Its own results it keeps, as a graph's memory does. Whatever else it was given is somebody else's to keep.
+    """
 
     def __init__(self):
         super().__init__()
         self.done = []
+        self.results = {}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if operation is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+        given = tree_map_only(torch.Tensor, self._noted, (args, kwargs or {}))
         result = operation(*args, **(kwargs or {}))
-        self.done.append((operation, args, kwargs or {}, result))
+        made = [tensor for tensor in tensors(result) if not any(tensor is each for each in tree_leaves((args, kwargs)))]
+        self.results |= {id(tensor): tensor for tensor in made}
+        self.done.append((operation, given, tree_map_only(torch.Tensor, self._noted, tensors(result))))
         return result
+
+    def _noted(self, tensor):
+        return (lambda: tensor) if id(tensor) in self.results else weakref.ref(tensor)
 
     def replay(self):
         with torch.inference_mode():
-            for operation, args, kwargs, result in self.done:
-                again = operation(*args, **kwargs)
-                for old, new in zip(tensors(result), tensors(again), strict=True):
+            for operation, given, results in self.done:
+                args, kwargs = tree_map_only(Callable, found, given)
+                for old, new in zip(map(found, results), tensors(operation(*args, **kwargs)), strict=True):
                     if old.data_ptr() != new.data_ptr():
                         old.copy_(new)
+
+
+def found(noted):
+    tensor = noted()
+    assert tensor is not None, "a replay would read memory that has been freed"
+    return tensor
 
 
 def tensors(result):

@@ -137,6 +137,7 @@ class RecordedStep:
             ).logits
 
         self.ids, self.slot = ids, slot
+        self._step = step  # a replay reads what this closes over: it has to stay where it is
         try:
             self._replay, self._logits = RECORDERS[device.type](step)
         except RuntimeError as error:

@@ -72,7 +72,11 @@ def needles(
     base: options.Base = None,
     ratios: Ratios = RATIOS,
     length: Annotated[str, typer.Option("--length", help="Tokens of a prompt.")] = "2048,4096,8192",
-    depths: Annotated[int, typer.Option("--depths", min=1, help="Depths to hide needles at.")] = 10,
+    depths: Annotated[int, typer.Option("--depths", min=1, help="Depths to hide needles at, evenly spread.")] = 10,
+    at: Annotated[
+        str | None,
+        typer.Option("--at", help="These depths instead, from 0 (the text's beginning) to 1, such as 0.5,1."),
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Samples of each kind and depth.")] = 1,
     kinds: Annotated[
         str, typer.Option("--kinds", help="Kinds of needles: sentence, number, uuid, passkey, fact.")
@@ -91,8 +95,19 @@ def needles(
     The compressor never sees the question. Recall is the share of greedy answers that contain what was hidden.
     """
     wanted = want(out, methods, ratios, length, limit, json=json, peers_python=peers_python)
-    task = eval_tasks.needles(background, kinds=kinds, depths=depths, repeats=repeats, seed=seed)
+    places = depths if at is None else _depths(at)
+    task = eval_tasks.needles(background, kinds=kinds, depths=places, repeats=repeats, seed=seed)
     run_jobs([Job(task, wanted.methods)], wanted, model=model, base=base, device=device, dtype=dtype)
+
+
+def _depths(text: str) -> tuple[float, ...]:
+    try:
+        depths = tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError:
+        depths = ()
+    if not depths or not all(0 <= depth <= 1 for depth in depths):
+        raise InputError(f"--at must be depths from 0 to 1 such as 0.5,1; got {text!r}.")
+    return depths
 
 
 def multi_turn(
@@ -266,7 +281,14 @@ for command, lines in (
             "beacon eval lm docs.jsonl --model my-adapter --length 8192,32768 --methods full,alone,recent,beacons -o out",
         ),
     ),
-    (needles, ("beacon eval needles -o out", "beacon eval needles --length 2048 --ratios 4,8 --depths 5 -o out")),
+    (
+        needles,
+        (
+            "beacon eval needles -o out",
+            "beacon eval needles --length 2048 --ratios 4,8 --depths 5 -o out",
+            "beacon eval needles --length 2304,2560,2816,3072 --ratios 4,8 --at 1 -o out   # at the end, in raw tails of any length",
+        ),
+    ),
     (multi_turn, ("beacon eval multi-turn --ratios 4 --length 4096 -o out",)),
     (qa, ("beacon eval qa questions.jsonl.zst --length 4096,8192 -o out",)),
     (

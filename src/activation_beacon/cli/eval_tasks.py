@@ -44,7 +44,9 @@ def lm(documents: Sequence[str], *, field: str, on_error: str) -> Make:
     return make
 
 
-def needles(background: list[Path] | None, *, kinds: str, depths: int, repeats: int, seed: int) -> Make:
+def needles(
+    background: list[Path] | None, *, kinds: str, depths: int | Sequence[float], repeats: int, seed: int
+) -> Make:
     """Needles in a background.
 
     Raises:

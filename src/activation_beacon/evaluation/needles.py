@@ -103,7 +103,7 @@ def needle_samples(
     length: int,
     *,
     kinds: Sequence[str] = KINDS,
-    depths: int = DEPTHS,
+    depths: int | Sequence[float] = DEPTHS,
     repeats: int = 1,
     seed: int = 0,
 ) -> Iterator[Sample]:
@@ -114,23 +114,28 @@ def needle_samples(
         background: ids to hide needles in; taken up again from the start where they are too few.
         length: tokens of context, question and answer together.
         kinds: of needles.
-        depths: how many, evenly from the text's beginning to its end.
+        depths: how many, evenly from the text's beginning (0) to its end (1); or each of them.
         repeats: samples of each depth and kind, at other places of the background.
         seed: of needles and places.
 
     Raises:
         InputError: for an unknown kind, or an empty background.
     """
+    places = even_depths(depths) if isinstance(depths, int) else tuple(depths)
     for repeat in range(repeats):
-        for step in sorted(range(depths), key=lambda step: step * STRIDE % depths):
+        for step in sorted(range(len(places)), key=lambda step: step * STRIDE % len(places)):
             for kind in kinds:
                 rng = random.Random(f"{seed} {length} {kind} {step} {repeat}")
-                depth = step / (depths - 1) if depths > 1 else 0.5
                 needle = make_needle(kind, rng)
                 text = fitted(prompt, window(background, length, rng), length, [needle.question], needle.statement)
-                facts = {"kind": kind, "depth": round(depth, 3)}
+                facts = {"kind": kind, "depth": round(places[step], 3)}
                 name = f"{kind}-{step}-{repeat}"
-                yield Sample(name, hide(text, needle.statement, depth), (needle.question,), facts=facts)
+                yield Sample(name, hide(text, needle.statement, places[step]), (needle.question,), facts=facts)
+
+
+def even_depths(count: int) -> tuple[float, ...]:
+    """So many depths, evenly from the text's beginning (0) to its end (1); one is in the middle."""
+    return tuple(step / (count - 1) if count > 1 else 0.5 for step in range(count))
 
 
 def window(background: Sequence[int], length: int, rng: random.Random) -> list[int]:

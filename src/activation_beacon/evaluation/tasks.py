@@ -148,7 +148,7 @@ def needles(
     background: Sequence[int],
     *,
     kinds: Sequence[str] = KINDS,
-    depths: int = 10,
+    depths: int | Sequence[float] = 10,
     repeats: int = 1,
     seed: int = 0,
     source: str = "",
@@ -158,7 +158,8 @@ def needles(
     def make(length: int) -> Iterator[Sample]:
         return needle_samples(prompt, background, length, kinds=kinds, depths=depths, repeats=repeats, seed=seed)
 
-    settings = {"background": source, "kinds": list(kinds), "depths": depths, "seed": seed}
+    known = depths if isinstance(depths, int) else list(depths)
+    settings = {"background": source, "kinds": list(kinds), "depths": known, "seed": seed}
     return Answering("needles", prompt, make, settings)
 
 
