@@ -77,7 +77,7 @@ def are_same(one: BeaconCache, other: BeaconCache) -> bool:
 
 # --- help ------------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("demo", "compress", "ask", "chat", "inspect", "import-official", "export-official")
+COMMANDS = ("demo", "compress", "ask", "chat", "inspect", "make-questions", "import-official", "export-official")
 
 
 def test_help_lists_every_command(run):
@@ -697,6 +697,41 @@ BAD_INPUT = {
         ("demo", "--ratios", "3", "--out", "out"),
         "ratio (3) must divide chunk_size (1024). Use 2, 4, 8, 16, 32.",
     ),
+    "questions on nothing": (
+        None,
+        ("make-questions",),
+        "There is nothing to ask about. Name texts, or questions with --questions.",
+    ),
+    "questions over a file": (
+        write_bytes("own.jsonl", b"mine"),
+        ("make-questions", "{files}/text.txt", "-o", "own.jsonl"),
+        "own.jsonl exists already. Choose another name, or replace it with --force.",
+    ),
+    "questions into a folder": (
+        None,
+        ("make-questions", "{files}/text.txt", "-o", "."),
+        ". is a folder. Name a file, such as own-words.jsonl.",
+    ),
+    "questions on short texts": (
+        None,
+        ("make-questions", "{files}/text.txt"),
+        "No document has 2,000 characters to hide needles in. Name longer texts.",
+    ),
+    "questions of an unknown kind": (
+        None,
+        ("make-questions", "{files}/text.txt", "--kinds", "fact, sword"),
+        "There is no needle of kind 'sword'. Use some of .*",
+    ),
+    "questions on texts of nowhere": (
+        None,
+        ("make-questions", "./nothing.txt"),
+        r".*nothing\.txt.*",
+    ),
+    "questions to a model of nowhere": (
+        write_bytes("long.txt", b"A lion slept. " * 200),
+        ("make-questions", "long.txt", "--base", "./nowhere"),
+        r"There is no folder './nowhere'\. Give \"default\", a folder .*",
+    ),
 }
 
 
@@ -714,6 +749,32 @@ def test_bad_input_gives_one_line_and_leaves_nothing_behind(run, files, tmp_path
     expected = "Error: " + message.format(files=files)
     assert line == expected or re.fullmatch(expected, line)
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_questions_are_written_with_the_bases_answers(run, monkeypatch, tmp_path):
+    from activation_beacon.training.own_words import Answers
+
+    Path("long.txt").write_text("A lion slept under the tree. " * 200, encoding="utf-8")
+    (tmp_path / "asked.jsonl").write_text(
+        '{"context": "The lion slept.", "question": "Who slept?", "answer": "lion"}\n'
+    )
+    args = ("make-questions", "long.txt", "--questions", "asked.jsonl", "--needles", "6", "--base", "{files}/base")
+    made = run(*args, "--max-new-tokens", "4")
+    assert made.exit_code == 1  # a random model
+    assert made.stderr.splitlines()[-1].startswith("Error: The base model answered none of 7 questions rightly (")
+    monkeypatch.setattr(Answers, "batch", lambda self, questions: [f"It is {each.answer}." for each in questions])
+    made = run(*args, "-o", "own.jsonl")
+    assert re.fullmatch(
+        r"own\.jsonl\n  all +7 of +7 kept\n(  needles: \w+ +\d of +\d kept\n)+  questions +1 of +1 kept\n"
+        r"  left out: 0 wrong, 0 without an end\n  train with: beacon train TEXT... --questions own\.jsonl -o my-run\n",
+        good(made),
+    )
+    lines = Path("own.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 7
+    assert any(json.loads(line)["answers"] == ["It is lion.", "lion"] for line in lines)
+    values = loaded_json(run(*args, "-o", "own.jsonl", "--force", "--json"))
+    assert (values["file"], values["asked"], values["kept"]) == ("own.jsonl", 7, 7)
+    assert Path("own.jsonl").read_text(encoding="utf-8").splitlines() == lines
 
 
 def test_a_context_that_was_compressed_plain_says_how_to_be_asked(run):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from activation_beacon.answer_scores import SCORES
 from activation_beacon.data.question_shapes import flat_questions
 from activation_beacon.data.sources import Question, ReadReport, questions
 from activation_beacon.errors import InputError
-from activation_beacon.evaluation.metrics import SCORES
 
 SQUAD = {
     "version": "v2.0",

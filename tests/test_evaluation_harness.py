@@ -179,7 +179,7 @@ def test_prompts_are_put_together_as_lm_eval_s_own():
 def test_scores_are_lm_eval_s_own():
     from lm_eval.tasks.ruler.common_utils import string_match_all
 
-    from activation_beacon.evaluation.metrics import contains_share
+    from activation_beacon.answer_scores import contains_share
 
     for answer in ("1. Lion 2. tiger", "nothing", "LION\nbear"):
         references = ["lion", "tiger", "bear"]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from activation_beacon import BeaconConfig
+from activation_beacon.answer_scores import SCORES
 from activation_beacon.data.sources import ReadReport
 from activation_beacon.errors import InputError
-from activation_beacon.evaluation.metrics import SCORES
 from activation_beacon.evaluation.packed_qa import Passage, packed_samples, read_passages
 from activation_beacon.evaluation.reconstruction import CUE_WORDS, WORDS, reconstruction_samples
 from activation_beacon.evaluation.samples import answer_sample, asked_ids

@@ -13,7 +13,7 @@ FLOORS = [
     {"config"},
     {"plan"},
     {"constants", "exact"},
-    {"causal", "files", "fingerprint", "processes", "projection", "resuming", "room", "rope"},
+    {"answer_scores", "causal", "files", "fingerprint", "processes", "projection", "resuming", "room", "rope"},
     {"entries", "json_lines"},
     {"batch", "cache", "data", "grouped"},
     {"adapt", "chunk_inputs", "chunk_memory", "readout"},

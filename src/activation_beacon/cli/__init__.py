@@ -20,6 +20,7 @@ from activation_beacon.cli import (
     export_official,
     import_official,
     inspect,
+    make_questions,
     serve,
     train,
 )
@@ -102,6 +103,13 @@ for command, lines in (
             "beacon train recipes/default-gpu.yaml -o my-run",
             "beacon train my-run/recipe.json -o my-run --resume",
             "torchrun --nproc-per-node 8 -m activation_beacon train recipes/7b-8-gpus.yaml -o my-run",
+        ),
+    ),
+    (
+        make_questions.make_questions,
+        (
+            "beacon make-questions my-texts/ -o own-words.jsonl",
+            "beacon make-questions my-texts/ --questions squad.json --limit 200 --base my/decoder -o own-words.jsonl",
         ),
     ),
     (import_official.import_official, ("beacon import-official beacon-qwen-2-7b-instruct my-adapter --with-base",)),

@@ -44,12 +44,12 @@ def load_model(name: str, *, base: str | None, device: str | None, dtype: Dtype 
     Raises:
         BeaconError: as `hub.load` does, or if the base model has no tokenizer.
     """
-    with working(f"loading {name}"), _quiet_libraries():
+    with working(f"loading {name}"), quiet_libraries():
         from activation_beacon.hub import load
         from activation_beacon.prompts import ChatPrompt
 
         model, tokenizer = load(
-            name, base=base, dtype=None if dtype is None else str(dtype), device=device or _best_device()
+            name, base=base, dtype=None if dtype is None else str(dtype), device=device or best_device()
         )
         if tokenizer is None:
             raise BaseModelError(
@@ -163,14 +163,15 @@ def check_question_fits(loaded: Loaded, ids: Sequence[int]) -> None:
         )
 
 
-def _best_device() -> str:
+def best_device() -> str:
+    """A CUDA device if there is one."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Hide transformers' progress bars and warnings; show this package's own log, such as a download's start."""
     from transformers.utils import logging as transformers_logging
 

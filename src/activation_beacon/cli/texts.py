@@ -66,7 +66,7 @@ def _decoded(content: bytes, shown: str) -> str:
         ) from error
 
 
-def check_output(path: Path, *, force: bool) -> None:
+def check_output(path: Path, *, force: bool, example: str = "book.beacon") -> None:
     """Refuse now a file that could not be written after minutes of work.
 
     Raises:
@@ -76,7 +76,7 @@ def check_output(path: Path, *, force: bool) -> None:
     if not folder.is_dir():
         raise StorageError(f"{path} cannot be written: there is no folder {folder}. Make it, or choose another place.")
     if path.is_dir():
-        raise StorageError(f"{path} is a folder. Name a file, such as {path / 'book.beacon'}.")
+        raise StorageError(f"{path} is a folder. Name a file, such as {path / example}.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"{path} cannot be written: the folder {folder} is closed to you. Choose another place.")
     if path.exists() and not force:

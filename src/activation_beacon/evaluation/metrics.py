@@ -1,12 +1,9 @@
-"""Scores of answers, and what may be said of a mean: how many samples it comes from, and between which bounds it lies.
+"""What may be said of a mean: how many samples it comes from, and between which bounds it lies.
 
 Knows nothing of models. Intervals are bootstrap percentiles; samples are drawn in pairs where two methods have answered the
 same questions, so that what is hard for both does not widen the interval of their difference.
 """
 
-import re
-import string
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +17,6 @@ from activation_beacon.errors import InputError
 LEVEL = 0.95
 RESAMPLES = 2000
 SEED = 0
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-Score = Callable[[str, Sequence[str]], float]
-
-
-# --- intervals -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -122,71 +112,3 @@ def _bootstrap(
 def _divided(numerator: np.ndarray[Any, Any], denominator: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The quotient, NaN where nothing is divided by."""
     return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator != 0)
-
-
-# --- answers ---------------------------------------------------------------------------------------------------------
-
-
-def normalized(text: str) -> str:
-    """Lower case without punctuation, articles and surplus blanks, as SQuAD compares answers."""
-    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
-
-
-def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 where the normalised answer is one of the references."""
-    return float(normalized(answer) in {normalized(reference) for reference in references})
-
-
-def contains(answer: str, references: Sequence[str]) -> float:
-    """1 where a reference stands in the answer, whatever its case and line breaks. For numbers, names and needles."""
-    folded = _folded(answer)
-    return float(any(_folded(reference) in folded for reference in references))
-
-
-def contains_share(answer: str, references: Sequence[str]) -> float:
-    """The share of the references that stand in the answer: for several needles at once."""
-    folded = _folded(answer)
-    return sum(_folded(reference) in folded for reference in references) / len(references)
-
-
-def token_f1(answer: str, references: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall of the normalised words, for the best reference (SQuAD)."""
-    return max(_f1(normalized(answer).split(), normalized(reference).split()) for reference in references)
-
-
-def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """ROUGE-L of the best reference, with stemming.
-
-    Raises:
-        InputError: if rouge-score is not installed.
-    """
-    scorer = _rouge_scorer()
-    return max(float(scorer.score(reference, answer)["rougeL"].fmeasure) for reference in references)
-
-
-SCORES: dict[str, Score] = {
-    "exact_match": exact_match,
-    "contains": contains,
-    "contains_share": contains_share,
-    "token_f1": token_f1,
-    "rouge_l": rouge_l,
-}
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-def _f1(words: list[str], reference: list[str]) -> float:
-    if not words or not reference:
-        return float(words == reference)
-    common = sum((Counter(words) & Counter(reference)).values())
-    return 2 * common / (len(words) + len(reference))
-
-
-def _rouge_scorer() -> Any:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise InputError('ROUGE needs rouge-score: pip install "activation-beacon[eval]".') from error
-    return RougeScorer(["rougeL"], use_stemmer=True)

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from activation_beacon.answer_scores import SCORES
 from activation_beacon.evaluation.contexts import Context
 from activation_beacon.evaluation.methods import read_context
-from activation_beacon.evaluation.metrics import SCORES
 from activation_beacon.plan import Ratio
 from activation_beacon.prompts import ChatPrompt
 

@@ -1,0 +1,34 @@
+"""Scores of answers."""
+
+import pytest
+
+from activation_beacon import answer_scores
+
+
+@pytest.mark.parametrize(
+    ("score", "answer", "references", "expected"),
+    [
+        ("exact_match", "The Lion!", ["lion"], 1.0),
+        ("exact_match", "a lion cub", ["lion"], 0.0),
+        ("exact_match", "tiger", ["lion", "Tiger."], 1.0),
+        ("contains", "It is 7421903, I think.", ["7421903"], 1.0),
+        ("contains", "It is 742190.", ["7421903"], 0.0),
+        ("contains", "eat a sandwich and sit\nin Dolores Park", ["Eat a sandwich and sit in Dolores Park"], 1.0),
+        ("contains", "A5C3-00FF", ["a5c3-00ff"], 1.0),
+        ("contains", "", ["x"], 0.0),
+        ("contains_share", "one and three", ["one", "two", "three", "four"], 0.5),
+        ("token_f1", "the brave lion", ["brave lion"], 1.0),
+        ("token_f1", "lion tiger", ["lion"], 2 / 3),
+        ("token_f1", "lion lion", ["lion"], 2 / 3),
+        ("token_f1", "bear", ["lion", "bear"], 1.0),
+        ("token_f1", "", ["lion"], 0.0),
+        ("token_f1", "the", ["a"], 1.0),
+        ("rouge_l", "the lion slept under a tree", ["the lion slept under a tree"], 1.0),
+        ("rouge_l", "wholly different words", ["the lion sleeps"], 0.0),
+        ("rouge_l", "the lion sleeps here", ["nothing alike", "the lion slept"], 4 / 7),
+    ],
+)
+def test_scores(score, answer, references, expected):
+    if score == "rouge_l":
+        pytest.importorskip("rouge_score")
+    assert answer_scores.SCORES[score](answer, references) == pytest.approx(expected)
