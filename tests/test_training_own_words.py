@@ -1,6 +1,7 @@
 """Questions that the base has answered itself: made, answered, judged, and written whole."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from activation_beacon import BeaconConfig, attach
 from activation_beacon.base_models import load_pretrained_base
+from activation_beacon.books import read_demo_book
 from activation_beacon.data.sources import Question
 from activation_beacon.errors import ConfigError, InputError
 from activation_beacon.processes import Processes
@@ -260,6 +262,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from activation_beacon.base_models import load_pretrained_base
+from activation_beacon.books import read_demo_book
 from activation_beacon.processes import processes
 from activation_beacon.training.own_words import write_own_words
 from test_training_own_words import Replies, question
@@ -279,3 +282,17 @@ def test_two_processes_write_what_one_does(base, tmp_path):
     assert [status for status, _ in ended] == [0, 0], "\n".join(output for _, output in ended)
     assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.part-*"))
+
+
+@pytest.mark.default_model
+@pytest.mark.slow
+def test_the_default_model_answers_short_passages_in_its_own_words(tmp_path):
+    asked = needle_questions([read_demo_book()], 8, kinds=("number",))
+    answers = Answers(*load_pretrained_base("default"), batch_size=8)
+    counts = write_own_words(answers, asked, tmp_path / "own.jsonl")
+    assert counts.kept >= 2
+    for line in (tmp_path / "own.jsonl").read_text(encoding="utf-8").splitlines():
+        own, value = json.loads(line)["answers"]
+        assert re.fullmatch(r"\d{7}", value)
+        assert value in own
+        assert len(own) > len(value) + 10  # a sentence, where question sets have the number alone

@@ -31,7 +31,10 @@ def make_questions(
     needles: Annotated[int, typer.Option("--needles", min=0, help="Needles to hide in passages of the texts.")] = 800,
     kinds: Annotated[
         str | None,
-        typer.Option("--kinds", help="Kinds of needles, such as fact,uuid; one named twice comes twice as often."),
+        typer.Option(
+            "--kinds",
+            help="Kinds of needles, of word,number,uuid,sentence,multi,fact; one named twice comes twice as often.",
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Questions of each source at most, drawn at random.")
