@@ -752,21 +752,23 @@ def test_bad_input_gives_one_line_and_leaves_nothing_behind(run, files, tmp_path
 
 
 def test_questions_are_written_with_the_bases_answers(run, monkeypatch, tmp_path):
-    from activation_beacon.training.own_words import Answers
+    from activation_beacon.training.own_words import BaseAnswers
 
     Path("long.txt").write_text("A lion slept under the tree. " * 200, encoding="utf-8")
     (tmp_path / "asked.jsonl").write_text(
         '{"context": "The lion slept.", "question": "Who slept?", "answer": "lion"}\n'
     )
     args = ("make-questions", "long.txt", "--questions", "asked.jsonl", "--needles", "6", "--base", "{files}/base")
+    monkeypatch.setattr(BaseAnswers, "fits", lambda self, question: True)  # of a model with a token for each letter
     made = run(*args, "--max-new-tokens", "4")
     assert made.exit_code == 1  # a random model
     assert made.stderr.splitlines()[-1].startswith("Error: The base model answered none of 7 questions rightly (")
-    monkeypatch.setattr(Answers, "batch", lambda self, questions: [f"It is {each.answer}." for each in questions])
+    monkeypatch.setattr(BaseAnswers, "batch", lambda self, questions: [f"It is {each.answer}." for each in questions])
     made = run(*args, "-o", "own.jsonl")
     assert re.fullmatch(
         r"own\.jsonl\n  all +7 of +7 kept\n(  needles: \w+ +\d of +\d kept\n)+  questions +1 of +1 kept\n"
-        r"  left out: 0 wrong, 0 without an end\n  train with: beacon train TEXT... --questions own\.jsonl -o my-run\n",
+        r"  left out: 0 wrong, 0 without an end, 0 too long for the base\n"
+        r"  train with: beacon train TEXT... --questions own\.jsonl -o my-run\n",
         good(made),
     )
     lines = Path("own.jsonl").read_text(encoding="utf-8").splitlines()

@@ -13,8 +13,10 @@ from activation_beacon.books import read_demo_book
 from activation_beacon.data.sources import Question
 from activation_beacon.errors import ConfigError, InputError
 from activation_beacon.processes import Processes
+from activation_beacon.training.needle_words import KINDS
 from activation_beacon.training.own_words import (
-    Answers,
+    Asked,
+    BaseAnswers,
     is_right,
     needle_questions,
     short_questions,
@@ -26,6 +28,10 @@ from saved_models import save_base
 from training_texts import text_with
 
 TEXTS = [text_with(number, 3000) for number in range(3)]
+
+
+def asked_of(numbers) -> list[Asked]:
+    return [Asked("questions", question(number)) for number in numbers]
 
 
 def question(number: int, context: str = "The lion sleeps.", answer: str = "lion") -> Question:
@@ -45,8 +51,9 @@ def test_needles_stand_whole_in_short_passages_of_the_texts():
     assert made == needle_questions(TEXTS, 60, seed=3)
     assert made != needle_questions(TEXTS, 60, seed=4)
     assert made[:20] == needle_questions(TEXTS, 20, seed=3)
-    assert len({each.id for each in made}) == 60
-    for each in made:
+    assert len({each.question.id for each in made}) == 60
+    assert {each.kind for each in made} == {f"needles: {kind}" for kind in KINDS}
+    for _, each in made:
         assert each.answer in each.context
         assert each.answers == (each.answer,)
         assert 200 < len(each.context) < 2000
@@ -65,7 +72,7 @@ def test_no_more_documents_are_read_than_are_needed():
 
 
 def test_a_text_without_blanks_is_cut_all_the_same():
-    (made,) = needle_questions(["字" * 3000], 1, kinds=("number",))
+    ((_, made),) = needle_questions(["字" * 3000], 1, kinds=("number",))
     assert made.context.count("字") >= 300
 
 
@@ -87,7 +94,7 @@ def test_questions_on_long_passages_and_on_none_are_passed_over():
         Question("n", "", "Why?", "x", ("x",))
     ]
     found = short_questions(given, max_words=43)
-    assert sorted(each.id for each in found) == ["q0", "q1", "q2", "q3", "q4"]
+    assert sorted(each.question.id for each in found) == ["q0", "q1", "q2", "q3", "q4"]
     assert short_questions(given, max_words=43, limit=2) == found[:2]
     assert short_questions(given, max_words=43, seed=1) != found
 
@@ -103,13 +110,17 @@ def test_questions_on_long_passages_and_on_none_are_passed_over():
         ("It is in the old mill", ["in the old mill by the river"], True),
         ("It is somewhere else entirely, far away", ["in the old mill by the river"], False),
         ("", ["lion"], False),
+        ("I know nothing of it at all.", ["no"], False),
+        ("It was finished in 1884.", ["18"], False),
+        ('The password is "Dune-Jade-003."', ["dune-jade-003"], True),
+        ("答えは東京です。", ["東京"], True),
     ],
 )
 def test_what_is_right(answer, references, expected):
     assert is_right(answer, references) is expected
 
 
-def slow_answer(answers: Answers, asked: Question) -> str | None:
+def slow_answer(answers: BaseAnswers, asked: Question) -> str | None:
     """Token by token, alone, without a cache."""
     ids, made = answers.prompt_ids(asked), []
     for _ in range(answers.max_new_tokens):
@@ -125,10 +136,10 @@ def slow_answer(answers: Answers, asked: Question) -> str | None:
 def test_a_batch_gives_what_each_question_gives_alone(base, has_beacons):
     model, tokenizer = base
     asked = [question(number, "word " * (5 * number)) for number in range(5)]
-    free = Answers(model, tokenizer, max_new_tokens=12)
+    free = BaseAnswers(model, tokenizer, max_new_tokens=12)
     frequent = [slow_tokens(free, each)[4] for each in asked[:2]]
     model.generation_config.eos_token_id = frequent  # tokens that a random model does come to
-    answers = Answers(model, tokenizer, max_new_tokens=12)
+    answers = BaseAnswers(model, tokenizer, max_new_tokens=12)
     expected = [slow_answer(answers, each) for each in asked]
     assert None not in expected[:2]
     if has_beacons:
@@ -136,7 +147,7 @@ def test_a_batch_gives_what_each_question_gives_alone(base, has_beacons):
     assert answers.batch(asked) == expected
 
 
-def slow_tokens(answers: Answers, asked: Question) -> list[int]:
+def slow_tokens(answers: BaseAnswers, asked: Question) -> list[int]:
     ids = answers.prompt_ids(asked)
     start = len(ids)
     for _ in range(answers.max_new_tokens):
@@ -150,13 +161,13 @@ def test_a_model_without_an_end_of_answers_is_refused(base):
     model.generation_config.eos_token_id = None
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="which token ends an answer"):
-        Answers(model, tokenizer)
+        BaseAnswers(model, tokenizer)
 
 
 # --- the file ----------------------------------------------------------------------------------------------------------
 
 
-class Replies(Answers):
+class Replies(BaseAnswers):
     """Answers by rule, and a note of what was asked; cut after so many batches."""
 
     def __init__(self, base, *, after: int = 1000, **settings):
@@ -177,9 +188,9 @@ class Replies(Answers):
 
 def test_right_answers_are_written_and_can_be_trained_on(base, tmp_path):
     target, shown = tmp_path / "own.jsonl", []
-    asked = [question(number) for number in range(30)]
+    asked = asked_of(range(30))
     counts = write_own_words(Replies(base), asked, target, progress=lambda *line: shown.append(line))
-    assert (counts.asked, counts.kept, counts.wrong, counts.unended) == (30, 10, 10, 10)
+    assert (counts.asked, counts.kept, counts.wrong, counts.unended, counts.too_long) == (30, 10, 10, 10, 0)
     assert counts.kinds == {"questions": (30, 10)}
     assert shown[0][:2] == (0, 30)
     assert shown[-1][:2] == (30, 30)
@@ -197,6 +208,7 @@ def test_kinds_of_needles_are_counted_apart(base, tmp_path):
             return [f"It is {each.answer}." for each in questions]
 
     asked = needle_questions(TEXTS, 20, kinds=("number", "fact"))
+    base[0].config.max_position_embeddings = 4000  # a token for each letter
     counts = write_own_words(Right(base), asked, tmp_path / "own.jsonl")
     assert counts.kept == 20
     assert set(counts.kinds) == {"needles: number", "needles: fact"}
@@ -204,7 +216,7 @@ def test_kinds_of_needles_are_counted_apart(base, tmp_path):
 
 
 def test_what_was_cut_goes_on_where_it_stood(base, tmp_path):
-    asked = [question(number) for number in range(30)]
+    asked = asked_of(range(30))
     write_own_words(Replies(base), asked, tmp_path / "whole.jsonl")
     cut, rest = Replies(base, after=3), Replies(base)
     with pytest.raises(KeyboardInterrupt):
@@ -212,17 +224,17 @@ def test_what_was_cut_goes_on_where_it_stood(base, tmp_path):
     assert not (tmp_path / "own.jsonl").exists()
     write_own_words(rest, asked, tmp_path / "own.jsonl")
     assert len(cut.asked) == 12
-    assert sorted(cut.asked + rest.asked) == sorted(each.id for each in asked)
+    assert sorted(cut.asked + rest.asked) == sorted(each.question.id for each in asked)
     assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_parts_of_other_questions_are_not_gone_on_with(base, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        write_own_words(Replies(base, after=1), [question(number) for number in range(30)], tmp_path / "own.jsonl")
-    others = [question(number) for number in range(1, 31)]
+        write_own_words(Replies(base, after=1), asked_of(range(30)), tmp_path / "own.jsonl")
+    others = asked_of(range(1, 31))
     for answers, asked in (
         (Replies(base), others),
-        (Replies(base, max_new_tokens=9), [question(number) for number in range(30)]),
+        (Replies(base, max_new_tokens=9), asked_of(range(30))),
     ):
         with pytest.raises(
             ConfigError, match=r"own.jsonl.part-0 was begun with other questions or settings. Remove it"
@@ -236,12 +248,24 @@ def test_parts_of_other_questions_are_not_gone_on_with(base, tmp_path):
 )
 def test_nothing_to_write_is_said(base, tmp_path, numbers, message):
     with pytest.raises(InputError, match=message):
-        write_own_words(Replies(base), [question(number) for number in numbers], tmp_path / "own.jsonl")
-    assert not (tmp_path / "own.jsonl").exists()
+        write_own_words(Replies(base), asked_of(numbers), tmp_path / "own.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_what_the_base_has_no_positions_for_is_not_asked(base, tmp_path):
+    answers = Replies(base)
+    asked = asked_of([0, 3])
+    answers.model.config.max_position_embeddings = len(answers.prompt_ids(asked[0].question)) + answers.max_new_tokens
+    long = Asked("questions", question(6, "The lion sleeps and sleeps."))
+    counts = write_own_words(answers, [long, *asked], tmp_path / "own.jsonl")
+    assert (counts.asked, counts.kept, counts.too_long) == (2, 2, 1)
+    assert sorted(answers.asked) == ["q0", "q3"]
+    with pytest.raises(InputError, match=r"\(1 do not fit the base's positions\)"):
+        write_own_words(answers, [long], tmp_path / "none.jsonl")
 
 
 def test_what_another_number_of_processes_left_is_used(base, tmp_path):
-    asked = [question(number) for number in range(30)]
+    asked = asked_of(range(30))
     write_own_words(Replies(base), asked, tmp_path / "whole.jsonl")
 
     class Second(Processes):
@@ -264,19 +288,20 @@ from pathlib import Path
 from activation_beacon.base_models import load_pretrained_base
 from activation_beacon.books import read_demo_book
 from activation_beacon.processes import processes
+from activation_beacon.training.needle_words import KINDS
 from activation_beacon.training.own_words import write_own_words
-from test_training_own_words import Replies, question
+from test_training_own_words import Replies, asked_of
 
 with processes() as group:
     replies = Replies(load_pretrained_base(sys.argv[1]))
-    write_own_words(replies, [question(number) for number in range(30)], Path(sys.argv[2]), group=group)
+    write_own_words(replies, asked_of(range(30)), Path(sys.argv[2]), group=group)
     assert len(replies.asked) == 15
 """
 
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(base, tmp_path):
-    write_own_words(Replies(base), [question(number) for number in range(30)], tmp_path / "whole.jsonl")
+    write_own_words(Replies(base), asked_of(range(30)), tmp_path / "whole.jsonl")
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path / "base"), str(tmp_path / "own.jsonl")]
     ended = run_together(2, command)
     assert [status for status, _ in ended] == [0, 0], "\n".join(output for _, output in ended)
@@ -288,7 +313,7 @@ def test_two_processes_write_what_one_does(base, tmp_path):
 @pytest.mark.slow
 def test_the_default_model_answers_short_passages_in_its_own_words(tmp_path):
     asked = needle_questions([read_demo_book()], 8, kinds=("number",))
-    answers = Answers(*load_pretrained_base("default"), batch_size=8)
+    answers = BaseAnswers(*load_pretrained_base("default"), batch_size=8)
     counts = write_own_words(answers, asked, tmp_path / "own.jsonl")
     assert counts.kept >= 2
     for line in (tmp_path / "own.jsonl").read_text(encoding="utf-8").splitlines():

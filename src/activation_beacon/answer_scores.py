@@ -30,6 +30,13 @@ def contains(answer: str, references: Sequence[str]) -> float:
     return float(any(_folded(reference) in folded for reference in references))
 
 
+def contains_whole(answer: str, references: Sequence[str]) -> float:
+    """1 where a reference stands in the answer as no part of a longer word or number; scripts without blanks have no such bounds."""
+    folded = _folded(answer)
+    bounded = (rf"(?<![a-z0-9]){re.escape(_folded(reference))}(?![a-z0-9])" for reference in references)
+    return float(any(re.search(pattern, folded) for pattern in bounded))
+
+
 def contains_share(answer: str, references: Sequence[str]) -> float:
     """The share of the references that stand in the answer: for several needles at once."""
     folded = _folded(answer)
@@ -54,6 +61,7 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
 SCORES: dict[str, Score] = {
     "exact_match": exact_match,
     "contains": contains,
+    "contains_whole": contains_whole,
     "contains_share": contains_share,
     "token_f1": token_f1,
     "rouge_l": rouge_l,

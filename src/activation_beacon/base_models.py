@@ -1,6 +1,7 @@
 """Where base models come from: the embedded default model, a local folder, or a hub id. Knows nothing of beacons."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +49,11 @@ def load_pretrained_base(
     if name == DEFAULT_BASE_NAME:
         model.name_or_path = name  # an adapter made on it names it, not this machine's cache folder
     return _place(model, device), tokenizer
+
+
+def max_positions(model: Any) -> int | None:
+    """Tokens that a model reads at once; None where its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def _resolve_name(name: str) -> str:

@@ -1,7 +1,7 @@
 """`beacon make-questions`: questions that the base model has answered in its own words, for `beacon train --questions`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,8 +13,8 @@ from activation_beacon.cli.texts import check_output
 from activation_beacon.errors import BaseModelError, InputError
 
 if TYPE_CHECKING:
-    from activation_beacon.data.sources import Question
-    from activation_beacon.training.own_words import Counts
+    from activation_beacon.data.sources import ReadReport
+    from activation_beacon.training.own_words import Asked, Counts
 
 
 def make_questions(
@@ -62,19 +62,21 @@ def make_questions(
     check_output(output, force=force, example="own-words.jsonl")
     from activation_beacon.base_models import load_pretrained_base
     from activation_beacon.processes import processes
-    from activation_beacon.training.own_words import Answers, write_own_words
+    from activation_beacon.training.own_words import BaseAnswers, write_own_words
 
-    asked = _asked(
-        sources or [], questions or [], needles=needles, kinds=kinds, limit=limit, max_words=max_words,
-        exclude=exclude or [], seed=seed,
-    )  # fmt: skip
     with processes(device) as group:
+        asked, report = _asked(
+            sources or [], questions or [], needles=needles, kinds=kinds, limit=limit, max_words=max_words,
+            exclude=exclude or [], seed=seed,
+        )  # fmt: skip
+        if report.skipped and group.is_first:
+            notice(report.summary())
         place = device or (str(group.device()) if group.count > 1 else best_device())
         with working(f"loading {base}"), quiet_libraries():
             model, tokenizer = load_pretrained_base(base, dtype=None if dtype is None else str(dtype), device=place)
         if tokenizer is None:
             raise BaseModelError(f"The base model {base} has no tokenizer. Put its tokenizer.json beside config.json.")
-        answers = Answers(model, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        answers = BaseAnswers(model, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens)
         with progress_shown(is_shown=group.is_first) as progress:
             counts = write_own_words(answers, asked, output, group=group, progress=progress)
         if not group.is_first:
@@ -95,8 +97,8 @@ def _asked(
     max_words: int,
     exclude: list[str],
     seed: int,
-) -> "list[Question]":
-    """All questions, in random order."""
+) -> "tuple[list[Asked], ReadReport]":
+    """All questions, in random order, and what was read for them."""
     import random
 
     from activation_beacon.data.sources import ReadReport, documents, questions
@@ -114,18 +116,18 @@ def _asked(
     if sources:
         texts = (text for _, text in documents(sources, exclude=exclude, report=report))
         asked += needle_questions(texts, needles, kinds=names, seed=seed)
-    if report.skipped:
-        notice(report.summary())
     random.Random(seed).shuffle(asked)
-    return asked
+    return asked, report
 
 
 def _summary(output: Path, counts: "Counts") -> str:
     def line(name: str, asked: int, kept: int) -> str:
         return f"  {name:<18} {kept:>6,} of {asked:>6,} kept"
 
-    lines: list[Any] = [f"{output}", line("all", counts.asked, counts.kept)]
+    lines = [f"{output}", line("all", counts.asked, counts.kept)]
     lines += [line(kind, *pair) for kind, pair in sorted(counts.kinds.items())]
-    lines.append(f"  left out: {counts.wrong:,} wrong, {counts.unended:,} without an end")
+    lines.append(
+        f"  left out: {counts.wrong:,} wrong, {counts.unended:,} without an end, {counts.too_long:,} too long for the base"
+    )
     lines.append(f"  train with: beacon train TEXT... --questions {output} -o my-run")
     return "\n".join(lines)

@@ -35,7 +35,9 @@ class Loaded:
     @property
     def max_positions(self) -> int | None:
         """Tokens that the base model reads at once; None where its config does not say."""
-        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        from activation_beacon.base_models import max_positions
+
+        return max_positions(self.model)
 
 
 def load_model(name: str, *, base: str | None, device: str | None, dtype: Dtype | None) -> Loaded:

@@ -7,8 +7,8 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from activation_beacon.base_models import max_positions
 from activation_beacon.errors import InputError
-from activation_beacon.evaluation.language_modelling import max_positions
 from activation_beacon.hub import load
 
 NONE = "none"

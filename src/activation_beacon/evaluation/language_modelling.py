@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from activation_beacon.base_models import max_positions
 from activation_beacon.errors import InputError
 from activation_beacon.evaluation.metrics import Estimate, gap_closed, mean
 from activation_beacon.plan import Ratio
@@ -237,11 +238,6 @@ def measure(
             f'method must be "full", "alone", "recent", or with a ratio "beacons" or "shuffled"; got {method!r}.'
         )
     return loss_record(losses, size)
-
-
-def max_positions(model: Any) -> int | None:
-    """Tokens that the base model reads at once; None where its config does not say."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def evaluate(

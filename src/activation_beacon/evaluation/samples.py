@@ -19,7 +19,7 @@ class Question:
     Attributes:
         text: as a user asks it.
         references: right answers, each as good as the others (all wanted, with the score "contains_share").
-        score: a key of `metrics.SCORES`.
+        score: a key of `answer_scores.SCORES`.
         max_new_tokens: tokens of an answer at most.
     """
 

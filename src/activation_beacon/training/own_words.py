@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from activation_beacon.answer_scores import contains, token_f1
+from activation_beacon.answer_scores import contains_whole, token_f1
+from activation_beacon.base_models import max_positions
 from activation_beacon.data.hiding import hide
 from activation_beacon.data.sources import Question
 from activation_beacon.errors import ConfigError, InputError
@@ -39,6 +40,13 @@ SORTED_BATCHES = 6  # batches whose prompts are sorted by length together
 Progress = Callable[[int, int, str], None]
 
 
+class Asked(NamedTuple):
+    """A question, and what it counts as: "questions", or a kind of needle."""
+
+    kind: str
+    question: Question
+
+
 @dataclass(frozen=True)
 class Counts:
     """What became of the questions.
@@ -48,13 +56,15 @@ class Counts:
         kept: answered rightly, and ended.
         unended: answers that did not end within the tokens that they had.
         wrong: answers without what was expected.
-        kinds: asked and kept, for "questions" and each kind of needle.
+        too_long: prompts that do not fit the base's positions with an answer, and were not asked.
+        kinds: asked and kept of each kind.
     """
 
     asked: int
     kept: int
     unended: int
     wrong: int
+    too_long: int
     kinds: dict[str, tuple[int, int]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,9 +75,7 @@ class Counts:
 # --- what is asked -----------------------------------------------------------------------------------------------------
 
 
-def needle_questions(
-    texts: Iterable[str], count: int, *, kinds: Sequence[str] = KINDS, seed: int = 0
-) -> list[Question]:
+def needle_questions(texts: Iterable[str], count: int, *, kinds: Sequence[str] = KINDS, seed: int = 0) -> list[Asked]:
     """Questions on needles, each in a short passage of a document.
 
     Args:
@@ -93,13 +101,14 @@ def needle_questions(
     return [_needle_question(number, long, kinds, random.Random(f"{seed} {number}")) for number in range(count)]
 
 
-def _needle_question(number: int, texts: Sequence[str], kinds: Sequence[str], rng: random.Random) -> Question:
+def _needle_question(number: int, texts: Sequence[str], kinds: Sequence[str], rng: random.Random) -> Asked:
     kind = rng.choice(kinds)
     needle = make_needle(kind, rng)
     passage = _passage(rng.choice(texts), rng)
     for statement in (needle.statement, *needle.others):
         passage = hide(passage, statement, rng.random())
-    return Question(f"needle-{kind}-{number}", passage, needle.question, needle.answer, (needle.answer,))
+    question = Question(f"needle-{number}", passage, needle.question, needle.answer, (needle.answer,))
+    return Asked(f"needles: {kind}", question)
 
 
 def _passage(text: str, rng: random.Random) -> str:
@@ -111,9 +120,9 @@ def _passage(text: str, rng: random.Random) -> str:
 
 def short_questions(
     questions: Iterable[Question], *, max_words: int, limit: int | None = None, seed: int = 0
-) -> list[Question]:
+) -> list[Asked]:
     """Those on passages of `max_words` words at most (and on some passage), `limit` of them drawn at random."""
-    found = [each for each in questions if 0 < len(each.context.split()) <= max_words]
+    found = [Asked("questions", each) for each in questions if 0 < len(each.context.split()) <= max_words]
     random.Random(seed).shuffle(found)
     return found[:limit]
 
@@ -122,11 +131,11 @@ def short_questions(
 
 
 def is_right(answer: str, references: Sequence[str]) -> bool:
-    """Whether an answer holds what was expected, or has most words in common with it."""
-    return bool(contains(answer, references)) or token_f1(answer, references) >= RIGHT
+    """Whether an answer holds a reference, whole words of it, or has most words in common with one."""
+    return bool(contains_whole(answer, references)) or token_f1(answer, references) >= RIGHT
 
 
-class Answers:
+class BaseAnswers:
     """The base's answers, greedily decoded in batches of prompts that are padded on their left.
 
     Args:
@@ -150,6 +159,11 @@ class Answers:
         if not question.context:
             return self._prompt.message(question.question)
         return self._prompt.opening(question.context) + self._prompt.question(question.question)
+
+    def fits(self, question: Question) -> bool:
+        """Whether the base has positions for the prompt and its answer."""
+        most = max_positions(self.model)
+        return most is None or len(self.prompt_ids(question)) + self.max_new_tokens <= most
 
     def batch(self, questions: Sequence[Question]) -> list[str | None]:
         """The answer to each question, None where it does not end."""
@@ -189,8 +203,8 @@ def _end_ids(model: Any, tokenizer: Any) -> set[int]:
 
 
 def write_own_words(
-    answers: Answers,
-    questions: Sequence[Question],
+    answers: BaseAnswers,
+    asked: Sequence[Asked],
     target: Path,
     *,
     group: Processes | None = None,
@@ -202,18 +216,23 @@ def write_own_words(
 
     Args:
         answers: of the base.
-        questions: on short passages.
+        asked: questions on short passages.
         target: JSON Lines of "context", "question", "answer" (the base's), "answers" (with the references).
         group: the processes that answer together.
         progress: called with the questions answered, those there are for this process, and what is being done.
 
     Raises:
-        InputError: without questions, or if none is answered rightly; nothing is written then.
+        InputError: without questions that fit, or if none is answered rightly; nothing is written or kept then.
         ConfigError: if the files beside the target are of other questions.
         StorageError: if something cannot be written.
     """
-    if not questions:
-        raise InputError("There are no questions to answer. Name questions, or texts to hide needles in.")
+    fitting = [each for each in asked if answers.fits(each.question)]
+    if not fitting:
+        raise InputError(
+            f"There are no questions to answer ({len(asked):,} do not fit the base's positions). Name some on short passages, "
+            "or texts to hide needles in."
+        )
+    questions = [each.question for each in fitting]
     group = group or Processes()
     parts = _Parts(target, _digest(answers, questions))
     with group.first_before_others():
@@ -233,19 +252,20 @@ def write_own_words(
     group.barrier()
     given = parts.read()
     group.barrier()  # nobody removes what others read
-    counts, records = _judged(questions, given)
+    counts, records = _judged(fitting, given, too_long=len(asked) - len(fitting))
+    if group.is_first:
+        if records:
+            write_text(target, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        parts.remove()
     if not records:
         raise InputError(
             f"The base model answered none of {counts.asked:,} questions rightly ({counts.unended:,} answers did not end). "
             "Use shorter passages, other questions, or more tokens for an answer."
         )
-    if group.is_first:
-        write_text(target, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-        parts.remove()
     return counts
 
 
-def _batches(numbers: Sequence[int], answers: Answers, questions: Sequence[Question]) -> Iterator[list[int]]:
+def _batches(numbers: Sequence[int], answers: BaseAnswers, questions: Sequence[Question]) -> Iterator[list[int]]:
     """Batches of prompts that are about as long; only neighbours are sorted, so that a call may be cut."""
     size = answers.batch_size
     for start in range(0, len(numbers), size * SORTED_BATCHES):
@@ -254,12 +274,14 @@ def _batches(numbers: Sequence[int], answers: Answers, questions: Sequence[Quest
         yield from (block[first : first + size] for first in range(0, len(block), size))
 
 
-def _judged(questions: Sequence[Question], given: dict[int, str | None]) -> tuple[Counts, list[dict[str, Any]]]:
+def _judged(
+    asked: Sequence[Asked], given: dict[int, str | None], *, too_long: int
+) -> tuple[Counts, list[dict[str, Any]]]:
     """What became of the questions, and records of those that are kept."""
-    asked, kept, records = Counter[str](), Counter[str](), []
-    for number, question in enumerate(questions):
-        kind, answer = _kind(question), given[number]
-        asked[kind] += 1
+    counted, kept, records = Counter[str](), Counter[str](), []
+    for number, (kind, question) in enumerate(asked):
+        answer = given[number]
+        counted[kind] += 1
         if answer and is_right(answer, question.answers):
             kept[kind] += 1
             records.append({
@@ -267,18 +289,11 @@ def _judged(questions: Sequence[Question], given: dict[int, str | None]) -> tupl
                 "answers": list(dict.fromkeys((answer, *question.answers))),
             })  # fmt: skip
     unended = sum(answer is None for answer in given.values())
-    wrong = len(questions) - len(records) - unended
-    return Counts(
-        len(questions), len(records), unended, wrong, {kind: (asked[kind], kept[kind]) for kind in asked}
-    ), records
+    kinds = {kind: (counted[kind], kept[kind]) for kind in counted}
+    return Counts(len(asked), len(records), unended, len(asked) - len(records) - unended, too_long, kinds), records
 
 
-def _kind(question: Question) -> str:
-    name, _, rest = question.id.partition("-")
-    return f"needles: {rest.rpartition('-')[0]}" if name == "needle" else "questions"
-
-
-def _digest(answers: Answers, questions: Sequence[Question]) -> str:
+def _digest(answers: BaseAnswers, questions: Sequence[Question]) -> str:
     """What a call that was cut must share with the one that goes on."""
     settings = (answers.model.config.name_or_path, answers.max_new_tokens, [asdict(each) for each in questions])
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()

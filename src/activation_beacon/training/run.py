@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from activation_beacon.base_models import load_pretrained_base
+from activation_beacon.base_models import load_pretrained_base, max_positions
 from activation_beacon.config import BeaconConfig, is_same_fingerprint, short_fingerprint
 from activation_beacon.default_base import DEFAULT_BASE_REVISION
 from activation_beacon.errors import BaseModelError, ConfigError, StorageError
@@ -187,7 +187,7 @@ def _model(settings: TrainingSettings, group: Processes, device: str | None) -> 
     config = settings.config
     if settings.base == "default":
         config = dataclasses.replace(config, base_model="default", base_revision=DEFAULT_BASE_REVISION)
-    positions = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = max_positions(base)
     longest = max(stage.length for stage in settings.stages)
     if (
         positions is not None
