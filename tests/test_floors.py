@@ -14,7 +14,7 @@ FLOORS = [
     {"plan"},
     {"constants", "exact"},
     {"answer_scores", "causal", "files", "fingerprint", "processes", "projection", "resuming", "room", "rope"},
-    {"entries", "json_lines"},
+    {"entries", "json_lines", "matmul"},
     {"batch", "cache", "data", "grouped"},
     {"adapt", "chunk_inputs", "chunk_memory", "readout"},
     {"attachment", "recorded"},

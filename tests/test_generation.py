@@ -85,6 +85,7 @@ def start(request, model, context):
     return {"inputs": QUESTION, "context": context}, context
 
 
+@torch.no_grad()
 def by_hand(model, cache, ids, num_new, *, sample=False, processors=()):
     """Ids after `num_new` steps, and the logits of each, with nothing but the model's forward."""
     cache, text, read, steps = cache.fork(), ids, ids, []
@@ -422,7 +423,7 @@ def test_scores_logits_and_hidden_states_are_those_of_each_step(model, start):
         assert [weights.shape[:3] for weights in out.attentions[step]] == [(1, 4, 1)] * 2
     head = model.lm_head
     last = torch.stack([head(states[-1][:, -1]) for states in out.hidden_states], dim=1)
-    torch.testing.assert_close(last, steps, atol=1e-5, rtol=0)
+    torch.testing.assert_close(last, steps, atol=1e-4, rtol=0)
     assert out.past_key_values.rows[0].tokens_seen == (0 if "context" not in options else 38) + width + 19
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from activation_beacon.adapt import DecoderSite, dense_weight
 from activation_beacon.config import BeaconConfig
 from activation_beacon.errors import ConfigError
+from activation_beacon.matmul import OneDnnLinear
 from activation_beacon.plan import RatioPolicy
 from activation_beacon.projection import (
     BeaconProjection,
@@ -36,12 +37,24 @@ class Attachment:
     own_forward: Callable[..., Any] | None  # a forward that another library had put on the instance
     policy: RatioPolicy
     cuda_graphs: bool = False
+    cpu_matmul: str = "auto"
+    linears: list[nn.Linear] = field(default_factory=list)  # of the base, which have become a class of ours
     token: str = field(default_factory=lambda: secrets.token_hex(8))  # names this attaching, for caches to remember
     fingerprints: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
 
 
-def put_branches(attachment: Attachment) -> None:
-    """Hang a beacon projection and the hooks on every site; what was done is in `attachment`, for `take_off`."""
+def put_on(model: nn.Module, attachment: Attachment) -> None:
+    """Put everything on a model but its new class; what was done is in `attachment`, for `take_off`."""
+    for module in model.modules():
+        if type(module) is nn.Linear:  # not a class of somebody else's, which may not multiply at all
+            attachment.linears.append(module)
+            module.__class__ = OneDnnLinear
+            module.beacon_state = attachment.state  # type: ignore[assignment]
+    _put_branches(attachment)
+
+
+def _put_branches(attachment: Attachment) -> None:
+    """Hang a beacon projection and the hooks on every site."""
     for layer in attachment.site.layers:
         layer.attention.beacon_state = attachment.state  # type: ignore[assignment]
         attachment.handles.append(layer.attention.register_forward_pre_hook(take_beacon_slots, with_kwargs=True))
@@ -56,6 +69,9 @@ def put_branches(attachment: Attachment) -> None:
 def take_off(model: Any, attachment: Attachment) -> None:
     """Take everything off again, also what an attaching that failed half-way has left."""
     model.__class__ = attachment.base_class
+    for linear in attachment.linears:
+        linear.__class__ = nn.Linear
+        vars(linear).pop("beacon_state", None)
     for handle in attachment.handles:
         handle.remove()
     for layer in attachment.site.layers:

@@ -1,6 +1,7 @@
 """What goes into a pass that closes chunks: tokens with beacons among them, and which tokens these begin as."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,9 @@ class BaseModel(Protocol):
     @property
     def beacon_embedding(self) -> torch.Tensor:
         """The input (M,) of every beacon."""
+
+    def fast_products(self, num_rows: int, num_queries: int) -> AbstractContextManager[None]:
+        """A block for a pass of so many rows, and queries of one call of attention."""
 
     def base_forward(self, **kwargs: Any) -> Any:
         """The base's own forward, with its language modelling head."""

@@ -153,6 +153,7 @@ class _Reader:
         self._call_base(
             None,
             (),
+            num_queries=max(layout.num_slots for layout in group.layouts),
             inputs_embeds=torch.cat(pieces, dim=1),
             position_ids=(constant(group.positions, device) + length)[None],
             attention_mask=mask,
@@ -210,7 +211,8 @@ class _Reader:
                 "beacon_anchor_slots": rows.repeated_rows,
             }
         row_of = layout.raw_slots if rows is None else [rows.row_of(slot) for slot in layout.raw_slots]
-        output = self._call_base(wanted, row_of, past_key_values=memory, use_cache=True, **inputs)
+        width = layout.num_slots if rows is None else rows.slots.shape[-1]
+        output = self._call_base(wanted, row_of, num_queries=width, past_key_values=memory, use_cache=True, **inputs)
         if output is not None:
             self.readout.collect(output, members, starts, cache.config.chunk_size)
         self._keep(members, memory.layers, self._kept(memory.layers, layout), (layout,))
@@ -289,6 +291,7 @@ class _Reader:
             output = self._call_base(
                 wanted,
                 range(width),
+                num_queries=width,
                 input_ids=ids,
                 position_ids=_positions([n - offset for n, offset in zip(lengths, offsets, strict=True)], slots),
                 attention_mask=self._mask(
@@ -352,8 +355,20 @@ class _Reader:
         padded = torch.nn.functional.pad(ids, (0, surplus)) if surplus > 0 else ids
         return take(padded, members, ends, width, dim=1)
 
-    def _call_base(self, wanted: list[int] | None, slots: Sequence[int], **inputs: Any) -> ModelOutput | None:
-        """Run the base; with its head only at those of `slots` that are wanted."""
+    def _call_base(
+        self, wanted: list[int] | None, slots: Sequence[int], *, num_queries: int, **inputs: Any
+    ) -> ModelOutput | None:
+        """Run the base; with its head only at those of `slots` that are wanted. Attention has so many queries at a time."""
+        is_compressing = "beacon_slots" in inputs
+        if not is_compressing and not any(row.chunks for row in self.cache.rows):
+            return self._call_as_wanted(wanted, slots, inputs)  # nothing is compressed: to the bit what the base gives
+        ids_or_embeddings = inputs["inputs_embeds" if is_compressing else "input_ids"]
+        with self.model.fast_products(ids_or_embeddings.shape[0] * ids_or_embeddings.shape[1], num_queries):
+            return self._call_as_wanted(wanted, slots, inputs)
+
+    def _call_as_wanted(
+        self, wanted: list[int] | None, slots: Sequence[int], inputs: dict[str, Any]
+    ) -> ModelOutput | None:
         if wanted is None:
             with contextlib.suppress(PassEnded):
                 self.model.get_decoder()(**inputs)

@@ -23,7 +23,7 @@ from activation_beacon.attachment import (
     base_parameters,
     check_chunk_fits,
     first_embedding,
-    put_branches,
+    put_on,
     take_off,
     with_base,
 )
@@ -35,6 +35,7 @@ from activation_beacon.errors import AttachError, ConfigError, InputError, Misma
 from activation_beacon.fingerprint import fingerprint
 from activation_beacon.forward import Progress, read
 from activation_beacon.generation import BeaconGeneration
+from activation_beacon.matmul import CHOICES, fast_products
 from activation_beacon.persistence import save_adapter
 from activation_beacon.plan import Ratio, RatioPolicy, TextPlanner, as_policy
 from activation_beacon.projection import BeaconProjection, PassState
@@ -89,6 +90,33 @@ class BeaconModel(BeaconGeneration):
     @cuda_graphs.setter
     def cuda_graphs(self, is_on: bool) -> None:
         self._beacon.cuda_graphs = is_on
+
+    @property
+    def cpu_matmul(self) -> str:
+        """What multiplies float32 matrices on a CPU in passes on compressed texts: "onednn", "torch", or "auto" (unless set).
+
+        "torch" is what torch takes by itself. "auto" tries both once in a process, for some tenths of a second, and takes the
+        faster one. Both are as precise. Texts of up to a chunk, and disabled beacons, are always left to torch.
+        """
+        return self._beacon.cpu_matmul
+
+    @cpu_matmul.setter
+    def cpu_matmul(self, choice: str) -> None:
+        if choice not in CHOICES:
+            raise ConfigError(f"cpu_matmul must be one of {', '.join(CHOICES)}; got {choice!r}.")
+        self._beacon.cpu_matmul = choice
+
+    def fast_products(self, num_rows: int, num_queries: int) -> contextlib.AbstractContextManager[None]:
+        """A block for a pass of so many rows, whose matrix products are made as `cpu_matmul` says."""
+        weight = self.get_input_embeddings().weight
+        return fast_products(
+            self._beacon.state,
+            self._beacon.cpu_matmul,
+            device=weight.device,
+            dtype=weight.dtype,
+            num_rows=num_rows,
+            num_queries=num_queries,
+        )
 
     @property
     def untouched_length(self) -> int:
@@ -577,7 +605,7 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
     base_model._beacon = attachment
     try:
         base_model.requires_grad_(False)
-        put_branches(attachment)
+        put_on(base_model, attachment)
         base_model.beacon_embedding = nn.Parameter(first_embedding(base_model))
         base_class: Any = attachment.base_class
         base_model.__class__ = _beacon_class(base_class)

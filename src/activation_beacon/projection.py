@@ -20,13 +20,14 @@ class PassState(threading.local):
 
     `beacon_slots` (n,) are the slots of the pass that hold beacons, or None, and `anchor_slots` (n,) or (B, n) those of the
     tokens that they begin as; `chunks` says how a pass over several chunks at once is cut into them (`at_once.Chunks`),
-    None in ordinary passes; `is_disabled` turns the beacons off.
+    None in ordinary passes; `is_by_onednn` says that linear layers may call it (`matmul`); `is_disabled` turns the beacons off.
     """
 
     def __init__(self) -> None:
         self.beacon_slots: torch.Tensor | None = None
         self.anchor_slots: torch.Tensor | None = None
         self.chunks: Any = None
+        self.is_by_onednn = False
         self.is_disabled = False
 
     def __reduce__(self) -> tuple[type["PassState"], tuple[()]]:

@@ -131,14 +131,15 @@ def _append(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache], 
         RowsLayer([cache.layers[index] for cache in caches], mask, layer.window)
         for index, layer in enumerate(site.layers)
     ]
-    output = model.base_forward(
-        input_ids=ids,
-        position_ids=torch.tensor(lengths, device=ids.device)[:, None],
-        attention_mask=mask,
-        past_key_values=Cache(layers=layers),
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    with model.fast_products(len(caches), num_queries=1):
+        output = model.base_forward(
+            input_ids=ids,
+            position_ids=torch.tensor(lengths, device=ids.device)[:, None],
+            attention_mask=mask,
+            past_key_values=Cache(layers=layers),
+            use_cache=True,
+            logits_to_keep=1,
+        )
     for cache, token in zip(caches, ids.split(1), strict=True):
         cache.token_ids = torch.cat((cache.token_ids.to(token.device), token), dim=1)
         cache.rows = (cache.rows[0].after_reading(1),)

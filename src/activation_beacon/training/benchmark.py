@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from activation_beacon.at_once import chunks_at_once
+from activation_beacon.matmul import training_products
 from activation_beacon.training.batches import draw_ratios
 from activation_beacon.training.metrics import peak_memory
 from activation_beacon.training.objective import Objective, losses
@@ -95,7 +96,7 @@ def _step_at_once(model: Any, ids: torch.Tensor, ratios: tuple[int, ...], *, is_
     if is_checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
-        with chunks_at_once(model):
+        with chunks_at_once(model), training_products(model.cpu_matmul, device=ids.device, dtype=model.dtype):
             result = losses(model, ids, is_target, ratios, objective=Objective())
             (result.total / result.num_targets).backward()
     finally:

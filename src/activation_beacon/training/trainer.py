@@ -19,6 +19,7 @@ from torch import nn
 
 from activation_beacon.at_once import chunks_at_once
 from activation_beacon.errors import ConfigError, TrainingError
+from activation_beacon.matmul import training_products
 from activation_beacon.processes import Processes
 from activation_beacon.training import checkpoints
 from activation_beacon.training.averaging import Average
@@ -163,7 +164,11 @@ class Trainer:
         clock = _Clock(max_minutes, since)
         log = MetricsLog(self.folder / "metrics.jsonl", self.progress.step) if self.group.is_first else None
         ending = _Ending("all steps are made", is_finished=True)
-        with chunks_at_once(self.model), _Ahead(self._batches, self.settings.num_steps) as ahead:
+        with (
+            chunks_at_once(self.model),
+            training_products(self.model.cpu_matmul, device=self.device, dtype=self.model.dtype),
+            _Ahead(self._batches, self.settings.num_steps) as ahead,
+        ):
             while self.progress.step < self.settings.num_steps:
                 line = self._step(clock, ahead)
                 if self.dev and self._is_due(self.settings.dev_every):
