@@ -5,7 +5,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from activation_beacon import BeaconConfig, BeaconModel, detach
+from activation_beacon import BeaconConfig, BeaconModel, detach, matmul
 from activation_beacon.bench import measure, report, shapes
 from activation_beacon.bench.cost import FULL_ATTENTION, Compression, ModelShape, decode_bytes, end_to_end_speedup
 from activation_beacon.bench.measure import Cell
@@ -57,6 +57,20 @@ def test_both_ways_are_run_to_the_same_end(batch_size):
         assert run.peak_bytes is None or run.peak_bytes > run.cache_bytes
 
 
+def test_full_attention_can_be_run_through_onednn(monkeypatch):
+    attached, rows = model(), []
+    attached.cpu_matmul = "onednn"
+    whole = matmul._by_onednn
+    monkeypatch.setattr(matmul, "_by_onednn", lambda x, *rest: rows.append(x.shape[1]) or whole(x, *rest))
+    for is_onednn in (False, True):
+        assert not rows
+        measure.run(attached, Cell(5 * CHUNK, 1, None, 0, is_onednn=is_onednn), 3)
+    assert set(rows) == ({5 * CHUNK, 1} if matmul.is_offered() else set())
+    assert measure.products_go_through_onednn(attached) is matmul.is_offered()
+    attached.cpu_matmul = "torch"
+    assert not measure.products_go_through_onednn(attached)
+
+
 def test_a_text_that_does_not_fit_is_refused_before_it_is_read():
     with pytest.raises(CapacityError, match="the base model has 64"):
         measure.run(model(max_position_embeddings=64), Cell(40 * CHUNK, 1, 8, 0), 3)
@@ -104,7 +118,19 @@ def test_factors_are_taken_pair_by_pair_and_bounds_stand_beside_them():
 def test_the_table_has_a_line_for_each_way():
     runs = {Cell(64, 1, None, 0): made(8), Cell(64, 1, 4, 0): made(4, step_s=0.375)}
     head, full, beacons = report.table(report.summary(runs, TINY, num_new=3, config=CONFIG, element_bytes=2))
-    columns = ("tokens", "texts", "way", "first token", "a token", "slowest token", "total", "bound", "cache", "peak")
+    columns = (
+        "tokens",
+        "texts",
+        "way",
+        "first token",
+        "a token",
+        "slowest token",
+        "total",
+        "of oneDNN",
+        "bound",
+        "cache",
+        "peak",
+    )
     assert head.split() == " ".join(columns).split()
     assert full.split()[:10] == ["64", "1", "full", "4.00", "s", "1.00x", "1.00", "s", "1.00x", "2.00"]
     assert beacons.split()[:11] == ["64", "1", "x4", "2.00", "s", "2.00x", "375.0", "ms", "2.67x", "750.0", "ms"]
@@ -117,6 +143,15 @@ def test_kvpress_is_compared_with_full_attention_too_and_has_no_bound():
     assert [(row.way, row.total_speedup) for row in rows] == [("full", 1), ("x4", 2), ("knorm x4", 0.5)]
     assert (rows[2].first_token_bound, rows[2].step_bound, rows[2].total_bound) == (None, None, None)
     assert report.table(rows)[3].split()[2:4] == ["knorm", "x4"]
+
+
+def test_full_attention_through_onednn_stands_beside_the_other_and_is_compared_with_too():
+    full, by_onednn, beacons = Cell(64, 1, None, 0), Cell(64, 1, None, 0, is_onednn=True), Cell(64, 1, 4, 0)
+    runs = {full: made(8), by_onednn: made(6), beacons: made(4)}
+    rows = report.summary(runs, TINY, num_new=3, config=CONFIG, element_bytes=2)
+    found = [(row.way, row.total_speedup, row.total_speedup_of_onednn) for row in rows]
+    assert found == [("full", 1, 0.75), ("full, oneDNN", 8 / 6, 1), ("x4", 2, 1.5)]
+    assert rows[1].first_token_bound == rows[0].first_token_bound
 
 
 def test_a_picture_is_drawn(tmp_path):
@@ -183,20 +218,22 @@ def test_speed_prints_a_table_and_one_json_line_and_goes_on_where_it_stood(optio
     result = invoke(*args, "--repeats", "1")
     assert result.exit_code == 0, result.output
     *table, line = result.stdout.splitlines()
-    assert [row.split()[:3] for row in table[1:]] == [[n, "1", way] for n in ("64", "96") for way in ("full", "x4")]
+    ways = ("full", "full,", "x4") if matmul.is_offered() else ("full", "x4")
+    assert [row.split()[:3] for row in table[1:]] == [[n, "1", way] for n in ("64", "96") for way in ways]
     values = json.loads(line)
-    assert [(row["length"], row["ratio"]) for row in values["rows"]] == [(64, None), (64, 4), (96, None), (96, 4)]
+    ratios = [4 if way == "x4" else None for way in ways]
+    assert [(row["length"], row["ratio"]) for row in values["rows"]] == [(n, r) for n in (64, 96) for r in ratios]
     assert values["threads"] == torch.get_num_threads()
     assert (tmp_path / "speed.png").exists()
     before = (tmp_path / FILE).read_text()
     again = json.loads(invoke(*args, "--repeats", "2", "--json").stdout)
-    assert [row["repeats"] for row in again["rows"]] == [2] * 4
+    assert [row["repeats"] for row in again["rows"]] == [2] * 2 * len(ways)
     assert (tmp_path / FILE).read_text().startswith(before)
 
 
 def test_speed_leaves_full_attention_out_where_it_takes_too_long(options):
     args = ["--lengths", "64,96", "--ratios", "4", "--new-tokens", "1", "--repeats", "5", "--enough", "0"]
-    values = json.loads(invoke("speed", *options, *args, "--full-up-to", "64", "--json").stdout)
+    values = json.loads(invoke("speed", *options, *args, "--full-up-to", "64", "--no-full-onednn", "--json").stdout)
     assert [(row["length"], row["ratio"], row["repeats"]) for row in values["rows"]] == [
         (64, None, 1),
         (64, 4, 1),
@@ -214,7 +251,7 @@ def test_speed_goes_on_after_a_text_that_does_not_fit_the_gpu(options, tmp_path,
 
     monkeypatch.setattr(measure, "run", run)
     args = ["--lengths", "64,96", "--ratios", "4", "--new-tokens", "1", "--repeats", "1", "--json", "-o", tmp_path]
-    result = invoke("speed", *options, *args)
+    result = invoke("speed", *options, *args, "--no-full-onednn")
     assert "96 tokens, full attention: does not fit the GPU's memory" in result.stderr
     assert [(row["length"], row["ratio"]) for row in json.loads(result.stdout)["rows"]] == [
         (64, None),

@@ -1,7 +1,8 @@
 """What is timed, in which order: full attention, beacons and kvpress on one text, in turn; chunks; idle beacons.
 
 All ways do the same work with the same code (`timing.timed`): one call of the model reads the text and returns the last
-token's logits, then tokens are written greedily, one by one. Full attention is the base model itself, beacons disabled.
+token's logits, then tokens are written greedily, one by one. Full attention is the base model itself, beacons disabled; where
+matrix products of beacons go through oneDNN (`matmul`), it can be run so as well, to tell what is whose gain.
 """
 
 import statistics
@@ -14,6 +15,7 @@ from transformers import DynamicCache
 from activation_beacon import attach, detach
 from activation_beacon.bench.timing import Run, keep_pages, now, random_ids, timed
 from activation_beacon.grouped import ROWS_TOGETHER
+from activation_beacon.matmul import MANY_ROWS, is_chosen
 
 WARM_UP_TOKENS = 4
 TIMES_EACH = 3
@@ -28,6 +30,7 @@ class Cell(NamedTuple):
         ratio: tokens per beacon; None for full attention.
         repeat: counts from 0.
         press: the method of kvpress that is to hold as many entries as beacons do at this ratio; None for beacons.
+        is_onednn: of full attention: its products go through oneDNN, as those of beacons do.
     """
 
     length: int
@@ -35,6 +38,7 @@ class Cell(NamedTuple):
     ratio: int | None
     repeat: int
     press: str | None = None
+    is_onednn: bool = False
 
 
 def cells(
@@ -43,11 +47,15 @@ def cells(
     ratios: Sequence[int],
     repeat: int,
     presses: Sequence[str] = (),
+    *,
+    with_onednn: bool = False,
 ) -> Iterator[Cell]:
     """One repeat of everything, back to back: for each text full attention, then beacons and presses at each ratio."""
     for length in lengths:
         for batch_size in batch_sizes:
             yield Cell(length, batch_size, None, repeat)
+            if with_onednn:
+                yield Cell(length, batch_size, None, repeat, is_onednn=True)
             for ratio in ratios:
                 for press in (None, *presses):
                     yield Cell(length, batch_size, ratio, repeat, press)
@@ -69,13 +77,28 @@ def run(model: Any, cell: Cell, num_new: int) -> Run:
     ids = random_ids(model.get_input_embeddings().weight.shape[0], cell.batch_size, cell.length, device)
     if cell.ratio is None:
         with model.beacon_disabled():
-            return timed(model, DynamicCache(), ids, num_new)
+            return timed(_with_fast_products(model) if cell.is_onednn else model, DynamicCache(), ids, num_new)
     return timed(model, model.new_cache(cell.batch_size, ratio=cell.ratio), ids, num_new)
+
+
+def _with_fast_products(model: Any) -> Callable[..., Any]:
+    def call(ids: torch.Tensor, **options: Any) -> Any:
+        with model.fast_products(ids.numel(), ids.shape[1]):
+            return model(ids, **options)
+
+    return call
+
+
+def products_go_through_onednn(model: Any) -> bool:
+    """Whether those of beacons do, reading or writing."""
+    weight = model.get_input_embeddings().weight
+    is_served = weight.device.type == "cpu" and weight.dtype is torch.float32
+    return is_served and any(is_chosen(model.cpu_matmul, rows) for rows in (1, MANY_ROWS))
 
 
 def warm_up(model: Any, ratios: Sequence[int]) -> None:
     """Runs that do not count, of each way, on texts of two chunks and a token."""
-    for cell in cells([warm_up_length(model)], [1], ratios, 0):
+    for cell in cells([warm_up_length(model)], [1], ratios, 0, with_onednn=products_go_through_onednn(model)):
         run(model, cell, WARM_UP_TOKENS)
 
 

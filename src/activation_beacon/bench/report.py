@@ -14,9 +14,9 @@ from activation_beacon.config import BeaconConfig
 
 HEAD = (
     *("tokens", "texts", "way", "first token", "", "a token", "", "slowest token"),
-    *("total", "", "bound", "cache", "", "peak"),
+    *("total", "", "of oneDNN", "bound", "cache", "", "peak"),
 )
-WIDTHS = (9, 6, 24, 13, 8, 11, 8, 15, 11, 8, 8, 12, 8, 12)
+WIDTHS = (9, 6, 24, 13, 8, 11, 8, 15, 11, 8, 11, 8, 12, 8, 12)
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Row:
     """One way of reading one text: medians over its repeats, in seconds and bytes.
 
     Ratios, above 1 where full attention is worse, are medians over repeats of full attention's value to this one's in the
-    same repeat; None where full attention was not run. Bounds are what operations (reading, total) and bytes (writing) give;
+    same repeat; None where full attention was not run. `total_speedup_of_onednn` compares with full attention whose products go
+    through oneDNN. Bounds are what operations (reading, total) and bytes (writing) give;
     None for kvpress.
     """
 
@@ -32,6 +33,7 @@ class Row:
     batch_size: int
     ratio: int | None
     press: str | None
+    is_onednn: bool
     repeats: int
     first_token_s: float
     step_s: float
@@ -42,6 +44,7 @@ class Row:
     first_token_speedup: float | None
     step_speedup: float | None
     total_speedup: float | None
+    total_speedup_of_onednn: float | None
     cache_factor: float | None
     first_token_bound: float | None
     step_bound: float | None
@@ -52,7 +55,7 @@ class Row:
     def way(self) -> str:
         """What to call it."""
         if self.ratio is None:
-            return "full"
+            return "full, oneDNN" if self.is_onednn else "full"
         return f"x{self.ratio}" if self.press is None else f"{self.press} x{self.ratio}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,22 +71,30 @@ def summary(
     for cell, run in runs.items():
         groups.setdefault(cell._replace(repeat=0), {})[cell.repeat] = run
     rows = []
-    for cell in sorted(groups, key=lambda cell: (*cell[:2], cell.ratio or 0, cell.press or "")):
-        full = groups.get(cell._replace(ratio=None, press=None), {})
+    for cell in sorted(groups, key=lambda cell: (*cell[:2], cell.ratio or 0, cell.press or "", cell.is_onednn)):
+        full, by_onednn = (
+            groups.get(cell._replace(ratio=None, press=None, is_onednn=is_onednn), {}) for is_onednn in (False, True)
+        )
         bounds: Mapping[str, float] = {}
         if cell.press is None:
             how = Compression.of(config, cell.ratio)
             bounds = _bounds(shape, cell.length, how, num_new, cell.batch_size, element_bytes)
-        rows.append(_row(cell, groups[cell], full, bounds))
+        rows.append(_row(cell, groups[cell], full, by_onednn, bounds))
     return rows
 
 
-def _row(cell: Cell, repeats: Mapping[int, Run], full: Mapping[int, Run], bounds: Mapping[str, float]) -> Row:
+def _row(
+    cell: Cell,
+    repeats: Mapping[int, Run],
+    full: Mapping[int, Run],
+    by_onednn: Mapping[int, Run],
+    bounds: Mapping[str, float],
+) -> Row:
     names = ("first_token_s", "step_s", "slowest_step_s", "total_s")
     medians = {name: statistics.median(getattr(run, name) for run in repeats.values()) for name in names}
-    pairs = [(full[number], run) for number, run in repeats.items() if number in full]
 
-    def speedup(name: str) -> float | None:
+    def speedup(name: str, other: Mapping[int, Run] = full) -> float | None:
+        pairs = [(other[number], run) for number, run in repeats.items() if number in other]
         return statistics.median(getattr(a, name) / getattr(b, name) for a, b in pairs) if pairs else None
 
     peaks = [run.peak_bytes for run in repeats.values() if run.peak_bytes is not None]
@@ -92,12 +103,14 @@ def _row(cell: Cell, repeats: Mapping[int, Run], full: Mapping[int, Run], bounds
         cell.batch_size,
         cell.ratio,
         cell.press,
+        cell.is_onednn,
         len(repeats),
         cache_bytes=next(iter(repeats.values())).cache_bytes,
         peak_bytes=max(peaks) if peaks else None,
         first_token_speedup=speedup("first_token_s"),
         step_speedup=speedup("step_s"),
         total_speedup=speedup("total_s"),
+        total_speedup_of_onednn=speedup("total_s", by_onednn),
         cache_factor=speedup("cache_bytes"),
         **medians,
         first_token_bound=bounds.get("first_token_bound"),
@@ -130,7 +143,8 @@ def table(rows: Sequence[Row]) -> list[str]:
         cells = [f"{row.length:,}", str(row.batch_size), row.way]
         cells += [_seconds(row.first_token_s), _factor(row.first_token_speedup)]
         cells += [_seconds(row.step_s), _factor(row.step_speedup), _seconds(row.slowest_step_s)]
-        cells += [_seconds(row.total_s), _factor(row.total_speedup), _factor(row.total_bound)]
+        cells += [_seconds(row.total_s), _factor(row.total_speedup), _factor(row.total_speedup_of_onednn)]
+        cells += [_factor(row.total_bound)]
         cells += [_mebibytes(row.cache_bytes), _factor(row.cache_factor)]
         lines.append(_line([*cells, "-" if row.peak_bytes is None else _mebibytes(row.peak_bytes)]))
     return lines

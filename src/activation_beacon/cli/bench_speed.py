@@ -52,6 +52,10 @@ def speed(
         int | None,
         typer.Option("--full-up-to", min=0, help="Run full attention, and kvpress, up to so many tokens only."),
     ] = None,
+    full_onednn: Annotated[
+        bool,
+        typer.Option(help="Where products of beacons go through oneDNN, run full attention so too, beside the other."),
+    ] = True,
     peers: Annotated[
         str | None,
         typer.Option("--peers", help="Methods of kvpress to time beside, at as many entries, such as snapkv,knorm."),
@@ -79,6 +83,8 @@ def speed(
     For each text: seconds to the first token, for each token more, for the slowest of these, and in total; the cache, and the
     memory held at most. Factors compare with full attention in the same repeat; the bound is what counting operations gives
     for the total.
+    On a CPU products of float32 may go through oneDNN with beacons (model.cpu_matmul): then full attention is run both as transformers
+    runs it and through oneDNN, and "of oneDNN" compares with the latter.
     With --peers, methods of kvpress are run in its own environment, in turn with these, at as many cache entries.
     The last line is one JSON object.
     """
@@ -97,7 +103,8 @@ def speed(
     records = Records(output, {**_setting(name, attached), "new_tokens": new_tokens})
     notice("warming up")
     measure.warm_up(attached, ways)
-    texts = _texts(sizes, batches, ways, presses, full_up_to)
+    with_onednn = full_onednn and measure.products_go_through_onednn(attached)
+    texts = _texts(sizes, batches, ways, presses, full_up_to, with_onednn=with_onednn)
     presses = tuple(press for press in presses if any(cell.press == press for cells in texts for cell in cells))
     with _peers(attached, presses, ways, peers_python) as timed:
         for number, cells in enumerate(texts):
@@ -149,7 +156,13 @@ def _peers(
 
 
 def _texts(
-    sizes: list[int], batches: list[int], ways: tuple[int, ...], presses: tuple[str, ...], full_up_to: int | None
+    sizes: list[int],
+    batches: list[int],
+    ways: tuple[int, ...],
+    presses: tuple[str, ...],
+    full_up_to: int | None,
+    *,
+    with_onednn: bool,
 ) -> list[list[Any]]:
     """The cells of each text, full attention first; kvpress reads as it does, so that it is left out with it."""
     from activation_beacon.bench.measure import cells
@@ -158,7 +171,7 @@ def _texts(
         return full_up_to is None or cell.length <= full_up_to or (cell.ratio is not None and cell.press is None)
 
     return [
-        [cell for cell in cells([size], [batch], ways, 0, presses) if is_wanted(cell)]
+        [cell for cell in cells([size], [batch], ways, 0, presses, with_onednn=with_onednn) if is_wanted(cell)]
         for size in sizes
         for batch in batches
     ]
@@ -171,7 +184,9 @@ def _run(model: Any, peers: "TimedPeers | None", cell: Any, new_tokens: int, rec
 
     if cell in records.runs:
         return
-    way = "full attention" if cell.ratio is None else f"{cell.press or 'beacons'} at ratio {cell.ratio}"
+    way = f"{cell.press or 'beacons'} at ratio {cell.ratio}"
+    if cell.ratio is None:
+        way = "full attention through oneDNN" if cell.is_onednn else "full attention"
     try:
         if cell.press is None:
             found = measure.run(model, cell, new_tokens)
@@ -331,6 +346,7 @@ def _setting(name: str, model: Any) -> dict[str, Any]:
         "placement": model.beacon_config.placement,
         "anchored": model.beacon_config.anchored,
         "cuda_graphs": model.cuda_graphs,
+        "cpu_matmul": model.cpu_matmul,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),

@@ -55,20 +55,23 @@ def measure(
         ways: out of `WAYS`.
     """
     device = model.get_input_embeddings().weight.device
-    peak = product_speed(device, model.dtype)
     was_training = model.training
     model.train()
     try:
-        for length in lengths:
-            ids = torch.randint(0, model.get_input_embeddings().weight.shape[0], (batch_size, length), device=device)
-            num_chunks = (length - 1) // model.beacon_config.chunk_size
-            ratios = draw_ratios(num_chunks, model.beacon_config.ratios, "chunk", seed=0, index=length)
-            for way in ways:
-                _reset_peak(device)
-                seconds = tuple(_timed(functools.partial(_step, way, model, ids, ratios), device, repeats))
-                speed = ids.numel() / statistics.median(seconds)
-                share = 4 * _num_weights(model) * speed / peak
-                yield Speed(way, length, speed, seconds, share, peak_memory(device))
+        with training_products(model.cpu_matmul, device=device, dtype=model.dtype):
+            peak = product_speed(device, model.dtype)
+            for length in lengths:
+                ids = torch.randint(
+                    0, model.get_input_embeddings().weight.shape[0], (batch_size, length), device=device
+                )
+                num_chunks = (length - 1) // model.beacon_config.chunk_size
+                ratios = draw_ratios(num_chunks, model.beacon_config.ratios, "chunk", seed=0, index=length)
+                for way in ways:
+                    _reset_peak(device)
+                    seconds = tuple(_timed(functools.partial(_step, way, model, ids, ratios), device, repeats))
+                    speed = ids.numel() / statistics.median(seconds)
+                    share = 4 * _num_weights(model) * speed / peak
+                    yield Speed(way, length, speed, seconds, share, peak_memory(device))
     finally:
         model.train(was_training)
 
@@ -96,7 +99,7 @@ def _step_at_once(model: Any, ids: torch.Tensor, ratios: tuple[int, ...], *, is_
     if is_checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
-        with chunks_at_once(model), training_products(model.cpu_matmul, device=ids.device, dtype=model.dtype):
+        with chunks_at_once(model):
             result = losses(model, ids, is_target, ratios, objective=Objective())
             (result.total / result.num_targets).backward()
     finally:
