@@ -37,7 +37,7 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Project (..., M) to (..., N)."""
-        if not torch.compiler.is_compiling() and self.beacon_state.is_by_onednn and _can_be_served(self, input):
+        if self.beacon_state.is_by_onednn and _can_be_served(self, input):
             return _by_onednn(input, self.weight, self.bias)
         return super().forward(input)
 
@@ -53,6 +53,7 @@ def _can_be_served(linear: nn.Linear, rows: torch.Tensor) -> bool:
         and rows.dtype is linear.weight.dtype is torch.float32
         and rows.numel() > 0
         and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
     )
 
 

@@ -55,23 +55,23 @@ def measure(
         ways: out of `WAYS`.
     """
     device = model.get_input_embeddings().weight.device
+    fast = functools.partial(training_products, model.cpu_matmul, device=device, dtype=model.dtype)
     was_training = model.training
     model.train()
     try:
-        with training_products(model.cpu_matmul, device=device, dtype=model.dtype):
+        with fast():
             peak = product_speed(device, model.dtype)
-            for length in lengths:
-                ids = torch.randint(
-                    0, model.get_input_embeddings().weight.shape[0], (batch_size, length), device=device
-                )
-                num_chunks = (length - 1) // model.beacon_config.chunk_size
-                ratios = draw_ratios(num_chunks, model.beacon_config.ratios, "chunk", seed=0, index=length)
-                for way in ways:
-                    _reset_peak(device)
+        for length in lengths:
+            ids = torch.randint(0, model.get_input_embeddings().weight.shape[0], (batch_size, length), device=device)
+            num_chunks = (length - 1) // model.beacon_config.chunk_size
+            ratios = draw_ratios(num_chunks, model.beacon_config.ratios, "chunk", seed=0, index=length)
+            for way in ways:
+                _reset_peak(device)
+                with fast():
                     seconds = tuple(_timed(functools.partial(_step, way, model, ids, ratios), device, repeats))
-                    speed = ids.numel() / statistics.median(seconds)
-                    share = 4 * _num_weights(model) * speed / peak
-                    yield Speed(way, length, speed, seconds, share, peak_memory(device))
+                speed = ids.numel() / statistics.median(seconds)
+                share = 4 * _num_weights(model) * speed / peak
+                yield Speed(way, length, speed, seconds, share, peak_memory(device))
     finally:
         model.train(was_training)
 
