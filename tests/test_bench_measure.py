@@ -233,7 +233,7 @@ def test_speed_prints_a_table_and_one_json_line_and_goes_on_where_it_stood(optio
 
 def test_speed_leaves_full_attention_out_where_it_takes_too_long(options):
     args = ["--lengths", "64,96", "--ratios", "4", "--new-tokens", "1", "--repeats", "5", "--enough", "0"]
-    values = json.loads(invoke("speed", *options, *args, "--full-up-to", "64", "--no-full-onednn", "--json").stdout)
+    values = json.loads(invoke("speed", *options, *args, "--full-up-to", "64", "--cpu-matmul", "torch", "--json").stdout)
     assert [(row["length"], row["ratio"], row["repeats"]) for row in values["rows"]] == [
         (64, None, 1),
         (64, 4, 1),

@@ -167,7 +167,7 @@ def _mebibytes(num_bytes: float) -> str:
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """A picture: how many times faster than full attention, and how much smaller, over the length; dashed the bounds.
+    """A picture: how many times faster than full attention over the length; dashed the bounds, dotted beside oneDNN's.
 
     Needs matplotlib.
     """
@@ -199,6 +199,10 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
             paper = [(row.length, getattr(row, bound)) for row in line if getattr(row, bound) is not None]
             if paper:
                 axis.plot(*zip(*paper, strict=True), "--", color=colour, label=f"{way}, by {counted}")
+            beside = [row for row in line if row.total_speedup_of_onednn is not None] if title == "total" else []
+            if beside:
+                factors = [row.total_speedup_of_onednn for row in beside]
+                axis.plot([row.length for row in beside], factors, ".:", color=colour, label=f"{way}, of oneDNN")
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xscale("log", base=2)
         lengths = sorted({row.length for row in rows})

@@ -33,6 +33,7 @@ def training(
     base: options.Base = None,
     device: options.Device = None,
     dtype: options.DtypeOption = None,
+    cpu_matmul: options.CpuMatmulOption = options.CpuMatmul.AUTO,
     json: options.Json = False,
 ) -> None:
     """Time training steps: chunk by chunk, all chunks at once, and at once with gradient checkpointing.
@@ -41,6 +42,7 @@ def training(
     """
     sizes = parse_lengths(lengths)
     loaded = load_model(model, base=base, device=device, dtype=dtype)
+    loaded.model.cpu_matmul = str(cpu_matmul)
     shortest = loaded.config.chunk_size
     if sizes[0] <= shortest:
         raise InputError(

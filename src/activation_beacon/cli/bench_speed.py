@@ -76,6 +76,7 @@ def speed(
         bool,
         typer.Option("--cuda-graphs", help="Record steps with beacons as CUDA graphs; full attention's are not."),
     ] = False,
+    cpu_matmul: options.CpuMatmulOption = options.CpuMatmul.AUTO,
     json: options.Json = False,
 ) -> None:
     """Time reading and writing with beacons and with full attention, in turn, on random tokens.
@@ -83,8 +84,8 @@ def speed(
     For each text: seconds to the first token, for each token more, for the slowest of these, and in total; the cache, and the
     memory held at most. Factors compare with full attention in the same repeat; the bound is what counting operations gives
     for the total.
-    On a CPU products of float32 may go through oneDNN with beacons (model.cpu_matmul): then full attention is run both as transformers
-    runs it and through oneDNN, and "of oneDNN" compares with the latter.
+    On a CPU products of float32 may go through oneDNN with beacons: then full attention is run both as transformers runs it and
+    through oneDNN, and "of oneDNN" compares with the latter.
     With --peers, methods of kvpress are run in its own environment, in turn with these, at as many cache entries.
     The last line is one JSON object.
     """
@@ -100,6 +101,7 @@ def speed(
     presses = _presses(peers)
     name, attached = _model(model, base, shape, chunk_size, device, dtype, threads)
     _set_graphs(attached, cuda_graphs)
+    attached.cpu_matmul = str(cpu_matmul)
     records = Records(output, {**_setting(name, attached), "new_tokens": new_tokens})
     notice("warming up")
     measure.warm_up(attached, ways)

@@ -26,6 +26,14 @@ class Bits(StrEnum):
     FOUR = "4"
 
 
+class CpuMatmul(StrEnum):
+    """What multiplies float32 matrices on a CPU."""
+
+    AUTO = "auto"
+    ONEDNN = "onednn"
+    TORCH = "torch"
+
+
 Model = Annotated[
     str, typer.Option("--model", help='Adapter folder or hub id; "default" is the model that comes with the package.')
 ]
@@ -38,6 +46,10 @@ Device = Annotated[
 ]
 DtypeOption = Annotated[
     Dtype | None, typer.Option("--dtype", help="Float type to load the model in; by default its own.")
+]
+CpuMatmulOption = Annotated[
+    CpuMatmul,
+    typer.Option("--cpu-matmul", help="What multiplies float32 matrices on a CPU with beacons; auto: the faster one."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist already.")]
