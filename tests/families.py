@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from activation_beacon import BeaconConfig, attach
+from activation_beacon import BeaconConfig, attach, matmul
+
+needs_onednn = pytest.mark.skipif(not matmul.is_offered(), reason="this build of torch has no oneDNN")
 
 torch.set_num_threads(1)  # threads that wait for one another make models as small as these forty times slower
 

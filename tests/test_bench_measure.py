@@ -60,15 +60,15 @@ def test_both_ways_are_run_to_the_same_end(batch_size):
 def test_full_attention_can_be_run_through_onednn(monkeypatch):
     attached, rows = model(), []
     attached.cpu_matmul = "onednn"
-    whole = matmul._by_onednn
-    monkeypatch.setattr(matmul, "_by_onednn", lambda x, *rest: rows.append(x.shape[1]) or whole(x, *rest))
+    whole = matmul.linear
+    monkeypatch.setattr(matmul, "linear", lambda x, *rest: rows.append(x.shape[1]) or whole(x, *rest))
     for is_onednn in (False, True):
         assert not rows
         measure.run(attached, Cell(5 * CHUNK, 1, None, 0, is_onednn=is_onednn), 3)
     assert set(rows) == ({5 * CHUNK, 1} if matmul.is_offered() else set())
-    assert measure.products_go_through_onednn(attached) is matmul.is_offered()
+    assert measure.is_through_onednn(attached) is matmul.is_offered()
     attached.cpu_matmul = "torch"
-    assert not measure.products_go_through_onednn(attached)
+    assert not measure.is_through_onednn(attached)
 
 
 def test_a_text_that_does_not_fit_is_refused_before_it_is_read():
@@ -233,7 +233,9 @@ def test_speed_prints_a_table_and_one_json_line_and_goes_on_where_it_stood(optio
 
 def test_speed_leaves_full_attention_out_where_it_takes_too_long(options):
     args = ["--lengths", "64,96", "--ratios", "4", "--new-tokens", "1", "--repeats", "5", "--enough", "0"]
-    values = json.loads(invoke("speed", *options, *args, "--full-up-to", "64", "--cpu-matmul", "torch", "--json").stdout)
+    values = json.loads(
+        invoke("speed", *options, *args, "--full-up-to", "64", "--cpu-matmul", "torch", "--json").stdout
+    )
     assert [(row["length"], row["ratio"], row["repeats"]) for row in values["rows"]] == [
         (64, None, 1),
         (64, 4, 1),

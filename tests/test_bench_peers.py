@@ -107,7 +107,17 @@ def test_a_process_that_ends_says_why(worker, length, why):
 
 
 def test_the_command_times_kvpress_where_full_attention_is_timed(worker, tmp_path):
-    options = ["--lengths", "64,98,120", "--new-tokens", "1", "--full-up-to", "98", "--no-full-onednn", "--peers", "knorm"]
+    options = [
+        "--lengths",
+        "64,98,120",
+        "--new-tokens",
+        "1",
+        "--full-up-to",
+        "98",
+        "--no-full-onednn",
+        "--peers",
+        "knorm",
+    ]
     result = timed(tmp_path, *options, "--peers-python", sys.executable)
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]

@@ -420,6 +420,9 @@ def test_cropping_into_a_closed_chunk_is_refused_and_changes_nothing():
     with pytest.raises(UnsupportedError) as caught:
         cache.crop(-7)
     assert str(caught.value) == "crop(-7) reaches into closed chunks. Keep a fork() to go back to."
+    with pytest.raises(InputError) as caught:
+        cache.crop(5)
+    assert str(caught.value) == "crop takes a negative number, of tokens to take back; got 5. Use crop(-5)."
     assert_same(cache, context_of(38))
 
 

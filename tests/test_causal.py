@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from activation_beacon import BeaconConfig, forward, grouped
-from activation_beacon.causal import LowerRight, can_be_split
-from families import random_ids, with_beacons
+from activation_beacon.causal import LowerRight, LowerRightByOneDnn, can_be_split
+from families import needs_onednn, random_ids, with_beacons
 
 CHUNK = 16
 CONFIG = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3)
@@ -82,7 +82,8 @@ def masks_of_passes(model, read):
         read(model)
     finally:
         handle.remove()
-    return ["none" if mask is None else "told" if isinstance(mask, LowerRight) else "written" for mask in seen]
+    names = {type(None): "none", LowerRight: "told", LowerRightByOneDnn: "onednn", torch.Tensor: "written"}
+    return [names[type(mask)] for mask in seen]
 
 
 def compress(model):
@@ -102,20 +103,28 @@ def read_with_gradients(model):
 
 
 @pytest.mark.parametrize(
-    ("family", "attention", "read", "masks"),
+    ("family", "attention", "products", "read", "masks"),
     [
-        ("llama", "sdpa", compress, ["none", "told", "told", "told"]),
-        ("mistral-full", "sdpa", compress, ["none", "told", "told", "told"]),
-        ("llama", "sdpa", compress_ragged, ["none", "told", "told", "written"]),
-        ("llama", "sdpa", decode, ["none", "told", "told", "none", "none"]),
-        ("llama", "sdpa", read_with_gradients, ["none", "written", "written"]),
-        ("llama", "eager", compress, ["written"] * 4),
-        ("mistral", "sdpa", compress, ["none", "written", "written", "written"]),
+        ("llama", "sdpa", "torch", compress, ["none", "told", "told", "told"]),
+        ("mistral-full", "sdpa", "torch", compress, ["none", "told", "told", "told"]),
+        ("llama", "sdpa", "torch", compress_ragged, ["none", "told", "told", "written"]),
+        ("llama", "sdpa", "torch", decode, ["none", "told", "told", "none", "none"]),
+        ("llama", "sdpa", "torch", read_with_gradients, ["none", "written", "written"]),
+        ("llama", "eager", "torch", compress, ["written"] * 4),
+        ("mistral", "sdpa", "torch", compress, ["none", "written", "written", "written"]),
+        pytest.param("llama", "sdpa", "onednn", compress, ["onednn"] * 4, marks=needs_onednn),
+        pytest.param("llama", "sdpa", "onednn", compress_ragged, ["onednn"] * 3 + ["written"], marks=needs_onednn),
+        pytest.param("llama", "sdpa", "onednn", decode, ["onednn"] * 3 + ["none"] * 2, marks=needs_onednn),
+        pytest.param(
+            "llama", "sdpa", "onednn", read_with_gradients, ["none", "written", "written"], marks=needs_onednn
+        ),
+        pytest.param("llama", "eager", "onednn", compress, ["written"] * 4, marks=needs_onednn),
     ],
 )
-def test_masks_are_told_where_they_are_understood(family, attention, read, masks, monkeypatch):
+def test_masks_are_told_where_they_are_understood(family, attention, products, read, masks, monkeypatch):
     monkeypatch.setattr(grouped, "ROWS_TOGETHER", 0)  # a pass for each chunk
     model = with_beacons(family, CONFIG, attention=attention)
+    model.cpu_matmul = products
     assert masks_of_passes(model, read) == masks
 
 

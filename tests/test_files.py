@@ -258,6 +258,16 @@ def test_another_format_version_is_refused(tmp_path, saved, monkeypatch):
         BeaconCache.load(tmp_path / "new.beacon")
 
 
+@pytest.mark.parametrize(("header", "what"), [("[]", "no JSON object"), ("{", "no JSON")])
+def test_a_header_of_another_form_is_refused(tmp_path, saved, header, what):
+    _, tensors = read_context_file(saved)
+    metadata = {"format": files.CONTEXT_FORMAT, "header": header, "sha256": files._digest(header, tensors)}
+    save_file(tensors, tmp_path / "bad.beacon", metadata=metadata)
+    with pytest.raises(FileFormatError) as caught:
+        BeaconCache.load(tmp_path / "bad.beacon")
+    assert str(caught.value) == f"{tmp_path / 'bad.beacon'} is damaged: its header is {what}. Compress the text again."
+
+
 HEADER_CHANGES = {
     "no rows": lambda header, tensors: header.pop("rows"),
     "rows of nothing": lambda header, tensors: header.update(rows=[]),

@@ -959,6 +959,19 @@ def test_an_answer_that_cannot_fit_is_refused_for_new_ids_of_past_key_values_too
     assert cache.tokens_seen == 41
 
 
+@pytest.mark.parametrize(("prompts", "options"), [(1, {"beacon_ratio": 8}), (3, {})], ids=["ratio", "batch"])
+def test_a_refused_call_leaves_the_callers_cache_as_it_was(prompts, options):
+    model = model_of(max_position_embeddings=40)
+    cache = model.compress(PROMPT, ratio=2)
+    policies, rows, layers = cache.policies, cache.rows, cache.layers
+    with pytest.raises(CapacityError):
+        model.generate(QUESTION.repeat(prompts, 1), past_key_values=cache, **options, **greedy(max_new_tokens=10**4))
+    assert (cache.policies, cache.rows, cache.layers, cache.is_continued) == (policies, rows, layers, False)
+    model.generate(QUESTION.repeat(prompts, 1), past_key_values=cache, **options, **greedy(max_new_tokens=2))
+    assert cache.batch_size == prompts
+    assert cache.policy.ratio == options.get("beacon_ratio", 2)
+
+
 # --- going on, and what new users get wrong --------------------------------------------------------------------------
 
 

@@ -5,18 +5,19 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from activation_beacon import BeaconConfig, attach, detach, matmul
-from activation_beacon.errors import ConfigError
-from families import EAGER_ONLY, TESTED, random_ids, tiny, with_beacons
+from activation_beacon import BeaconConfig, attach, detach, matmul, projection
+from activation_beacon.errors import ConfigError, UnsupportedError
+from families import EAGER_ONLY, TESTED, needs_onednn, random_ids, tiny, with_beacons
 
 CHUNK = 32
 CONFIG = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=2)
 APPENDED = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=2, anchored=True, placement="append")
-MANY = 2 * matmul.MANY_ROWS
+WIDE = BeaconConfig(chunk_size=512, ratios=(4,), num_sinks=2, anchored=True, placement="append")
+
 TRY, GAIN = matmul._is_setting_exact.__wrapped__, matmul._gain.__wrapped__  # as they are before they know
 
-needs_onednn = pytest.mark.skipif(not matmul.is_offered(), reason="this build of torch has no oneDNN")
 needs_exact_setting = pytest.mark.skipif(
     not matmul._is_setting_exact(), reason="torch before 2.9, or a processor that would round"
 )
@@ -30,13 +31,13 @@ def close(measured, expected, tolerance=1e-4):
 def calls(monkeypatch):
     """Rows of each product that oneDNN was called for by name."""
     found = []
-    original = matmul._by_onednn
+    original = matmul.linear
 
-    def noted(rows, weight, bias):
+    def noted(rows, weight, bias=None):
         found.append(rows.numel() // rows.shape[-1])
         return original(rows, weight, bias)
 
-    monkeypatch.setattr(matmul, "_by_onednn", noted)
+    monkeypatch.setattr(matmul, "linear", noted)
     return found
 
 
@@ -53,8 +54,12 @@ def settings(monkeypatch):
             super().__setattr__(name, value)
 
     monkeypatch.setattr(matmul, "_is_setting_exact", lambda: True)
-    monkeypatch.setattr(matmul, "_TORCHS_OWN", Noted())
+    monkeypatch.setattr(matmul, "_PRECISION", Noted())
     return found
+
+
+def training(choice="onednn", dtype=torch.float32):
+    return matmul.training_products(choice, device=torch.device("cpu"), dtype=dtype)
 
 
 def read_and_write(model, num_steps=CHUNK + 5):
@@ -62,6 +67,12 @@ def read_and_write(model, num_steps=CHUNK + 5):
     cache = model.compress(random_ids(3 * CHUNK + 7), ratio=4)
     logits = [model(token, past_key_values=cache).logits for token in random_ids(num_steps, 1).split(1, dim=1)]
     return torch.cat(logits, dim=1), cache
+
+
+def same_cache(cache, other):
+    for layer, expected in zip(cache.layers, other.layers, strict=True):
+        close(layer.keys, expected.keys)
+        close(layer.values, expected.values)
 
 
 # --- the same numbers --------------------------------------------------------------------------------------------------
@@ -79,11 +90,28 @@ def test_what_is_read_and_written_is_the_same(family, config, calls):
     assert not calls
     model.cpu_matmul = "onednn"
     found, cache = read_and_write(model)
-    assert {1, CHUNK} <= set(calls) | {CHUNK}
+    assert {1, CHUNK // 4} <= set(calls)  # steps, and the rows of a chunk's beacons
     close(found, expected)
-    for layer, other in zip(cache.layers, held.layers, strict=True):
-        close(layer.keys, other.keys)
-        close(layer.values, other.values)
+    same_cache(cache, held)
+
+
+@needs_onednn
+@pytest.mark.parametrize("family", ["llama", "qwen2", "smollm3"])
+@torch.no_grad()
+def test_wide_chunks_attend_in_blocks_to_the_same_result(family, calls, monkeypatch):
+    from activation_beacon import causal
+
+    sizes, whole = [], causal._in_blocks
+    monkeypatch.setattr(causal, "_in_blocks", lambda query, *rest: sizes.append(query.shape[2]) or whole(query, *rest))
+    model = with_beacons(family, WIDE, attention="sdpa", max_position_embeddings=4096)
+    text = random_ids(3 * 512 + 300, batch=2)
+    model.cpu_matmul = "torch"
+    held = model.compress(text, ratio=4)
+    assert not sizes
+    model.cpu_matmul = "onednn"
+    cache = model.compress(text, ratio=4)
+    assert set(sizes) == {512 + 128, 300}  # chunks, the first without a memory among them, and the tail
+    same_cache(cache, held)
 
 
 @needs_onednn
@@ -102,36 +130,24 @@ def test_several_contexts_are_written_on_together_through_it(calls):
         close(row, model(whole, beacon_ratio=4).logits[0, -1])
 
 
-@needs_exact_setting
+@needs_onednn
+@pytest.mark.parametrize("shape", [(5, 24), (1, 1, 24), (2, 3, 24), (24,)])
 @torch.no_grad()
-def test_attention_and_products_of_many_rows_are_the_same_under_the_setting():
-    query, key = (matmul._sample(2 * MANY, 64).view(1, 2, MANY, 64) for _ in range(2))
-    rows, weight = matmul._sample(MANY, 64), matmul._sample(96, 64)
-
-    def results():
-        attended = nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True)
-        return attended, nn.functional.linear(rows, weight), rows @ weight.T
-
-    expected = results()
-    with matmul.everything_by_onednn():
-        found = results()
-    for measured, wanted in zip(found, expected, strict=True):
-        close(measured, wanted, 1e-5)
+def test_products_are_the_same_whatever_the_memory_looks_like(shape):
+    rows, weight, wide = torch.randn(shape), torch.randn(17, 24), torch.randn(34)
+    for bias in (None, wide[:17], wide[::2], torch.randn(1).expand(17)):
+        for each in (rows, torch.randn(*shape[:-1], 48)[..., ::2], torch.randn(*shape[:-1], 25)[..., 1:]):
+            close(matmul.linear(each, weight, bias), nn.functional.linear(each, weight, bias), 1e-5)
 
 
 @needs_exact_setting
-@pytest.mark.parametrize("way", ["in the block", "behind it"])
-def test_gradients_are_the_same(way):
-    model = with_beacons(
-        "llama", BeaconConfig(chunk_size=MANY, ratios=(4,)), attention="sdpa", max_position_embeddings=2048
-    )
-    ids = random_ids(2 * MANY + 5)
+def test_gradients_are_the_same_under_the_setting():
+    config = BeaconConfig(chunk_size=512, ratios=(4,))
+    model = with_beacons("llama", config, attention="sdpa", max_position_embeddings=2048)
+    ids = random_ids(2 * 512 + 5)
     gradients = {}
     for choice in ("torch", "onednn"):
-        model.cpu_matmul = choice
-        with matmul.training_products(
-            choice if way == "in the block" else "torch", device=ids.device, dtype=model.dtype
-        ):
+        with training(choice):
             model(ids, labels=ids, beacon_ratio=4).loss.backward()
         gradients[choice] = {name: parameter.grad for name, parameter in model.beacon_parameters()}
         for _, parameter in model.beacon_parameters():
@@ -145,20 +161,21 @@ def test_gradients_are_the_same(way):
 
 @needs_onednn
 @torch.no_grad()
-def test_short_texts_and_disabled_beacons_are_the_base_to_the_bit(calls, settings):
-    base, model = tiny("llama"), with_beacons("llama", CONFIG)
+def test_short_texts_and_disabled_beacons_are_the_base_to_the_bit(calls):
+    base, model = tiny("llama", attention="sdpa"), with_beacons("llama", CONFIG, attention="sdpa")
     model.cpu_matmul = "onednn"
     ids = random_ids(CHUNK)
     assert torch.equal(model(ids).logits, base(ids).logits)
-    cache = model.new_cache()
-    for token in ids.split(1, dim=1):
-        model(token, past_key_values=cache)
+    caches = [model.new_cache(), model.new_cache()]
+    for token in ids[:, :-1].split(1, dim=1):
+        model(token, past_key_values=caches[0])
+    model.compress(ids[:, :5], cache=caches[1])
+    model.read_next(caches, [7, 8])
     with model.beacon_disabled():
         assert torch.equal(model(random_ids(3 * CHUNK)).logits, base(random_ids(3 * CHUNK)).logits)
     model.generate(ids[:, :5], max_new_tokens=4, do_sample=False)
     assert not calls
-    assert not settings
-    model(random_ids(1), past_key_values=cache)  # closes the chunk
+    model(random_ids(1), past_key_values=caches[0])  # closes the chunk
     assert calls
 
 
@@ -173,6 +190,32 @@ def test_gradients_and_other_dtypes_are_left_to_torch(calls):
     assert not calls
     model.to(torch.bfloat16).compress(random_ids(70), ratio=4)
     assert not calls
+
+
+@needs_onednn
+@torch.no_grad()
+def test_weights_with_a_way_of_their_own_are_multiplied_by_it(calls):
+    class Packed(torch.Tensor):
+        """Float32 outside, and multiplied as it sees fit, as torchao's are."""
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            result = super().__torch_function__(func, types, args, kwargs or {})
+            if func is not nn.functional.linear:
+                return result
+            asked.append(args[0].shape[1])
+            return result.as_subclass(torch.Tensor)
+
+    asked = []
+    model = with_beacons("llama", CONFIG)
+    model.cpu_matmul = "onednn"
+    expected = model.compress(random_ids(70), ratio=4)
+    projection_ = model.model.layers[0].mlp.up_proj
+    projection_.weight = nn.Parameter(projection_.weight.detach().as_subclass(Packed), requires_grad=False)
+    found = model(random_ids(1), past_key_values=expected.fork()).logits
+    assert asked == [1]
+    model.cpu_matmul = "torch"
+    close(found, model(random_ids(1), past_key_values=expected).logits)
 
 
 @pytest.mark.parametrize(
@@ -192,21 +235,22 @@ def test_auto_takes_what_is_faster_for_so_many_rows(monkeypatch, gains, rows, is
     assert matmul.is_chosen("onednn", rows)
     assert not matmul.is_chosen("torch", rows)
     monkeypatch.setattr(matmul, "is_offered", lambda: False)
-    assert not matmul.is_chosen("onednn", rows)
+    assert not matmul.is_chosen("auto", rows)
 
 
 @needs_onednn
 @pytest.mark.parametrize("is_few", [True, False])
 def test_trying_both_draws_no_random_numbers_and_finds_a_factor(is_few):
     state = torch.get_rng_state()
-    assert 0.05 < GAIN(is_few, torch.get_num_threads()) < 50
+    with torch.device("meta"):  # where a caller makes tensors is no matter
+        assert 0.01 < GAIN(is_few, torch.get_num_threads()) < 100
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @needs_onednn
 def test_products_that_are_not_precise_gain_nothing(monkeypatch):
-    original = matmul._by_onednn
-    monkeypatch.setattr(matmul, "_by_onednn", lambda *args: original(*args).bfloat16().float())
+    original = matmul.linear
+    monkeypatch.setattr(matmul, "linear", lambda *args: original(*args).bfloat16().float())
     assert GAIN(is_few=True, num_threads=1) == 0
 
 
@@ -218,38 +262,102 @@ def test_other_choices_are_refused(choice):
     assert model.cpu_matmul == "auto"
 
 
+def test_what_this_build_does_not_have_is_refused(monkeypatch):
+    from activation_beacon import model as face
+
+    monkeypatch.setattr(face, "is_offered", lambda: False)
+    model = with_beacons("llama", CONFIG)
+    with pytest.raises(UnsupportedError, match=r'no oneDNN. Use cpu_matmul = "auto" or "torch"'):
+        model.cpu_matmul = "onednn"
+
+
+# --- steps that are held up --------------------------------------------------------------------------------------------
+
+
+def test_steps_that_are_held_up_are_left_to_torch_for_a_while():
+    pace = matmul.Pace()
+    for seconds in (3.0, 1.0, 3.0, 3.9):  # the fastest is 1
+        assert not pace.is_held_up()
+        pace.note(1, seconds)
+    for seconds in (4.1, 4.1, 1.0, 4.1, 4.1, 9.0):  # three in a row at the end
+        assert not pace.is_held_up()
+        pace.note(1, seconds)
+    assert [pace.is_held_up() for _ in range(pace.PAUSE)] == [True] * (pace.PAUSE - 1) + [False]
+    pace.note(1, 1.0)
+    assert not pace.is_held_up()
+
+
+def test_steps_of_more_rows_may_take_longer():
+    pace = matmul.Pace()
+    for _ in range(5):
+        pace.note(1, 1.0)
+        pace.note(8, 5.0)
+    assert not pace.is_held_up()
+
+
+@needs_onednn
+@pytest.mark.parametrize(("choice", "is_left"), [("auto", True), ("onednn", False)])
+@torch.no_grad()
+def test_only_steps_and_only_auto_are_watched(choice, is_left, calls, monkeypatch):
+    now = iter(range(10**6))
+    monkeypatch.setattr(projection.time, "perf_counter", lambda: next(now) ** 3)  # slower and slower
+    model = with_beacons("llama", CONFIG)
+    model.cpu_matmul = choice
+    cache = model.compress(random_ids(3 * CHUNK), ratio=4)
+    tokens = random_ids(20).split(1, dim=1)
+    for token in tokens[:12]:
+        model(token, past_key_values=cache)
+    calls.clear()
+    model(tokens[12], past_key_values=cache)
+    assert bool(calls) is not is_left
+    model.compress(random_ids(40), cache=cache)
+    assert max(calls) > matmul.FEW_ROWS
+
+
 # --- the setting of the process ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("chunk", "is_on"), [(matmul.MANY_ROWS, True), (matmul.MANY_ROWS // 4, False)])
 @torch.no_grad()
-def test_it_is_on_for_passes_of_many_rows_only(settings, chunk, is_on):
-    config = BeaconConfig(chunk_size=chunk, ratios=(4,))
-    model = with_beacons("llama", config, max_position_embeddings=2048)
+def test_passes_leave_the_setting_alone(settings):
+    model = with_beacons("llama", WIDE, attention="sdpa", max_position_embeddings=4096)
     model.cpu_matmul = "onednn"
-    cache = model.compress(random_ids(2 * chunk + 3), ratio=4)
-    assert settings == ["bf16", "none"] * (2 if is_on else 0)
-    settings.clear()
+    cache = model.compress(random_ids(2 * 512 + 3), ratio=4)
     model(random_ids(1), past_key_values=cache)
     assert not settings
 
 
+@pytest.mark.parametrize(("choice", "dtype"), [("torch", torch.float32), ("onednn", torch.bfloat16)])
+def test_training_leaves_it_alone_where_it_is_of_no_use(settings, choice, dtype):
+    with training(choice, dtype):
+        pass
+    assert not settings
+
+
+@needs_onednn
 def test_it_is_as_before_after_an_error_and_in_nested_blocks(settings):
-    with pytest.raises(KeyError), matmul.everything_by_onednn(), matmul.everything_by_onednn():
+    with pytest.raises(KeyError), training(), training():
         raise KeyError
     assert settings == ["bf16", "none"]
 
 
+@needs_onednn
+def test_what_somebody_sets_meanwhile_stays(settings):
+    with training():
+        matmul._PRECISION.fp32_precision = "ieee"
+    assert settings == ["bf16", "ieee"]
+
+
+@needs_onednn
 def test_it_stays_on_until_the_last_thread_leaves(settings):
     entered, may_leave = threading.Event(), threading.Event()
 
     def other():
-        with matmul.everything_by_onednn():
+        with training():
             entered.set()
             may_leave.wait(10)
 
     thread = threading.Thread(target=other)
-    with matmul.everything_by_onednn():
+    with training():
         thread.start()
         assert entered.wait(10)
     assert settings == ["bf16"]
@@ -260,7 +368,7 @@ def test_it_stays_on_until_the_last_thread_leaves(settings):
 
 def test_it_is_let_alone_where_products_would_be_rounded(settings, monkeypatch):
     monkeypatch.setattr(matmul, "_is_setting_exact", lambda: False)
-    with matmul.everything_by_onednn():
+    with training():
         pass
     assert not settings
 
@@ -297,3 +405,19 @@ def test_a_linear_layer_of_another_class_is_let_alone():
     assert type(model.model.layers[0].mlp.up_proj) is Quantised
     detach(model)
     assert type(model.model.layers[0].mlp.up_proj) is Quantised
+
+
+@torch.no_grad()
+def test_what_other_libraries_put_on_meanwhile_goes_on_working():
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    model, ids = with_beacons("llama", CONFIG), random_ids(20)
+    parametrize.register_parametrization(model.lm_head, "weight", Double())
+    kept = model.model.layers[0].mlp.up_proj.forward  # as accelerate keeps a module's method
+    expected, hidden = model(ids).logits, torch.randn(1, 3, 32)
+    projected = kept(hidden)
+    detach(model)
+    assert torch.equal(model(ids).logits, expected)
+    assert torch.equal(kept(hidden), projected)

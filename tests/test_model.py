@@ -124,10 +124,12 @@ def test_what_is_held_is_what_the_authors_hold(name):
 # --- the base, bit for bit ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("family", "attention"),
-    [(family, kind) for family in TESTED for kind in ("eager", "sdpa") if kind == "eager" or family not in EAGER_ONLY],
-)
+KINDS = [
+    (family, kind) for family in TESTED for kind in ("eager", "sdpa") if kind == "eager" or family not in EAGER_ONLY
+]
+
+
+@pytest.mark.parametrize(("family", "attention"), KINDS)
 @torch.no_grad()
 def test_texts_up_to_a_chunk_are_read_as_the_base_reads_them(family, attention):
     base, model = tiny(family, attention=attention), with_beacons(family, CONFIG, attention=attention)
@@ -143,13 +145,14 @@ def test_texts_up_to_a_chunk_are_read_as_the_base_reads_them(family, attention):
             close(ours.nll.mean(), theirs.loss, 1e-6)
 
 
-@pytest.mark.parametrize("family", TESTED)
+@pytest.mark.parametrize("pieces", [[5, *[1] * (CHUNK - 5)], [6, 7, 1, 1, CHUNK - 15]], ids=["steps", "pieces"])
+@pytest.mark.parametrize(("family", "attention"), KINDS)
 @torch.no_grad()
-def test_every_decode_step_up_to_a_chunk_is_the_bases(family):
-    base, model = tiny(family), with_beacons(family, CONFIG)
+def test_pieces_and_decode_steps_up_to_a_chunk_are_the_bases(family, attention, pieces):
+    base, model = tiny(family, attention=attention), with_beacons(family, CONFIG, attention=attention)
     ids = random_ids(CHUNK)
     theirs, ours = DynamicCache(), model.new_cache()
-    for piece in ids.split([5, *[1] * (CHUNK - 5)], dim=1):
+    for piece in ids.split(pieces, dim=1):
         expected = base(piece, past_key_values=theirs).logits
         assert torch.equal(model(piece, past_key_values=ours).logits, expected)
     assert ours.cache_length == CHUNK
@@ -300,6 +303,16 @@ def test_a_config_that_does_not_fit_the_model_leaves_nothing(config, error, mess
     before = traces(model)
     with pytest.raises(error, match=message):
         attach(model, config)
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_model_whose_weights_are_elsewhere_is_refused(whole):
+    model = tiny("llama")
+    (model if whole else model.model.layers[1]).to("meta")
+    before = traces(model)
+    with pytest.raises(AttachError, match=r"weights are not in memory \(model\..* is on the meta device"):
+        attach(model, CONFIG)
     assert traces(model) == before
 
 
@@ -734,6 +747,14 @@ def test_gradient_checkpointing_is_refused_for_long_texts():
     model.train()
     with pytest.raises(UnsupportedError, match="Gradient checkpointing"):
         model(random_ids(40), labels=random_ids(40))
+    for read in (  # whatever its length: what is said to be held would not be there
+        lambda: model.compress(random_ids(10)),
+        lambda: model(random_ids(10), past_key_values=model.new_cache()),
+        lambda: model.read_next([model.new_cache()], [5]),
+    ):
+        with pytest.raises(UnsupportedError, match="Gradient checkpointing"):
+            read()
+    model(random_ids(10), labels=random_ids(10)).loss.backward()  # holds nothing, and says so
     model.eval()
     assert model(random_ids(40)).logits.shape == (1, 40, VOCABULARY)
 
@@ -840,6 +861,15 @@ def test_long_texts_in_other_forms_are_refused(inputs, message):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_what_else_a_base_returns_of_a_short_text_is_there():
+    base, model, ids = tiny("gpt_oss"), with_beacons("gpt_oss", CONFIG), random_ids(12)
+    ours, theirs = (m(ids, labels=ids, output_router_logits=True) for m in (model, base))
+    assert ours.keys() - {"nll"} == theirs.keys()
+    assert torch.equal(ours.aux_loss, theirs.aux_loss)
+    assert torch.equal(ours.loss, theirs.loss)
+
+
 def test_short_texts_in_other_forms_are_the_bases():
     base, model, ids = tiny("llama"), with_beacons("llama", CONFIG), random_ids(12)
     embedded = base.get_input_embeddings()(ids)
@@ -860,6 +890,7 @@ def test_short_texts_in_other_forms_are_the_bases():
         (torch.tensor([[3, VOCABULARY, 4]]), f"within 0..{VOCABULARY - 1}; got {VOCABULARY}"),
         (torch.tensor([[3, -1, 4]]), "got -1"),
         (torch.tensor([[VOCABULARY]]), f"got {VOCABULARY}"),
+        (torch.tensor([[-1]]), "got -1"),
         (torch.rand(1, 5), "integers"),
         (torch.rand(1, 1), "integers"),
         (torch.zeros(1, 0, dtype=torch.long), "empty"),
@@ -873,7 +904,7 @@ def test_ids_that_are_no_text_are_refused(ids, message):
     model = with_beacons("llama", SINKS)
     with pytest.raises(InputError, match=message):
         model.compress(ids)
-    if isinstance(ids, torch.Tensor) and ids.shape != (1, 1):
+    if isinstance(ids, torch.Tensor):
         with pytest.raises(InputError, match=message):
             model(ids)
 

@@ -454,7 +454,7 @@ def test_a_fixed_ratio_that_does_not_fit_names_one_that_does():
     with pytest.raises(CapacityError) as caught:
         plan.plan(Row(16), 100)
     assert str(caught.value) == (
-        "A text of 100 tokens needs 56 positions at ratio 2; the base model has 48. Use ratio 4."
+        "A text of 100 tokens needs 64 positions at ratio 2; the base model has 48. Use ratio 4."
     )
     assert isinstance(caught.value, BeaconError)
     assert isinstance(caught.value, ValueError)

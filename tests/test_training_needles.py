@@ -12,9 +12,17 @@ from activation_beacon.evaluation import needles as evaluated
 from activation_beacon.training import needle_words
 from activation_beacon.training.needles import KINDS, Needles, Reconstruction, find_cue, make_needle
 from activation_beacon.training.samplers import RunData, stage_samplers
-from activation_beacon.training.sampling import num_chunks
 from activation_beacon.training.settings import Stage, TrainingSettings
-from training_texts import MARKED, UNMARKED, answers_of, letter_tokenizer, store_of_texts, text_of, text_with
+from training_texts import (
+    MARKED,
+    UNMARKED,
+    answers_of,
+    letter_tokenizer,
+    num_chunks,
+    store_of_texts,
+    text_of,
+    text_with,
+)
 
 CHUNK, LENGTH = 1024, 8192
 SHAPES = {

@@ -12,8 +12,7 @@ from activation_beacon.data.sources import ReadReport
 from activation_beacon.errors import ConfigError, InputError
 from activation_beacon.training.conversations import Turn
 from activation_beacon.training.questions import PackedQuestions, QuestionGroup, read_groups
-from activation_beacon.training.sampling import num_chunks
-from training_texts import MARKED, UNMARKED, answers_of, letter_tokenizer, text_of
+from training_texts import MARKED, UNMARKED, answers_of, letter_tokenizer, num_chunks, text_of
 
 CHUNK, LENGTH = 128, 1024
 

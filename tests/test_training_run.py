@@ -251,6 +251,10 @@ BAD = [
         "length (1024) exceeds what the base reads uncompressed (640 positions)",
     ),
     (
+        ["{files}/texts.jsonl", "-o", "run", "--base", "{files}/base", "--chunk-size", "32", "--length", "2048"],
+        "Stage 1: A text of 2048 tokens needs 1040 positions at ratio 2; the base model has 640. Use ratio 4. Or train on a smaller",
+    ),
+    (
         ["{files}/texts.jsonl", "-o", "run", "--base", "{files}/base", "--chunk-size", "32", "--length", "120"],
         "must be a multiple of chunk_size (32)",
     ),

@@ -15,7 +15,6 @@ from activation_beacon.training.sampling import (
     DocumentSampler,
     MixedSampler,
     Sample,
-    num_chunks,
     random_of,
 )
 from activation_beacon.training.token_store import TokenStore
@@ -60,7 +59,7 @@ def test_a_sample_is_a_run_of_whole_chunks_of_one_document(store):
         assert sample.ids.tolist() == list(range(int(sample.ids[0]), int(sample.ids[0]) + length))
         assert int(sample.ids[-1]) // 1000 == document
         assert length == min(LENGTH, LENGTHS[document] // CHUNK * CHUNK)
-        assert num_chunks(sample, CHUNK) == length // CHUNK >= 2
+        assert length // CHUNK >= 2
 
 
 def test_the_loss_begins_after_the_first_chunk(store):
@@ -68,12 +67,6 @@ def test_the_loss_begins_after_the_first_chunk(store):
         sample = sampler_of(store).sample(index)
         assert sample.is_target.dtype == torch.bool
         assert sample.is_target.tolist() == [False] * CHUNK + [True] * (len(sample.ids) - CHUNK)
-
-
-@pytest.mark.parametrize(("length", "chunks"), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
-def test_chunks_are_counted_with_the_raw_last_one(length, chunks):
-    sample = Sample(torch.zeros(length, dtype=torch.long), torch.ones(length, dtype=torch.bool))
-    assert num_chunks(sample, CHUNK) == chunks
 
 
 def test_an_epoch_takes_as_many_windows_of_each_document_as_fit_and_no_token_twice(store):

@@ -56,3 +56,8 @@ def store_of_texts(folder: Path, texts: list[str]) -> TokenStore:
     source = folder / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return build_token_store(source, letter_tokenizer(), folder / "stores")
+
+
+def num_chunks(sample, chunk_size):
+    """Chunks that a sample touches, its raw last one included."""
+    return -(-len(sample.ids) // chunk_size)

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from activation_beacon.adapt import DecoderSite, dense_weight
 from activation_beacon.config import BeaconConfig
-from activation_beacon.errors import ConfigError
-from activation_beacon.matmul import OneDnnLinear
+from activation_beacon.errors import AttachError, ConfigError
 from activation_beacon.plan import RatioPolicy
 from activation_beacon.projection import (
     BeaconProjection,
+    OneDnnLinear,
     PassState,
     forget_beacon_slots,
     replace_beacon_rows,
@@ -70,7 +70,8 @@ def take_off(model: Any, attachment: Attachment) -> None:
     """Take everything off again, also what an attaching that failed half-way has left."""
     model.__class__ = attachment.base_class
     for linear in attachment.linears:
-        linear.__class__ = nn.Linear
+        if type(linear) is OneDnnLinear:  # else another library has since given it a class of its own, which is to last
+            linear.__class__ = nn.Linear  # type: ignore[assignment]
         vars(linear).pop("beacon_state", None)
     for handle in attachment.handles:
         handle.remove()
@@ -84,6 +85,20 @@ def take_off(model: Any, attachment: Attachment) -> None:
     vars(model).pop("_beacon", None)
     for parameter in attachment.frozen:
         parameter.requires_grad_(True)
+
+
+def check_in_memory(model: PreTrainedModel) -> None:
+    """Refuse a model some of whose weights are elsewhere: beacons begin as copies of them.
+
+    Raises:
+        AttachError: with their number.
+    """
+    away = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if away:
+        raise AttachError(
+            f"{len(away)} of the model's weights are not in memory ({away[0]} is on the meta device, as offloading leaves it), and "
+            "beacons begin as copies of them. Load the model without offloading to a CPU or a disk."
+        )
 
 
 def with_base(config: BeaconConfig, base_model: PreTrainedModel, base_print: str) -> BeaconConfig:

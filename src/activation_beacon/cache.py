@@ -217,8 +217,13 @@ class BeaconCache(Cache):
 
         Raises:
             UnsupportedError: if a row's tail is shorter than that: closed chunks cannot be opened again.
+            InputError: for a positive number, which has meant different things to different releases of transformers.
         """
-        count = abs(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise InputError(
+                f"crop takes a negative number, of tokens to take back; got {tokens_to_remove}. Use crop({-tokens_to_remove})."
+            )
+        count = -tokens_to_remove
         if count == 0:
             return
         if count > min(row.tail_length for row in self.rows):
@@ -271,7 +276,8 @@ class BeaconCache(Cache):
     def quantize(self, bits: int = 8) -> "BeaconCache":
         """A cache that holds its sinks and beacons in 8 or 4 bits; the tail stays as it is.
 
-        The entries are made dense again layer by layer when a pass needs them. Beacons that come later are quantised too.
+        The entries are made dense again layer by layer when a pass needs them. Beacons that come later are quantised too. A batch
+        whose rows come to differ in length is dense from then on.
 
         Raises:
             RatioError: if `bits` is neither.
@@ -471,12 +477,8 @@ class BeaconCache(Cache):
     def adopt(self, other: "BeaconCache") -> None:
         """Become what `other` is, all at once."""
         self.recorded = None
-        self.layers, self.rows, self.token_ids, self.policies = (
-            other.layers,
-            other.rows,
-            other.token_ids,
-            other.policies,
-        )
+        for name in ("layers", "token_ids", *PER_ROW):
+            setattr(self, name, getattr(other, name))
 
     def memory_ends(self, rows: Sequence[int]) -> list[int]:
         """Slot after the memory of each of `rows`."""

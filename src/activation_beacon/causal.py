@@ -4,9 +4,11 @@ A pass of T slots on S held entries needs a mask that is causal from the lower r
 elements, half of the own pairs are computed in vain, and on a GPU the flash kernel is lost. `LowerRight` stands in the
 mask's place through the base's own forward and is understood where attention is computed: by torch's own causal bias on a
 GPU; on a CPU by two calls of the flash kernel, one to the memory and one to the own slots, whose outputs are weighted by the
-sums of their exponentials. That is exact, not an approximation.
+sums of their exponentials; or, where oneDNN multiplies faster than that kernel does (`matmul`), block by block of queries. All
+of it is exact, not an approximation.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +16,19 @@ import torch
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
+from activation_beacon import matmul
+
 # B batch · H query heads · K kv heads · T slots of the pass · S held entries · D head dim
+
+BLOCK = 192  # queries that attend together; fewer than that are left to the flash kernel
 
 _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the public call does not return the sums
 
 
 class LowerRight(torch.Tensor):
     """A mask (1, 1, 1, 1) that says "causal from the lower right", whatever the number of queries and keys is."""
+
+    is_by_onednn = False
 
     @classmethod
     def on(cls, device: torch.device) -> "LowerRight":
@@ -33,8 +41,14 @@ class LowerRight(torch.Tensor):
     ) -> Any:
         """Answer for attention what the mask says; everything else is done to the tensor of one element."""
         if func is nn.functional.scaled_dot_product_attention:
-            return attend(*args, **(kwargs or {}))
+            return attend(*args, **(kwargs or {}), by_onednn=cls.is_by_onednn)
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class LowerRightByOneDnn(LowerRight):
+    """The same, with products through oneDNN."""
+
+    is_by_onednn = True
 
 
 class ToldEntries(torch.Tensor):
@@ -86,11 +100,19 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    by_onednn: bool = False,
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention` of the last T of S + T slots: queries (B, H, T, D), keys and values (B, K, S + T, D)."""
+    """`scaled_dot_product_attention` of the last T of S + T slots: queries (B, H, T, D), keys and values (B, K, S + T, D).
+
+    Args:
+        by_onednn: whether products are to go through it, where it can take them.
+    """
     assert not is_causal, "a mask is given"
     size, total = query.shape[-2], key.shape[-2]
     options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
+    if by_onednn and size >= BLOCK and can_be_split(query, key, value, dropout_p) and matmul.can_be_served(query, key):
+        return _in_blocks(query, key, value, scale)
     if size == total:
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     if can_be_split(query, key, value, dropout_p):
@@ -125,3 +147,22 @@ def _in_two_parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s
     memory, memory_sums = _flash_on_cpu(query, key[:, :, :held], value[:, :, :held], scale=scale)
     share = torch.sigmoid(memory_sums - own_sums)[..., None]  # sums (B, H, T) are logarithms
     return torch.lerp(own, memory, share.to(own.dtype))
+
+
+def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """Each block of queries of a head with the keys up to the block's last, causal within the block."""
+    size, dim = query.shape[-2:]
+    held, num_shared = key.shape[-2] - size, query.shape[1] // key.shape[1]
+    query = query * (dim**-0.5 if scale is None else scale)
+    unseen = query.new_full((BLOCK, BLOCK), -torch.inf).triu_(1)
+    output = torch.empty_like(query)
+    for row, head in itertools.product(range(query.shape[0]), range(query.shape[1])):
+        keys, values = key[row, head // num_shared], value[row, head // num_shared].T  # (S + T, D), (D, S + T)
+        for first in range(0, size, BLOCK):
+            block = slice(first, min(first + BLOCK, size))
+            num_seen, num_own = held + block.stop, block.stop - first
+            scores = matmul.linear(query[row, head, block], keys[:num_seen])
+            scores[:, num_seen - num_own :].add_(unseen[:num_own, :num_own])
+            weights = torch.softmax(scores, dim=-1)
+            output[row, head, block] = matmul.linear(weights, values[:, :num_seen].contiguous())
+    return output

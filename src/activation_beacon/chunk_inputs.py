@@ -28,8 +28,11 @@ class BaseModel(Protocol):
     def beacon_embedding(self) -> torch.Tensor:
         """The input (M,) of every beacon."""
 
-    def fast_products(self, num_rows: int, num_queries: int) -> AbstractContextManager[None]:
-        """A block for a pass of so many rows, and queries of one call of attention."""
+    def is_by_onednn(self, num_rows: int) -> bool:
+        """Whether matrix products of so many rows go through oneDNN."""
+
+    def fast_products(self, num_rows: int) -> AbstractContextManager[None]:
+        """A block for a pass of so many rows."""
 
     def base_forward(self, **kwargs: Any) -> Any:
         """The base's own forward, with its language modelling head."""

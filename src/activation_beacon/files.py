@@ -148,12 +148,22 @@ def read_context_file(path: str | Path) -> tuple[dict[str, Any], dict[str, torch
     header = metadata.get("header", "")
     if _digest(header, tensors) != metadata.get("sha256"):
         raise FileFormatError(f"{path} is damaged: its contents do not match their SHA-256. Compress the text again.")
-    values = json.loads(header)
+    values = _parsed(header, path)
     if values.get("version") != CONTEXT_VERSION:
         raise FileFormatError(
             f"{path} has format version {values.get('version')!r}; this release reads {CONTEXT_VERSION}. Use the one that wrote it."
         )
     return values, tensors
+
+
+def _parsed(header: str, path: str | Path) -> dict[str, Any]:
+    try:
+        values = json.loads(header)
+    except ValueError as error:
+        raise FileFormatError(f"{path} is damaged: its header is no JSON. Compress the text again.") from error
+    if not isinstance(values, dict):
+        raise FileFormatError(f"{path} is damaged: its header is no JSON object. Compress the text again.")
+    return values
 
 
 def _digest(header: str, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -16,7 +16,7 @@ from activation_beacon import grouped
 from activation_beacon.adapt import DecoderSite, can_end_early, understands_told_masks
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
-from activation_beacon.causal import LowerRight
+from activation_beacon.causal import LowerRight, LowerRightByOneDnn
 from activation_beacon.chunk_inputs import BaseModel, anchor_slots, anchors_of_all, interleave
 from activation_beacon.chunk_memory import joined_layer, lent, memory_view
 from activation_beacon.constants import constant
@@ -153,7 +153,6 @@ class _Reader:
         self._call_base(
             None,
             (),
-            num_queries=max(layout.num_slots for layout in group.layouts),
             inputs_embeds=torch.cat(pieces, dim=1),
             position_ids=(constant(group.positions, device) + length)[None],
             attention_mask=mask,
@@ -211,8 +210,7 @@ class _Reader:
                 "beacon_anchor_slots": rows.repeated_rows,
             }
         row_of = layout.raw_slots if rows is None else [rows.row_of(slot) for slot in layout.raw_slots]
-        width = layout.num_slots if rows is None else rows.slots.shape[-1]
-        output = self._call_base(wanted, row_of, num_queries=width, past_key_values=memory, use_cache=True, **inputs)
+        output = self._call_base(wanted, row_of, past_key_values=memory, use_cache=True, **inputs)
         if output is not None:
             self.readout.collect(output, members, starts, cache.config.chunk_size)
         self._keep(members, memory.layers, self._kept(memory.layers, layout), (layout,))
@@ -287,16 +285,14 @@ class _Reader:
         ids = self._text(range(len(counts)), first, width)
         slots = torch.arange(width, device=ids.device)
         wanted = self.readout.wanted_slots(starts, counts, offsets)
+        padding = _tail_mask(num_slots, lengths, counts, width, left, ids.device)
         try:
             output = self._call_base(
                 wanted,
                 range(width),
-                num_queries=width,
                 input_ids=ids,
                 position_ids=_positions([n - offset for n, offset in zip(lengths, offsets, strict=True)], slots),
-                attention_mask=self._mask(
-                    _tail_mask(num_slots, lengths, counts, width, left, ids.device), num_slots, width
-                ),
+                attention_mask=self._mask(padding, num_slots, width) if self._is_compressed() else padding,
                 past_key_values=cache,
                 use_cache=True,
                 **self.wanted.options,
@@ -332,13 +328,19 @@ class _Reader:
     # --- what both share ---
 
     def _mask(self, padding: torch.Tensor | None, num_held: int, num_slots: int) -> torch.Tensor | None:
-        """The mask that a pass is given: told where that is understood, else what padding there is.
+        """The mask that a pass on or into beacons is given: told where that is understood, else what padding there is.
 
         Without a memory, or for one slot, the base makes no mask either. With gradients it writes one out, once for all layers.
         """
-        if padding is not None or not num_held or num_slots == 1 or not self._understands_masks():
+        if padding is not None or num_slots == 1 or not self._understands_masks():
             return padding
-        return LowerRight.on(self.ids.device)
+        if self.model.is_by_onednn(num_slots):
+            return LowerRightByOneDnn.on(self.ids.device)
+        return LowerRight.on(self.ids.device) if num_held else None
+
+    def _is_compressed(self) -> bool:
+        """Whether a chunk of some row has been closed; until then outputs are the base's, to the bit."""
+        return any(row.chunks for row in self.cache.rows)
 
     def _understands_masks(self) -> bool:
         """Whether a pass may be given a mask of ours, and is the better for it."""
@@ -355,20 +357,15 @@ class _Reader:
         padded = torch.nn.functional.pad(ids, (0, surplus)) if surplus > 0 else ids
         return take(padded, members, ends, width, dim=1)
 
-    def _call_base(
-        self, wanted: list[int] | None, slots: Sequence[int], *, num_queries: int, **inputs: Any
-    ) -> ModelOutput | None:
-        """Run the base; with its head only at those of `slots` that are wanted. Attention has so many queries at a time."""
-        is_compressing = "beacon_slots" in inputs
-        if not is_compressing and not any(row.chunks for row in self.cache.rows):
-            return self._call_as_wanted(wanted, slots, inputs)  # nothing is compressed: to the bit what the base gives
-        ids_or_embeddings = inputs["inputs_embeds" if is_compressing else "input_ids"]
-        with self.model.fast_products(ids_or_embeddings.shape[0] * ids_or_embeddings.shape[1], num_queries):
-            return self._call_as_wanted(wanted, slots, inputs)
+    def _call_base(self, wanted: list[int] | None, slots: Sequence[int], **inputs: Any) -> ModelOutput | None:
+        """Run the base; with its head only at those of `slots` that are wanted."""
+        is_closing = "beacon_slots" in inputs
+        batch, width = inputs["inputs_embeds" if is_closing else "input_ids"].shape[:2]
+        is_touched = is_closing or self._is_compressed()
+        with self.model.fast_products(batch * width) if is_touched else contextlib.nullcontext():
+            return self._call_for(wanted, slots, inputs)
 
-    def _call_as_wanted(
-        self, wanted: list[int] | None, slots: Sequence[int], inputs: dict[str, Any]
-    ) -> ModelOutput | None:
+    def _call_for(self, wanted: list[int] | None, slots: Sequence[int], inputs: dict[str, Any]) -> ModelOutput | None:
         if wanted is None:
             with contextlib.suppress(PassEnded):
                 self.model.get_decoder()(**inputs)

@@ -90,9 +90,8 @@ class BeaconGeneration(Host):
                 raise UnsupportedError("use_cache=False leaves no cache to hold beacons. Generate with use_cache=True.")
         elif self._is_compressible(input_ids, context is None and given is None, option, kwargs):
             cache = self._generation_cache(input_ids, context, given, beacon_ratio)
-            cache.is_continued = given is not None
             self._check_capacity(cache, input_ids, option, kwargs["attention_mask"])
-            kwargs["past_key_values"] = cache
+            kwargs["past_key_values"] = cache if given is None else _brought_up_to(given, cache)
         return super().generate(inputs, generation_config, **kwargs)
 
     def _options(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Option:
@@ -136,12 +135,14 @@ class BeaconGeneration(Host):
     def _generation_cache(
         self, input_ids: torch.Tensor, context: BeaconCache | None, given: BeaconCache | None, ratio: Ratio | None
     ) -> BeaconCache:
-        cache = context.fork() if context is not None else given
-        if context is not None and cache is not None:
-            cache.context_lengths = tuple(row.tokens_seen for row in cache.rows)
-        if cache is None:
+        held = given if context is None else context
+        if held is None:
             return self.new_cache(input_ids.shape[0], ratio=ratio)
-        self.check_context(cache)
+        self.check_context(held)
+        cache = held.fork()
+        cache.is_continued = given is not None
+        if context is not None:
+            cache.context_lengths = tuple(row.tokens_seen for row in cache.rows)
         if ratio is not None:
             cache.policy = self.ratio_policy(ratio)
         if cache.batch_size == 1 and input_ids.shape[0] > 1:
@@ -254,6 +255,14 @@ class BeaconGeneration(Host):
 
 
 PASSED_ON = ("output_attentions", "output_hidden_states")
+
+
+def _brought_up_to(given: BeaconCache, planned: BeaconCache) -> BeaconCache:
+    """The caller's own cache, with the policy and rows of a fork on which nothing was refused."""
+    if (given.policies, given.rows) != (planned.policies, planned.rows):
+        given.adopt(planned)
+    given.is_continued = True
+    return given
 
 
 def _unread(

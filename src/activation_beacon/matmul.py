@@ -1,10 +1,9 @@
-"""Matrix products of float32 on a CPU, through oneDNN where that is faster than what torch does otherwise, and as precise.
+"""Matrix products of float32 on a CPU, by oneDNN where that is faster than what torch takes by itself, and as precise.
 
 torch's builds for x86 leave these products to MKL, which holds back on processors that are not Intel's: on an AMD EPYC with
-AVX-512 it is half as fast as oneDNN, which the same builds contain. Two ways lead there. A linear layer can call it by name
-(`OneDnnLinear`): always precise, each thread for itself, without gradients. All else, attention and gradients among it, follows
-a setting of the process that lets torch round to bfloat16; on processors that cannot multiply such matrices (those without
-AMX) nothing is rounded. That is tried before it is relied on.
+AVX-512 it is half as fast as oneDNN, which the same builds contain. Passes without gradients call oneDNN by name. Gradients
+cannot; training turns on a setting of the process instead, which lets torch round to bfloat16. On processors that cannot multiply
+such matrices (those without AMX) nothing is rounded, and that is tried before it is relied on.
 """
 
 import contextlib
@@ -17,69 +16,36 @@ from typing import Any
 import torch
 from torch import nn
 
-from activation_beacon.projection import PassState
-
 CHOICES = ("auto", "onednn", "torch")
 FEW_ROWS = 16  # up to which reading the weights takes longest
-MANY_ROWS = 256  # from which attention gains by the setting; with fewer it loses
 WORTH_IT = 1.15  # times as fast, for "auto" to choose it
 EXACT = 1e-5  # relative error of a product, above which it has been rounded
 
-_TORCHS_OWN: Any = getattr(torch.backends.mkldnn, "matmul", None)  # of the process; from torch 2.9 on
+_PRECISION: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch's setting for the process; from 2.9 on
 
-_Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-
-
-class OneDnnLinear(nn.Linear):
-    """What a linear layer of the base becomes while beacons are attached: still the base's, in all other passes to the bit."""
-
-    beacon_state: PassState
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Project (..., M) to (..., N)."""
-        if self.beacon_state.is_by_onednn and _can_be_served(self, input):
-            return _by_onednn(input, self.weight, self.bias)
-        return super().forward(input)
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
-def _by_onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows (..., M) times a contiguous weight (N, M), plus a bias (N,), by oneDNN: (..., N)."""
+    bias = None if bias is None else bias.contiguous()  # its strides are not looked at
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return product
 
 
-def _can_be_served(linear: nn.Linear, rows: torch.Tensor) -> bool:
+def can_be_served(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `linear` can take these: plain float32 on a CPU, nothing that has a way of its own to be multiplied, no gradients."""
     return (
-        rows.device.type == linear.weight.device.type == "cpu"
-        and rows.dtype is linear.weight.dtype is torch.float32
+        rows.dtype is weight.dtype is torch.float32
+        and rows.device.type == weight.device.type == "cpu"
+        and type(rows) is torch.Tensor
+        and type(weight) in (torch.Tensor, nn.Parameter)
+        and weight.is_contiguous()
         and rows.numel() > 0
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
-
-
-@contextlib.contextmanager
-def fast_products(
-    state: PassState, choice: str, *, device: torch.device, dtype: torch.dtype, num_rows: int, num_queries: int
-) -> Iterator[None]:
-    """A pass whose products may go through oneDNN.
-
-    Args:
-        state: of the model that makes the pass.
-        choice: out of `CHOICES`; "auto" is what is faster on this machine.
-        device, dtype: of the model's weights.
-        num_rows: that linear layers project.
-        num_queries: of one call of attention.
-    """
-    if device.type != "cpu" or dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
-        yield
-        return
-    before, state.is_by_onednn = state.is_by_onednn, is_chosen(choice, num_rows)
-    is_wide = state.is_by_onednn and num_queries >= MANY_ROWS
-    try:
-        with everything_by_onednn() if is_wide else contextlib.nullcontext():
-            yield
-    finally:
-        state.is_by_onednn = before
 
 
 def is_chosen(choice: str, num_rows: int) -> bool:
@@ -95,89 +61,117 @@ def is_offered() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+class Pace:
+    """Whether steps of few rows are held up, and better left to torch for a while.
+
+    Threads share each product and wait for one another. Where another process keeps a processor busy they wait some
+    milliseconds each time; torch's own product of one row waits for nobody.
+    """
+
+    HELD_UP = 4.0  # times the fastest step so far of as many rows
+    PATIENCE = 3  # steps in a row
+    PAUSE = 256  # steps
+
+    def __init__(self) -> None:
+        self._fastest: dict[int, float] = {}
+        self._slow = self._pause = 0
+
+    def is_held_up(self) -> bool:
+        """Whether the step that comes now is to be left to torch."""
+        self._pause = max(0, self._pause - 1)
+        return self._pause > 0
+
+    def note(self, num_rows: int, seconds: float) -> None:
+        """A step through oneDNN has taken so long."""
+        fastest = self._fastest[num_rows] = min(seconds, self._fastest.get(num_rows, seconds))
+        self._slow = self._slow + 1 if seconds > self.HELD_UP * fastest else 0
+        if self._slow == self.PATIENCE:
+            self._slow, self._pause = 0, self.PAUSE
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def training_products(choice: str, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """A block for forward and backward passes over many rows; while it lasts, so does the setting, for the whole process.
+
+    Args:
+        choice: out of `CHOICES`.
+        device, dtype: of the model's weights.
+    """
+    is_served = device.type == "cpu" and dtype is torch.float32 and is_chosen(choice, FEW_ROWS + 1)
+    if not is_served or not _is_setting_exact():
+        yield
+        return
+    with _SETTING:
+        yield
+
+
 class _Setting:
-    """The setting of the process, on as long as somebody wants it, in whichever thread."""
+    """torch's setting, on as long as somebody wants it, in whichever thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._wanted = 0
         self._before = ""
 
-    def turn_on(self) -> None:
+    def __enter__(self) -> None:
         with self._lock:
             if not self._wanted:
-                self._before = _TORCHS_OWN.fp32_precision
-                _TORCHS_OWN.fp32_precision = "bf16"
+                self._before = _PRECISION.fp32_precision
+                _PRECISION.fp32_precision = "bf16"
             self._wanted += 1
 
-    def turn_off(self) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._lock:
             self._wanted -= 1
-            if not self._wanted:
-                _TORCHS_OWN.fp32_precision = self._before
+            if not self._wanted and _PRECISION.fp32_precision == "bf16":  # else somebody has set it meanwhile
+                _PRECISION.fp32_precision = self._before
 
 
-_SETTING = _Setting()  # torch keeps it for the whole process, so that it can be counted in one place only
-
-
-def training_products(
-    choice: str, *, device: torch.device, dtype: torch.dtype
-) -> contextlib.AbstractContextManager[None]:
-    """A block for forward and backward passes over many rows; see `fast_products`."""
-    is_served = device.type == "cpu" and dtype is torch.float32 and is_chosen(choice, MANY_ROWS)
-    return everything_by_onednn() if is_served else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def everything_by_onednn() -> Iterator[None]:
-    """All products of float32 in the block, in all threads, gradients among them; nothing happens where they would be rounded."""
-    if not _is_setting_exact():
-        yield
-        return
-    _SETTING.turn_on()
-    try:
-        yield
-    finally:
-        _SETTING.turn_off()
+_SETTING = _Setting()  # torch keeps it for the process, so that it can be counted in one place only
 
 
 @functools.cache
 def _is_setting_exact() -> bool:
-    if not torch.backends.mkldnn.is_available() or _TORCHS_OWN is None:
+    if not torch.backends.mkldnn.is_available() or _PRECISION is None:
         return False
     rows, weight = _sample(64, 512), _sample(512, 512)
-    expected = rows.double() @ weight.double().T
-    _SETTING.turn_on()
-    try:
-        found = nn.functional.linear(rows, weight).double()
-    finally:
-        _SETTING.turn_off()
-    return bool((found - expected).norm() <= EXACT * expected.norm())
+    with _SETTING:
+        found = nn.functional.linear(rows, weight)
+    return _is_exact(found, rows, weight)
+
+
+# --- trying ------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
+@torch.no_grad()
 def _gain(is_few: bool, num_threads: int) -> float:  # noqa: ARG001 - another number of threads, another answer
     """How many times as fast oneDNN is here, for products of one row or of many; what is not precise gains nothing."""
     rows = _sample(1 if is_few else 512, 1024)
     weights = _sample(8 * 2048, 1024).split(2048)[: 8 if is_few else 1]  # for one row, more than caches hold
-    expected = rows.double() @ weights[0].double().T
-    found = _by_onednn(rows, weights[0], None).double()
-    if not (found - expected).norm() <= EXACT * expected.norm():
+    if not _is_exact(linear(rows, weights[0]), rows, weights[0]):
         return 0.0
-    return _seconds(nn.functional.linear, rows, weights) / _seconds(_by_onednn, rows, weights)
+    products: tuple[Product, Product] = (nn.functional.linear, linear)
+    seconds = [[_seconds(product, rows, weights) for product in products] for _ in range(5)]  # in turn
+    by_torch, by_onednn = (min(column) for column in zip(*seconds, strict=True))
+    return by_torch / by_onednn
 
 
-@torch.no_grad()
-def _seconds(product: _Product, rows: torch.Tensor, weights: tuple[torch.Tensor, ...]) -> float:
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        for weight in weights:
-            product(rows, weight, None)
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _seconds(product: Product, rows: torch.Tensor, weights: tuple[torch.Tensor, ...]) -> float:
+    start = time.perf_counter()
+    for weight in weights:
+        product(rows, weight, None)
+    return time.perf_counter() - start
 
 
-def _sample(*shape: int) -> torch.Tensor:
-    """Numbers without a pattern that draw on nobody's random numbers."""
-    return torch.arange(shape[0] * shape[1], dtype=torch.float32).sin_().view(shape)
+def _is_exact(found: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    expected = rows.double() @ weight.double().T
+    return bool((found.double() - expected).norm() <= EXACT * expected.norm())
+
+
+def _sample(num_rows: int, width: int) -> torch.Tensor:
+    """Numbers (num_rows, width) without a pattern, that draw on nobody's random numbers."""
+    return torch.arange(num_rows * width, dtype=torch.float32, device="cpu").sin_().view(num_rows, width)

@@ -22,6 +22,7 @@ from activation_beacon.attachment import (
     Attachment,
     base_parameters,
     check_chunk_fits,
+    check_in_memory,
     first_embedding,
     put_on,
     take_off,
@@ -35,10 +36,10 @@ from activation_beacon.errors import AttachError, ConfigError, InputError, Misma
 from activation_beacon.fingerprint import fingerprint
 from activation_beacon.forward import Progress, read
 from activation_beacon.generation import BeaconGeneration
-from activation_beacon.matmul import CHOICES, fast_products
+from activation_beacon.matmul import CHOICES, is_chosen, is_offered
 from activation_beacon.persistence import save_adapter
-from activation_beacon.plan import Ratio, RatioPolicy, TextPlanner, as_policy
-from activation_beacon.projection import BeaconProjection, PassState
+from activation_beacon.plan import Ratio, RatioPolicy, Row, TextPlanner, as_policy
+from activation_beacon.projection import BeaconProjection, PassState, products_of
 from activation_beacon.ragged import read_next
 from activation_beacon.readout import Wanted
 
@@ -96,7 +97,8 @@ class BeaconModel(BeaconGeneration):
         """What multiplies float32 matrices on a CPU in passes on compressed texts: "onednn", "torch", or "auto" (unless set).
 
         "torch" is what torch takes by itself. "auto" tries both once in a process, for some tenths of a second, and takes the
-        faster one. Both are as precise. Texts of up to a chunk, and disabled beacons, are always left to torch.
+        faster one; while other work on the machine holds up the threads that share a product, it leaves single steps to torch.
+        Both are as precise. Texts of up to a chunk, and disabled beacons, are always left to torch.
         """
         return self._beacon.cpu_matmul
 
@@ -104,19 +106,21 @@ class BeaconModel(BeaconGeneration):
     def cpu_matmul(self, choice: str) -> None:
         if choice not in CHOICES:
             raise ConfigError(f"cpu_matmul must be one of {', '.join(CHOICES)}; got {choice!r}.")
+        if choice == "onednn" and not is_offered():
+            raise UnsupportedError('This build of torch has no oneDNN. Use cpu_matmul = "auto" or "torch".')
         self._beacon.cpu_matmul = choice
 
-    def fast_products(self, num_rows: int, num_queries: int) -> contextlib.AbstractContextManager[None]:
-        """A block for a pass of so many rows, whose matrix products are made as `cpu_matmul` says."""
+    def is_by_onednn(self, num_rows: int) -> bool:
+        """Whether matrix products of so many rows go through oneDNN in passes on compressed texts."""
         weight = self.get_input_embeddings().weight
-        return fast_products(
-            self._beacon.state,
-            self._beacon.cpu_matmul,
-            device=weight.device,
-            dtype=weight.dtype,
-            num_rows=num_rows,
-            num_queries=num_queries,
-        )
+        is_served = weight.device.type == "cpu" and weight.dtype is torch.float32
+        return is_served and is_chosen(self._beacon.cpu_matmul, num_rows)
+
+    def fast_products(self, num_rows: int) -> contextlib.AbstractContextManager[None]:
+        """A block for a pass of so many rows, whose matrix products are made as `cpu_matmul` says."""
+        if not self.is_by_onednn(num_rows):
+            return contextlib.nullcontext()
+        return products_of(self._beacon.state, self._beacon.cpu_matmul, num_rows)
 
     @property
     def untouched_length(self) -> int:
@@ -245,6 +249,7 @@ class BeaconModel(BeaconGeneration):
         policy = None
         if ratio is not None or budget is not None or spans:
             policy = self.ratio_policy("auto" if ratio is None else ratio, budget=budget, spans=spans)
+        self._refuse_checkpointing()
         cache = self._opened(cache, input_ids)
         new = self._new_tokens(input_ids, attention_mask)
         self._check_vocabulary(new.ids)
@@ -273,6 +278,7 @@ class BeaconModel(BeaconGeneration):
             RatioError, CapacityError, MismatchError: before anything is read.
         """
         self._refuse_disabled()
+        self._refuse_checkpointing()
         ids = torch.as_tensor(token_ids, device=self.get_input_embeddings().weight.device)
         if ids.dim() != 1 or len(ids) != len(contexts) or not contexts:
             raise InputError(
@@ -280,6 +286,7 @@ class BeaconModel(BeaconGeneration):
             )
         if len(set(map(id, contexts))) < len(contexts):
             raise InputError("read_next got the same context twice. Give a fork() of it.")
+        self._check_ids(ids)
         for context, token in zip(contexts, ids.split(1), strict=True):
             self._opened(context, token[None])
         return read_next(self, self._beacon.site, contexts, ids)
@@ -307,10 +314,7 @@ class BeaconModel(BeaconGeneration):
         batch, width = input_ids.shape
         if width == 0:
             raise InputError("The text is empty: there is no token to read. Give at least one.")
-        if input_ids.is_floating_point():
-            raise InputError(f"input_ids must be integers; got {input_ids.dtype}.")
-        if width > 1:  # a step of decoding does not wait for the device
-            self._check_vocabulary(input_ids)
+        self._check_ids(input_ids)
         if attention_mask is None:
             return NewTokens(input_ids, [0] * batch, [width] * batch)
         if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < width:
@@ -319,12 +323,25 @@ class BeaconModel(BeaconGeneration):
             )
         return NewTokens(input_ids, *runs(attention_mask[:, -width:]))
 
+    def _check_ids(self, input_ids: torch.Tensor) -> None:
+        """Refuse what is no ids; on a GPU a step of decoding does not wait for the device to look at them."""
+        if input_ids.is_floating_point():
+            raise InputError(f"input_ids must be integers; got {input_ids.dtype}.")
+        if input_ids.shape[-1] > 1 or input_ids.device.type == "cpu":
+            self._check_vocabulary(input_ids)
+
     def _check_vocabulary(self, input_ids: torch.Tensor) -> None:
         size = self.get_input_embeddings().weight.shape[0]
         least, most = (int(bound) for bound in input_ids.aminmax())
         if least < 0 or most >= size:
             raise InputError(
                 f"Token ids must be within 0..{size - 1}; got {least if least < 0 else most}. Use the model's own tokenizer."
+            )
+
+    def _refuse_checkpointing(self) -> None:
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            raise UnsupportedError(
+                "Gradient checkpointing drops the caches that chunks are read on. Call eval() or gradient_checkpointing_disable()."
             )
 
     def _refuse_disabled(self) -> None:
@@ -390,6 +407,8 @@ class BeaconModel(BeaconGeneration):
         cache = self._opened(cache, input_ids)
         new = self._new_tokens(input_ids, attention_mask)
         is_short = cache.num_slots == 0 and max(new.counts) <= self.untouched_length
+        if keep_cache or not is_short:
+            self._refuse_checkpointing()
         with _under_policy(cache, policy):
             if beacon_ratio is not None:
                 self._check_names_every_chunk(cache, new)
@@ -415,6 +434,7 @@ class BeaconModel(BeaconGeneration):
         Raises:
             ConfigError: if `chunk_size` is not divisible by every ratio.
             RatioError: if there are fewer ratios than chunks.
+            CapacityError: if the base model has fewer positions than that takes.
             InputError: for an empty text, or ids outside the vocabulary.
         """
         self._refuse_disabled()
@@ -422,9 +442,10 @@ class BeaconModel(BeaconGeneration):
         config = self._beacon.config
         if chunk_size is not None:
             config = dataclasses.replace(config, chunk_size=chunk_size)
-        planner = TextPlanner(config, as_policy(config, tuple(ratios)), None)
+        planner = TextPlanner(config, as_policy(config, tuple(ratios)), self.max_positions)
         planner.check_names_every_chunk(new.columns)
-        return read_at_once(self, self._beacon.site, config, new.ids, planner.layouts(new.columns))
+        reading = planner.plan(Row(config.chunk_size), new.columns)
+        return read_at_once(self, self._beacon.site, config, new.ids, reading.closings)
 
     def _is_short_with_holes(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         """Whether a text that no chunk is closed of comes with a mask that only the base can make sense of."""
@@ -479,7 +500,10 @@ class BeaconModel(BeaconGeneration):
             loss = mean_loss(nll, num_items) if is_padded else loss
             output.logits = _kept(output.logits, given["logits_to_keep"])
         fields = {name: output.get(name) for name in ("hidden_states", "attentions")}
-        return BeaconOutput(loss=loss, logits=output.logits, past_key_values=output.past_key_values, nll=nll, **fields)
+        ours = BeaconOutput(loss=loss, logits=output.logits, past_key_values=output.past_key_values, nll=nll, **fields)
+        for name in output.keys() - ours.keys():  # such as the router's logits of a mixture of experts
+            ours[name] = output[name]
+        return ours
 
     def _move_to_origin(self, cache: BeaconCache, new: NewTokens, position_ids: torch.Tensor | None) -> None:
         """Move what the base has read behind padding to the positions that it holds: each row begins at 0."""
@@ -498,10 +522,6 @@ class BeaconModel(BeaconGeneration):
         self, cache: BeaconCache, new: NewTokens, given: dict[str, Any], kwargs: dict[str, Any], *, keep_cache: bool
     ) -> BeaconOutput:
         keep, labels = given["logits_to_keep"], given["labels"]
-        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
-            raise UnsupportedError(
-                "Gradient checkpointing drops the caches that chunks are read on. Call gradient_checkpointing_disable()."
-            )
         if isinstance(keep, torch.Tensor):
             raise UnsupportedError("logits_to_keep must be an int for texts that are compressed; got a tensor.")
         _refuse_packed(given["position_ids"], new)
@@ -567,7 +587,7 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
         `base_model`, with `compress`, `generate(context=...)` and the rest of `BeaconModel`.
 
     Raises:
-        AttachError: if it carries beacons already.
+        AttachError: if it carries beacons already, or not all of its weights are in memory.
         UnsupportedModelError: if its architecture cannot carry beacons.
         ConfigError: if a chunk does not fit its positions, or `exact_ids` names no tokens, or others than its own.
         MismatchError: if the config names the fingerprint of another base model.
@@ -579,6 +599,7 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
         )
     if isinstance(base_model, BeaconModel):
         raise AttachError(f"This {type(base_model).__name__} carries beacons already. Call detach(model) first.")
+    check_in_memory(base_model)
     num_ids = base_model.get_input_embeddings().weight.shape[0]
     if config.exact and max(config.exact) >= num_ids:
         raise ConfigError(

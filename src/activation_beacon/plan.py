@@ -173,11 +173,16 @@ class ChunkLayout:
         return tuple(target - slot for target, slot in enumerate(self.kept_slots))
 
 
+def chunks_closed(num_tokens: int, chunk_size: int, local_tokens: int = 0) -> int:
+    """Chunks that are closed once so many tokens have been read (lazily: the last full chunk stays raw)."""
+    return max(0, (num_tokens - 1 - local_tokens) // chunk_size)
+
+
 def entries_held(config: BeaconConfig, num_tokens: int, ratio: int) -> int:
     """Cache entries that are held after so many tokens, read at one ratio: sinks, beacons and the tail."""
-    num_closed = max(0, (num_tokens - 1 - config.local_tokens) // config.chunk_size)
-    sinks = config.num_sinks if num_closed else 0
-    return sinks + num_tokens - num_closed * (config.chunk_size - config.num_beacons(ratio))
+    closed = chunks_closed(num_tokens, config.chunk_size, config.local_tokens)
+    sinks = config.num_sinks if closed else 0
+    return sinks + num_tokens - closed * (config.chunk_size - config.num_beacons(ratio))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -335,8 +340,8 @@ class TextPlanner:
         self.max_positions = max_positions
 
     def num_closed(self, num_tokens: int) -> int:
-        """Chunks that are closed once `num_tokens` have been read (lazily: the last full chunk stays raw)."""
-        return max(0, (num_tokens - 1 - self.config.local_tokens) // self.config.chunk_size)
+        """Chunks that are closed once `num_tokens` have been read."""
+        return chunks_closed(num_tokens, self.config.chunk_size, self.config.local_tokens)
 
     def plan(self, row: Row, num_new: int) -> RowReading:
         """Plan the reading of `num_new` more tokens.
@@ -431,12 +436,11 @@ class TextPlanner:
     def _check_closings(self, row: Row, layouts: Sequence[ChunkLayout], stop: int) -> None:
         if self.max_positions is None:
             return
-        before = row
+        before, needed = row, 0
         for layout in layouts:
-            if row.memory_length + layout.num_slots > self.max_positions:
-                raise self._too_long(before, row.memory_length + layout.num_slots, stop)
+            needed = max(needed, row.memory_length + layout.num_slots)
             row = row.after_closing(layout)
-        self._check_tail(before, row.memory_length + stop - row.tokens_seen, stop)
+        self._check_tail(before, max(needed, row.memory_length + stop - row.tokens_seen), stop)
 
     def _check_tail(self, row: Row, num_positions: int, num_tokens: int) -> None:
         if self.max_positions is not None and num_positions > self.max_positions:

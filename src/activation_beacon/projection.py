@@ -6,11 +6,16 @@ hands down to its attention modules; a hook there takes it off and leaves it whe
 it. Nothing outlives a call, and recomputation under gradient checkpointing passes the same arguments again.
 """
 
+import contextlib
 import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from activation_beacon import matmul
 
 # B batch · T slots in this pass · n beacons in this pass · M input features · N output features
 
@@ -20,7 +25,8 @@ class PassState(threading.local):
 
     `beacon_slots` (n,) are the slots of the pass that hold beacons, or None, and `anchor_slots` (n,) or (B, n) those of the
     tokens that they begin as; `chunks` says how a pass over several chunks at once is cut into them (`at_once.Chunks`),
-    None in ordinary passes; `is_by_onednn` says that linear layers may call it (`matmul`); `is_disabled` turns the beacons off.
+    None in ordinary passes; `is_by_onednn` says that products may go through it (`matmul`), and `pace` how that goes;
+    `is_disabled` turns the beacons off.
     """
 
     def __init__(self) -> None:
@@ -28,10 +34,43 @@ class PassState(threading.local):
         self.anchor_slots: torch.Tensor | None = None
         self.chunks: Any = None
         self.is_by_onednn = False
+        self.pace = matmul.Pace()
         self.is_disabled = False
 
     def __reduce__(self) -> tuple[type["PassState"], tuple[()]]:
         return (PassState, ())  # a copied or pickled model starts with a state of its own
+
+
+@contextlib.contextmanager
+def products_of(state: PassState, choice: str, num_rows: int) -> Iterator[None]:
+    """A pass of so many rows, whose products go through oneDNN.
+
+    Args:
+        state: of the model that makes the pass.
+        choice: "onednn", or "auto", which leaves few rows to torch while other work holds threads up.
+        num_rows: that linear layers project.
+    """
+    is_watched = choice == "auto" and num_rows <= matmul.FEW_ROWS
+    is_by_onednn = not (is_watched and state.pace.is_held_up())
+    before, state.is_by_onednn = state.is_by_onednn, is_by_onednn
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        state.is_by_onednn = before
+    if is_watched and is_by_onednn:
+        state.pace.note(num_rows, time.perf_counter() - start)
+
+
+class OneDnnLinear(nn.Linear):
+    """What a linear layer of the base becomes while beacons are attached: the base's own, to the bit, unless a pass says otherwise."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Project (..., M) to (..., N)."""
+        state: PassState | None = getattr(self, "beacon_state", None)  # None: the method was kept from before a detach
+        if state is not None and state.is_by_onednn and matmul.can_be_served(input, self.weight):
+            return matmul.linear(input, self.weight, self.bias)
+        return nn.functional.linear(input, self.weight, self.bias)
 
 
 class BeaconProjection(nn.Module):
@@ -65,8 +104,10 @@ class BeaconProjection(nn.Module):
         if self.gate is not None:
             assert state.anchor_slots is not None, "whoever says where beacons are says what they stand for"
             rows = _selected(hidden, state.anchor_slots) + self.gate.to(hidden.dtype) * rows
-        bias = None if self.bias is None else self.bias.to(rows.dtype)
-        return nn.functional.linear(rows, self.weight.to(rows.dtype), bias)
+        weight, bias = self.weight.to(rows.dtype), None if self.bias is None else self.bias.to(rows.dtype)
+        if state.is_by_onednn and matmul.can_be_served(rows, weight):
+            return matmul.linear(rows, weight, bias)
+        return nn.functional.linear(rows, weight, bias)
 
 
 def _selected(hidden: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ own forward and is understood where attention is computed.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -131,7 +132,8 @@ def _append(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache], 
         RowsLayer([cache.layers[index] for cache in caches], mask, layer.window)
         for index, layer in enumerate(site.layers)
     ]
-    with model.fast_products(len(caches), num_queries=1):
+    is_compressed = any(row.chunks for cache in caches for row in cache.rows)
+    with model.fast_products(len(caches)) if is_compressed else nullcontext():
         output = model.base_forward(
             input_ids=ids,
             position_ids=torch.tensor(lengths, device=ids.device)[:, None],

@@ -5,8 +5,10 @@ token's logits, then tokens are written greedily, one by one. Full attention is 
 matrix products of beacons go through oneDNN (`matmul`), it can be run so as well, to tell what is whose gain.
 """
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from transformers import DynamicCache
 from activation_beacon import attach, detach
 from activation_beacon.bench.timing import Run, keep_pages, now, random_ids, timed
 from activation_beacon.grouped import ROWS_TOGETHER
-from activation_beacon.matmul import MANY_ROWS, is_chosen
+from activation_beacon.matmul import FEW_ROWS, training_products
 
 WARM_UP_TOKENS = 4
 TIMES_EACH = 3
@@ -77,28 +79,30 @@ def run(model: Any, cell: Cell, num_new: int) -> Run:
     ids = random_ids(model.get_input_embeddings().weight.shape[0], cell.batch_size, cell.length, device)
     if cell.ratio is None:
         with model.beacon_disabled():
-            return timed(_with_fast_products(model) if cell.is_onednn else model, DynamicCache(), ids, num_new)
+            return timed(_through_onednn(model) if cell.is_onednn else model, DynamicCache(), ids, num_new)
     return timed(model, model.new_cache(cell.batch_size, ratio=cell.ratio), ids, num_new)
 
 
-def _with_fast_products(model: Any) -> Callable[..., Any]:
+def _through_onednn(model: Any) -> Callable[..., Any]:
+    """The base, with products through oneDNN: all of them in reading, attention's too; those of linear layers in writing."""
+    weight = model.get_input_embeddings().weight
+    everything = functools.partial(training_products, model.cpu_matmul, device=weight.device, dtype=weight.dtype)
+
     def call(ids: torch.Tensor, **options: Any) -> Any:
-        with model.fast_products(ids.numel(), ids.shape[1]):
+        with model.fast_products(ids.numel()), everything() if ids.shape[1] > 1 else nullcontext():
             return model(ids, **options)
 
     return call
 
 
-def products_go_through_onednn(model: Any) -> bool:
-    """Whether those of beacons do, reading or writing."""
-    weight = model.get_input_embeddings().weight
-    is_served = weight.device.type == "cpu" and weight.dtype is torch.float32
-    return is_served and any(is_chosen(model.cpu_matmul, rows) for rows in (1, MANY_ROWS))
+def is_through_onednn(model: Any) -> bool:
+    """Whether products of beacons are, in reading or in writing."""
+    return any(model.is_by_onednn(rows) for rows in (1, FEW_ROWS + 1))
 
 
 def warm_up(model: Any, ratios: Sequence[int]) -> None:
     """Runs that do not count, of each way, on texts of two chunks and a token."""
-    for cell in cells([warm_up_length(model)], [1], ratios, 0, with_onednn=products_go_through_onednn(model)):
+    for cell in cells([warm_up_length(model)], [1], ratios, 0, with_onednn=is_through_onednn(model)):
         run(model, cell, WARM_UP_TOKENS)
 
 

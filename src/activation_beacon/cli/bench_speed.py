@@ -105,7 +105,7 @@ def speed(
     records = Records(output, {**_setting(name, attached), "new_tokens": new_tokens})
     notice("warming up")
     measure.warm_up(attached, ways)
-    with_onednn = full_onednn and measure.products_go_through_onednn(attached)
+    with_onednn = full_onednn and measure.is_through_onednn(attached)
     texts = _texts(sizes, batches, ways, presses, full_up_to, with_onednn=with_onednn)
     presses = tuple(press for press in presses if any(cell.press == press for cells in texts for cell in cells))
     with _peers(attached, presses, ways, peers_python) as timed:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from activation_beacon.at_once import chunks_at_once
+from activation_beacon.plan import chunks_closed
 from activation_beacon.training.batches import draw_ratios
 from activation_beacon.training.objective import Objective, losses
 
@@ -74,9 +75,8 @@ def _measured(
     directions: torch.Tensor | float = 0.0
     start = time.perf_counter()
     for index, ids in enumerate(texts):
-        ratios = draw_ratios(
-            (ids.shape[1] - 1) // chunk_size, model.beacon_config.ratios, "chunk", seed=seed, index=index
-        )
+        num_closed = chunks_closed(ids.shape[1], chunk_size, model.beacon_config.local_tokens)
+        ratios = draw_ratios(num_closed, model.beacon_config.ratios, "chunk", seed=seed, index=index)
         directions = directions + _direction(model, ids, ratios, objective, chunk_size)
     assert isinstance(directions, torch.Tensor), "there are texts"
     count = len(texts)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from activation_beacon.plan import chunks_closed
 from activation_beacon.training.sampling import Sample, Sampler
 from activation_beacon.training.settings import RatioDraw, Stage
 
@@ -54,6 +55,7 @@ def step_batches(
     chunk_size: int,
     ratios: Sequence[int],
     seed: int,
+    local_tokens: int = 0,
     rank: int = 0,
     num_processes: int = 1,
 ) -> list[Batch]:
@@ -66,6 +68,7 @@ def step_batches(
         chunk_size: tokens of a chunk.
         ratios: to draw from.
         seed: of the ratios.
+        local_tokens: of the adapter.
         rank: of this process, among `num_processes` that share the update's texts.
         num_processes: see there.
     """
@@ -73,7 +76,7 @@ def step_batches(
     groups: dict[int, list[tuple[int, Sample]]] = {}
     for index in range(first + rank, first + stage.batch_size, num_processes):
         sample = sampler.sample(index)
-        groups.setdefault((len(sample.ids) - 1) // chunk_size, []).append((index, sample))
+        groups.setdefault(chunks_closed(len(sample.ids), chunk_size, local_tokens), []).append((index, sample))
     batches = []
     for num_chunks, members in sorted(groups.items()):
         for start in range(0, len(members), stage.micro_batch_size):

@@ -11,6 +11,7 @@ import torch
 
 from activation_beacon.at_once import chunks_at_once
 from activation_beacon.matmul import training_products
+from activation_beacon.plan import chunks_closed
 from activation_beacon.training.batches import draw_ratios
 from activation_beacon.training.metrics import peak_memory
 from activation_beacon.training.objective import Objective, losses
@@ -54,8 +55,9 @@ def measure(
         repeats: of each measurement, after one that does not count.
         ways: out of `WAYS`.
     """
-    device = model.get_input_embeddings().weight.device
-    fast = functools.partial(training_products, model.cpu_matmul, device=device, dtype=model.dtype)
+    weight = model.get_input_embeddings().weight
+    device = weight.device
+    fast = functools.partial(training_products, model.cpu_matmul, device=device, dtype=weight.dtype)
     was_training = model.training
     model.train()
     try:
@@ -63,8 +65,8 @@ def measure(
             peak = product_speed(device, model.dtype)
         for length in lengths:
             ids = torch.randint(0, model.get_input_embeddings().weight.shape[0], (batch_size, length), device=device)
-            num_chunks = (length - 1) // model.beacon_config.chunk_size
-            ratios = draw_ratios(num_chunks, model.beacon_config.ratios, "chunk", seed=0, index=length)
+            num_closed = chunks_closed(length, model.beacon_config.chunk_size, model.beacon_config.local_tokens)
+            ratios = draw_ratios(num_closed, model.beacon_config.ratios, "chunk", seed=0, index=length)
             for way in ways:
                 _reset_peak(device)
                 with fast():

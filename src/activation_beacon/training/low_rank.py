@@ -61,9 +61,3 @@ class LowRank:
     def adapter_tensors(self) -> dict[str, torch.Tensor]:
         """The weights as they are used, by their names in an adapter's file."""
         return {**self.others, **{name: module.weight for name, module in self.projections.items()}}
-
-    def merge(self) -> None:
-        """Take the differences off again, leaving their sums."""
-        for module in self.projections.values():
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-            module.weight.requires_grad_(True)

@@ -17,12 +17,13 @@ import torch
 from activation_beacon.base_models import load_pretrained_base, max_positions
 from activation_beacon.config import BeaconConfig, is_same_fingerprint, short_fingerprint
 from activation_beacon.default_base import DEFAULT_BASE_REVISION
-from activation_beacon.errors import BaseModelError, ConfigError, StorageError
+from activation_beacon.errors import BaseModelError, CapacityError, ConfigError, StorageError
 from activation_beacon.exact import with_digits
 from activation_beacon.files import write_text
 from activation_beacon.hub import adapter_folder
 from activation_beacon.model import attach
 from activation_beacon.persistence import fill_parameters, load_adapter_config, load_adapter_tensors, save_adapter
+from activation_beacon.plan import RatioPolicy, Row, TextPlanner
 from activation_beacon.processes import Processes, processes
 from activation_beacon.training.card import training_card
 from activation_beacon.training.checkpoints import checkpoints
@@ -198,6 +199,7 @@ def _model(settings: TrainingSettings, group: Processes, device: str | None) -> 
             f"length ({longest}) exceeds what the base reads uncompressed ({positions} positions), and distillation and "
             f"context_weight ask it to. Use a length of at most {positions}, or cross_entropy alone."
         )
+    _check_positions(settings, positions)
     model = attach(base, with_digits(config, tokenizer))
     if settings.adapter is not None:
         with group.first_before_others():
@@ -206,6 +208,21 @@ def _model(settings: TrainingSettings, group: Processes, device: str | None) -> 
             _tell_differences(settings.adapter, load_adapter_config(folder), model.beacon_config)
         fill_parameters(model.beacon_parameters(), load_adapter_tensors(folder))
     return model, tokenizer
+
+
+def _check_positions(settings: TrainingSettings, positions: int | None) -> None:
+    """Refuse now what a draw of the smallest ratio for all chunks would not fit, rather than after hours.
+
+    Raises:
+        ConfigError: with the stage, and what it needs.
+    """
+    for number, stage in enumerate(settings.stages, 1):
+        config = dataclasses.replace(settings.config, chunk_size=stage.chunk_size or settings.config.chunk_size)
+        planner = TextPlanner(config, RatioPolicy(config.ratios[0]), positions)
+        try:
+            planner.plan(Row(config.chunk_size), stage.length)
+        except CapacityError as error:
+            raise ConfigError(f"Stage {number}: {error} Or train on a smaller length.") from error
 
 
 def _tell_differences(adapter: str, before: BeaconConfig, config: BeaconConfig) -> None:

@@ -40,11 +40,6 @@ class Sampler(Protocol):
         """The sample of a number from 0."""
 
 
-def num_chunks(sample: Sample, chunk_size: int) -> int:
-    """Chunks that a sample touches, its raw last one included: what batches are grouped by."""
-    return -(-len(sample.ids) // chunk_size)
-
-
 def check_sizes(length: int, chunk_size: int) -> None:
     """Refuse lengths at which nothing can be trained.
 

@@ -108,7 +108,7 @@ class Trainer:
         self.group = group or Processes()
         self.report = report
         self.folder = Path(settings.output)
-        self.device = model.get_input_embeddings().weight.device
+        self.device, self.dtype = (getattr(model.get_input_embeddings().weight, name) for name in ("device", "dtype"))
         _check_shares(settings, self.group)
         check_head(model)
         model.train()
@@ -166,7 +166,7 @@ class Trainer:
         ending = _Ending("all steps are made", is_finished=True)
         with (
             chunks_at_once(self.model),
-            training_products(self.model.cpu_matmul, device=self.device, dtype=self.model.dtype),
+            training_products(self.model.cpu_matmul, device=self.device, dtype=self.dtype),
             _Ahead(self._batches, self.settings.num_steps) as ahead,
         ):
             while self.progress.step < self.settings.num_steps:
@@ -257,6 +257,7 @@ class Trainer:
             chunk_size=stage.chunk_size or self.settings.config.chunk_size,
             ratios=self.settings.config.ratios,
             seed=self.settings.seed + 1_000_003 * number,
+            local_tokens=self.settings.config.local_tokens,
             rank=self.group.rank,
             num_processes=self.group.count,
         )
