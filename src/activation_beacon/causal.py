@@ -155,9 +155,10 @@ def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scal
     held, num_shared = key.shape[-2] - size, query.shape[1] // key.shape[1]
     query = query * (dim**-0.5 if scale is None else scale)
     unseen = query.new_full((BLOCK, BLOCK), -torch.inf).triu_(1)
+    turned = value.transpose(2, 3).contiguous()
     output = torch.empty_like(query)
     for row, head in itertools.product(range(query.shape[0]), range(query.shape[1])):
-        keys, values = key[row, head // num_shared], value[row, head // num_shared].T  # (S + T, D), (D, S + T)
+        keys, values = key[row, head // num_shared], turned[row, head // num_shared]  # (S + T, D), (D, S + T)
         for first in range(0, size, BLOCK):
             block = slice(first, min(first + BLOCK, size))
             num_seen, num_own = held + block.stop, block.stop - first
