@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from activation_beacon import BeaconConfig, forward, grouped
-from activation_beacon.causal import LowerRight, LowerRightByOneDnn, can_be_split
+from activation_beacon.causal import LowerRight, can_be_split
 from families import needs_onednn, random_ids, with_beacons
 
 CHUNK = 16
@@ -82,8 +82,8 @@ def masks_of_passes(model, read):
         read(model)
     finally:
         handle.remove()
-    names = {type(None): "none", LowerRight: "told", LowerRightByOneDnn: "onednn", torch.Tensor: "written"}
-    return [names[type(mask)] for mask in seen]
+    names = {type(None): "none", LowerRight: "told", torch.Tensor: "written"}
+    return ["onednn" if getattr(mask, "num_copies", 0) else names[type(mask)] for mask in seen]
 
 
 def compress(model):

@@ -81,6 +81,12 @@ class DecoderSite:
         return self.is_tested and all(layer.window is None for layer in self.layers)
 
     @property
+    def num_copies(self) -> int:
+        """As how many heads in a row transformers hands each head of keys and values to attention; 1 where layers differ."""
+        counts = {getattr(layer.attention, "num_key_value_groups", 1) for layer in self.layers}
+        return counts.pop() if len(counts) == 1 else 1
+
+    @property
     def ropes(self) -> tuple[LayerRope | None, ...]:
         """How each layer's keys are rotated."""
         return tuple(layer.rope for layer in self.layers)

@@ -20,35 +20,39 @@ from activation_beacon import matmul
 
 # B batch · H query heads · K kv heads · T slots of the pass · S held entries · D head dim
 
-BLOCK = 192  # queries that attend together; fewer than that are left to the flash kernel
+FEWEST_QUERIES = 192  # fewer are left to the flash kernel
+MOST_QUERIES, MOST_ROWS = 192, 384  # of a block: of one head, and of all heads that share keys
 
 _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the public call does not return the sums
 
 
 class LowerRight(torch.Tensor):
-    """A mask (1, 1, 1, 1) that says "causal from the lower right", whatever the number of queries and keys is."""
+    """A mask (1, 1, 1, 1) that says "causal from the lower right", whatever the number of queries and keys is.
 
-    is_by_onednn = False
+    Attributes:
+        num_copies: 0 if products are torch's; if they are to go through oneDNN, how many heads in a row of the keys and values
+            given are copies of one, as transformers makes them.
+    """
+
+    num_copies = 0
 
     @classmethod
-    def on(cls, device: torch.device) -> "LowerRight":
+    def on(cls, device: torch.device, *, num_copies: int = 0) -> "LowerRight":
         """Such a mask; four dimensions, so that transformers takes it for one that the caller has prepared."""
-        return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).as_subclass(cls)
+        mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).as_subclass(cls)
+        mask.num_copies = num_copies
+        return mask
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Answer for attention what the mask says; everything else is done to the tensor of one element."""
+        kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
-            return attend(*args, **(kwargs or {}), by_onednn=cls.is_by_onednn)
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
-class LowerRightByOneDnn(LowerRight):
-    """The same, with products through oneDNN."""
-
-    is_by_onednn = True
+            mask = kwargs["attn_mask"] if "attn_mask" in kwargs else args[3]
+            return attend(*args, **kwargs, num_copies=mask.num_copies)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class ToldEntries(torch.Tensor):
@@ -101,18 +105,22 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    by_onednn: bool = False,
+    num_copies: int = 0,
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` of the last T of S + T slots: queries (B, H, T, D), keys and values (B, K, S + T, D).
 
     Args:
-        by_onednn: whether products are to go through it, where it can take them.
+        num_copies: as in `LowerRight`.
     """
     assert not is_causal, "a mask is given"
     size, total = query.shape[-2], key.shape[-2]
     options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
-    if by_onednn and size >= BLOCK and can_be_split(query, key, value, dropout_p) and matmul.can_be_served(query, key):
-        return _in_blocks(query, key, value, scale)
+    if num_copies and size >= FEWEST_QUERIES and can_be_split(query, key, value, dropout_p):
+        is_repeated = key.shape[1] == query.shape[1]
+        step = num_copies if is_repeated else 1
+        keys, values = key[:, ::step], value[:, ::step]  # each head once
+        if matmul.can_be_served(query, keys[0, 0]):
+            return _in_blocks(query, keys, values, scale)
     if size == total:
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     if can_be_split(query, key, value, dropout_p):
@@ -150,20 +158,29 @@ def _in_two_parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s
 
 
 def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """Each block of queries of a head with the keys up to the block's last, causal within the block."""
+    """Block by block of queries, with the keys up to the block's last, causal within; heads that share keys go together."""
     size, dim = query.shape[-2:]
     held, num_shared = key.shape[-2] - size, query.shape[1] // key.shape[1]
+    most = min(MOST_QUERIES, max(1, MOST_ROWS // num_shared))
     query = query * (dim**-0.5 if scale is None else scale)
-    unseen = query.new_full((BLOCK, BLOCK), -torch.inf).triu_(1)
+    later = query.new_full((most, most), -torch.inf).triu_(1)
     turned = value.transpose(2, 3).contiguous()
     output = torch.empty_like(query)
-    for row, head in itertools.product(range(query.shape[0]), range(query.shape[1])):
-        keys, values = key[row, head // num_shared], turned[row, head // num_shared]  # (S + T, D), (D, S + T)
-        for first in range(0, size, BLOCK):
-            block = slice(first, min(first + BLOCK, size))
-            num_seen, num_own = held + block.stop, block.stop - first
-            scores = matmul.linear(query[row, head, block], keys[:num_seen])
-            scores[:, num_seen - num_own :].add_(unseen[:num_own, :num_own])
-            weights = torch.softmax(scores, dim=-1)
-            output[row, head, block] = matmul.linear(weights, values[:, :num_seen].contiguous())
+    for row, head in itertools.product(range(key.shape[0]), range(key.shape[1])):
+        keys, values = key[row, head], turned[row, head]  # (S + T, D), (D, S + T)
+        sharing = slice(head * num_shared, (head + 1) * num_shared)
+        for first in range(0, size, most):
+            block = slice(first, min(first + most, size))
+            num_own, num_seen = block.stop - first, held + block.stop
+            output[row, sharing, block] = _block(
+                query[row, sharing, block], keys[:num_seen], values[:, :num_seen], later[:num_own, :num_own]
+            )
     return output
+
+
+def _block(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+    """Heads of queries (R, T, D) on the same keys (S + T, D) and values (D, S + T): (R, T, D); `later` (T, T) is added to scores."""
+    num_own = query.shape[1]
+    scores = matmul.linear(query.reshape(-1, query.shape[-1]), keys)
+    scores.view(-1, num_own, scores.shape[-1])[..., -num_own:].add_(later)
+    return matmul.linear(torch.softmax(scores, dim=-1), values.contiguous()).view(query.shape)

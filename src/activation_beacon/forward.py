@@ -16,7 +16,7 @@ from activation_beacon import grouped
 from activation_beacon.adapt import DecoderSite, can_end_early, understands_told_masks
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
-from activation_beacon.causal import LowerRight, LowerRightByOneDnn
+from activation_beacon.causal import LowerRight
 from activation_beacon.chunk_inputs import BaseModel, anchor_slots, anchors_of_all, interleave
 from activation_beacon.chunk_memory import joined_layer, lent, memory_view
 from activation_beacon.constants import constant
@@ -335,7 +335,7 @@ class _Reader:
         if padding is not None or num_slots == 1 or not self._understands_masks():
             return padding
         if self.model.is_by_onednn(num_slots):
-            return LowerRightByOneDnn.on(self.ids.device)
+            return LowerRight.on(self.ids.device, num_copies=self.site.num_copies)
         return LowerRight.on(self.ids.device) if num_held else None
 
     def _is_compressed(self) -> bool:
