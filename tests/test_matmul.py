@@ -1,13 +1,14 @@
 """Products through oneDNN: as precise, where they are taken and where not, and nothing left behind."""
 
 import threading
+import types
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from activation_beacon import BeaconConfig, attach, detach, matmul, projection
+from activation_beacon import BeaconConfig, attach, detach, matmul
 from activation_beacon.errors import ConfigError, UnsupportedError
 from families import EAGER_ONLY, TESTED, needs_onednn, random_ids, tiny, with_beacons
 
@@ -274,25 +275,43 @@ def test_what_this_build_does_not_have_is_refused(monkeypatch):
 # --- steps that are held up --------------------------------------------------------------------------------------------
 
 
-def test_steps_that_are_held_up_are_left_to_torch_for_a_while():
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes on when it is told to."""
+    clock = types.SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(matmul, "time", clock)
+    return clock
+
+
+def step(pace, clock, monkeypatch, seconds, num_rows=1, besides=0.0):
+    """A step of one product; True if it is left to torch."""
+    if pace.begin_step():
+        return True
+    monkeypatch.setattr(matmul, "linear", lambda *_: setattr(clock, "now", clock.now + seconds))
+    pace.linear(None, None, None)
+    clock.now += besides
+    pace.end_step(num_rows)
+    return False
+
+
+def test_steps_that_are_held_up_are_left_to_torch_for_a_while(clock, monkeypatch):
     pace = matmul.Pace()
     for seconds in (3.0, 1.0, 3.0, 3.9):  # the fastest is 1
-        assert not pace.is_held_up()
-        pace.note(1, seconds)
+        assert not step(pace, clock, monkeypatch, seconds)
     for seconds in (4.1, 4.1, 1.0, 4.1, 4.1, 9.0):  # three in a row at the end
-        assert not pace.is_held_up()
-        pace.note(1, seconds)
-    assert [pace.is_held_up() for _ in range(pace.PAUSE)] == [True] * (pace.PAUSE - 1) + [False]
-    pace.note(1, 1.0)
-    assert not pace.is_held_up()
+        assert not step(pace, clock, monkeypatch, seconds)
+    left = [step(pace, clock, monkeypatch, 1.0) for _ in range(pace.PAUSE)]
+    assert left == [True] * (pace.PAUSE - 1) + [False]
+    assert not step(pace, clock, monkeypatch, 1.0)
 
 
-def test_steps_of_more_rows_may_take_longer():
+def test_steps_of_more_rows_and_of_more_attention_may_take_longer(clock, monkeypatch):
     pace = matmul.Pace()
     for _ in range(5):
-        pace.note(1, 1.0)
-        pace.note(8, 5.0)
-    assert not pace.is_held_up()
+        assert not step(pace, clock, monkeypatch, 1.0)
+        assert not step(pace, clock, monkeypatch, 5.0, num_rows=8)
+    for _ in range(5):
+        assert not step(pace, clock, monkeypatch, 1.0, besides=100.0)
 
 
 @needs_onednn
@@ -300,7 +319,9 @@ def test_steps_of_more_rows_may_take_longer():
 @torch.no_grad()
 def test_only_steps_and_only_auto_are_watched(choice, is_left, calls, monkeypatch):
     now = iter(range(10**6))
-    monkeypatch.setattr(projection.time, "perf_counter", lambda: next(now) ** 3)  # slower and slower
+    monkeypatch.setattr(
+        matmul, "time", types.SimpleNamespace(perf_counter=lambda: 1.05 ** next(now))
+    )  # slower and slower
     model = with_beacons("llama", CONFIG)
     model.cpu_matmul = choice
     cache = model.compress(random_ids(3 * CHUNK), ratio=4)

@@ -62,10 +62,11 @@ def is_offered() -> bool:
 
 
 class Pace:
-    """Whether steps of few rows are held up, and better left to torch for a while.
+    """Whether products of steps of few rows are held up, and better left to torch for a while.
 
     Threads share each product and wait for one another. Where another process keeps a processor busy they wait some
-    milliseconds each time; torch's own product of one row waits for nobody.
+    milliseconds each time; torch's own product of one row waits for nobody. Only products are timed: what else a step takes,
+    attention to a longer cache, says nothing of them.
     """
 
     HELD_UP = 4.0  # times the fastest step so far of as many rows
@@ -74,15 +75,25 @@ class Pace:
 
     def __init__(self) -> None:
         self._fastest: dict[int, float] = {}
+        self._seconds = 0.0
         self._slow = self._pause = 0
 
-    def is_held_up(self) -> bool:
-        """Whether the step that comes now is to be left to torch."""
+    def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`matmul.linear`, timed."""
+        start = time.perf_counter()
+        product = linear(rows, weight, bias)
+        self._seconds += time.perf_counter() - start
+        return product
+
+    def begin_step(self) -> bool:
+        """Whether the products of the step that comes now are held up, and to be left to torch."""
+        self._seconds = 0.0
         self._pause = max(0, self._pause - 1)
         return self._pause > 0
 
-    def note(self, num_rows: int, seconds: float) -> None:
-        """A step through oneDNN has taken so long."""
+    def end_step(self, num_rows: int) -> None:
+        """A step of so many rows through oneDNN is done."""
+        seconds = self._seconds
         fastest = self._fastest[num_rows] = min(seconds, self._fastest.get(num_rows, seconds))
         self._slow = self._slow + 1 if seconds > self.HELD_UP * fastest else 0
         if self._slow == self.PATIENCE:

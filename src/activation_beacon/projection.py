@@ -8,7 +8,6 @@ it. Nothing outlives a call, and recomputation under gradient checkpointing pass
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,15 +50,14 @@ def products_of(state: PassState, choice: str, num_rows: int) -> Iterator[None]:
         num_rows: that linear layers project.
     """
     is_watched = choice == "auto" and num_rows <= matmul.FEW_ROWS
-    is_by_onednn = not (is_watched and state.pace.is_held_up())
+    is_by_onednn = not (is_watched and state.pace.begin_step())
     before, state.is_by_onednn = state.is_by_onednn, is_by_onednn
-    start = time.perf_counter()
     try:
         yield
     finally:
         state.is_by_onednn = before
     if is_watched and is_by_onednn:
-        state.pace.note(num_rows, time.perf_counter() - start)
+        state.pace.end_step(num_rows)
 
 
 class OneDnnLinear(nn.Linear):
@@ -69,7 +67,7 @@ class OneDnnLinear(nn.Linear):
         """Project (..., M) to (..., N)."""
         state: PassState | None = getattr(self, "beacon_state", None)  # None: the method was kept from before a detach
         if state is not None and state.is_by_onednn and matmul.can_be_served(input, self.weight):
-            return matmul.linear(input, self.weight, self.bias)
+            return state.pace.linear(input, self.weight, self.bias)
         return nn.functional.linear(input, self.weight, self.bias)
 
 
