@@ -1,5 +1,6 @@
 """Products through oneDNN: as precise, where they are taken and where not, and nothing left behind."""
 
+import itertools
 import threading
 import types
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from activation_beacon import BeaconConfig, attach, detach, matmul
+from activation_beacon import BeaconConfig, attach, detach, matmul, projection
 from activation_beacon.errors import ConfigError, UnsupportedError
 from families import EAGER_ONLY, TESTED, needs_onednn, random_ids, tiny, with_beacons
 
@@ -312,6 +313,30 @@ def test_steps_of_more_rows_and_of_more_attention_may_take_longer(clock, monkeyp
         assert not step(pace, clock, monkeypatch, 5.0, num_rows=8)
     for _ in range(5):
         assert not step(pace, clock, monkeypatch, 1.0, besides=100.0)
+
+
+def test_a_step_without_products_through_it_is_no_measure(clock, monkeypatch):
+    pace = matmul.Pace()
+    assert not pace.begin_step()
+    pace.end_step(1)
+    for _ in range(5):
+        assert not step(pace, clock, monkeypatch, 1.0)
+
+
+@needs_onednn
+def test_steps_with_gradients_do_not_spoil_those_without(calls, monkeypatch):
+    monkeypatch.setattr(
+        matmul, "time", types.SimpleNamespace(perf_counter=itertools.count().__next__)
+    )  # each takes as long
+    model = with_beacons("llama", CONFIG)
+    with torch.no_grad():
+        cache = model.compress(random_ids(3 * CHUNK), ratio=4)
+    model(random_ids(1), past_key_values=cache.fork())  # gradients are kept: oneDNN takes nothing
+    calls.clear()
+    with torch.no_grad():
+        for _ in range(5):
+            model(random_ids(1), past_key_values=cache.fork())
+    assert calls.count(1) == 5 * sum(isinstance(module, projection.OneDnnLinear) for module in model.modules())
 
 
 @needs_onednn

@@ -92,8 +92,10 @@ class Pace:
         return self._pause > 0
 
     def end_step(self, num_rows: int) -> None:
-        """A step of so many rows through oneDNN is done."""
+        """A step of so many rows is done; one none of whose products oneDNN could take says nothing."""
         seconds = self._seconds
+        if not seconds:
+            return
         fastest = self._fastest[num_rows] = min(seconds, self._fastest.get(num_rows, seconds))
         self._slow = self._slow + 1 if seconds > self.HELD_UP * fastest else 0
         if self._slow == self.PATIENCE:
