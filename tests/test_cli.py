@@ -119,6 +119,24 @@ def test_help_is_instant():
     assert min(seconds) < 2  # 0.2 s on an idle machine; the missing imports above are the sharper test
 
 
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_soon_sleep_where_others_work_unless_the_user_says_otherwise(given, spins):
+    code = (
+        "import os, sys; sys.argv = ['beacon', '--version']\n"
+        "from activation_beacon.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    )
+    ours = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | given
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[-1] == f"{spins} False"
+
+
 def test_the_reference_in_docs_is_fresh():
     done = subprocess.run(
         [sys.executable, str(ROOT / "docs/generate_cli.py"), "--check"], capture_output=True, text=True

@@ -31,6 +31,10 @@ from activation_beacon.errors import BeaconError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
+# How often a thread of torch's (libgomp) looks whether it may go on before it sleeps: some tens of microseconds, by its own
+# default 300,000 times. Where other work keeps a processor busy, threads look in vain for as long as the scheduler lets them.
+SPINS = "3000"
+
 
 class BeaconGroup(TyperGroup):
     """The commands; every error that a user can act on becomes one line and exit status 1."""
@@ -144,6 +148,8 @@ def beacon(
 
 def main() -> None:
     """Run the command line and exit."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.warnoptions:
