@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from activation_beacon import BeaconConfig, forward, grouped
-from activation_beacon.causal import LowerRight, can_be_split
+from activation_beacon import BeaconConfig, causal, forward, grouped
+from activation_beacon.causal import LowerRight, Spans, can_be_split
 from families import needs_onednn, random_ids, with_beacons
 
 CHUNK = 16
@@ -40,6 +40,66 @@ def test_told_and_written_out_masks_give_the_same_attention(heads, held, size):
         told = attention(*tensors, LowerRight.on(torch.device("cpu")))
         assert type(told) is torch.Tensor
         torch.testing.assert_close(told, attention(*tensors, written_out(*tensors[:2])), rtol=0, atol=tolerance)
+
+
+def drawn_spans(size, held):
+    """Firsts of two texts, and stops of each of their queries, in no order."""
+    firsts = [0, held // 2]
+    stops = torch.stack([torch.randint(first + 1, held + size + 1, (size,)) for first in firsts])
+    return firsts, stops
+
+
+@pytest.mark.parametrize("are_copies", [False, True])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("held", "size"), [*SIZES, (7, 300), (500, 400)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@needs_onednn
+@torch.no_grad()
+def test_spans_give_the_attention_of_the_mask_written_out(dtype, heads, held, size, are_copies, monkeypatch):
+    blocks = []
+    monkeypatch.setattr(causal, "_block", lambda *args, inner=causal._block: blocks.append(1) or inner(*args))
+    query, key, value = drawn(heads, size, held, dtype)
+    if are_copies:
+        key, value = (tensor.repeat_interleave(heads[0] // heads[1], dim=1) for tensor in (key, value))
+    firsts, stops = drawn_spans(size, held)
+    entries = torch.arange(held + size)
+    seen = torch.stack(
+        [(entries >= first) & (entries < stop[:, None]) for first, stop in zip(firsts, stops, strict=True)]
+    )
+    expected = attention(query, key, value, seen[:, None])
+    mask = Spans.on(torch.device("cpu"), firsts, stops, num_copies=heads[0] // heads[1])
+    tolerance = {torch.float32: 3e-6, torch.float64: 0, torch.bfloat16: 0}[dtype]
+    for told in (mask, mask[:, :, :, :1].to(torch.bool)):  # as transformers cuts masks
+        assert type(told) is Spans
+        found = attention(query, key, value, told)
+        assert type(found) is torch.Tensor
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    assert bool(blocks) == (dtype is torch.float32)
+    torch.testing.assert_close(mask.written_out(held + size, query.device), seen[:, None])
+
+
+@needs_onednn
+@torch.no_grad()
+def test_spans_that_are_the_same_for_all_texts_are_told_once():
+    query, key, value = drawn((6, 2), 200, 40)
+    stops = torch.arange(200)[None].flip(1) + 41
+    mask = Spans.on(torch.device("cpu"), [0, 0], stops, num_copies=3)
+    seen = torch.arange(240) < stops[0, :, None]
+    torch.testing.assert_close(
+        attention(query, key, value, mask), attention(query, key, value, seen), rtol=0, atol=3e-6
+    )
+
+
+def test_spans_with_gradients_take_the_mask_written_out():
+    query, key, value = (tensor.requires_grad_() for tensor in drawn((4, 2), 8, 5))
+    firsts, stops = drawn_spans(8, 5)
+    mask = Spans.on(torch.device("cpu"), firsts, stops, num_copies=2)
+    weights = torch.randn(2, 4, 8, 16)
+    told = torch.autograd.grad((attention(query, key, value, mask) * weights).sum(), (query, key, value))
+    written = attention(query, key, value, mask.written_out(13, query.device))
+    expected = torch.autograd.grad((written * weights).sum(), (query, key, value))
+    for gradient, other in zip(told, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0, atol=1e-6)
 
 
 def test_gradients_take_the_written_out_mask():
@@ -82,8 +142,9 @@ def masks_of_passes(model, read):
         read(model)
     finally:
         handle.remove()
-    names = {type(None): "none", LowerRight: "told", torch.Tensor: "written"}
-    return ["onednn" if getattr(mask, "num_copies", 0) else names[type(mask)] for mask in seen]
+    names = {type(None): "none", LowerRight: "told", Spans: "spans", torch.Tensor: "written"}
+    found = [names[type(mask)] for mask in seen]
+    return ["onednn" if name == "told" and mask.num_copies else name for name, mask in zip(found, seen, strict=True)]
 
 
 def compress(model):
@@ -92,6 +153,16 @@ def compress(model):
 
 def compress_ragged(model):
     return model.compress([random_ids(3 * CHUNK + 5)[0].tolist(), random_ids(2 * CHUNK)[0].tolist()], ratio=4)
+
+
+def read_on(model):
+    """A chunk that is read, and a token more, with which it is closed."""
+    ids = random_ids(CHUNK + 1)
+    model.compress(ids[:, CHUNK:], cache=model.compress(ids[:, :CHUNK], ratio=4))
+
+
+def read_ragged_on(model):
+    model.compress(random_ids(CHUNK, batch=2), cache=compress_ragged(model))
 
 
 def decode(model):
@@ -124,6 +195,29 @@ def read_with_gradients(model):
 def test_masks_are_told_where_they_are_understood(family, attention, products, read, masks, monkeypatch):
     monkeypatch.setattr(grouped, "ROWS_TOGETHER", 0)  # a pass for each chunk
     model = with_beacons(family, CONFIG, attention=attention)
+    model.cpu_matmul = products
+    assert masks_of_passes(model, read) == masks
+
+
+@pytest.mark.parametrize(
+    ("placement", "read", "products", "fewest", "masks"),
+    [
+        ("append", read_on, "onednn", 1, ["none", "spans", "none"]),
+        ("append", read_on, "onednn", 9, ["none", "written", "none"]),  # 4 beacons, and the 4 tokens that they begin as
+        ("append", read_on, "torch", 1, ["none", "written", "none"]),
+        ("append", read_ragged_on, "onednn", 1, ["onednn"] * 3 + ["written", "spans", "written"]),  # tails are padded
+        ("append", read_ragged_on, "torch", 1, ["none", "told", "told"] + ["written"] * 3),
+        ("interleave", read_on, "onednn", 1, ["none", "onednn", "none"]),
+        ("interleave", read_ragged_on, "onednn", 1, ["onednn"] * 3 + ["written", "spans", "written"]),
+        ("interleave", read_ragged_on, "onednn", CHUNK + 5, ["onednn"] * 3 + ["written"] * 3),
+    ],
+)
+@needs_onednn
+def test_spans_are_told_where_other_masks_would_be_written_out(placement, read, products, fewest, masks, monkeypatch):
+    monkeypatch.setattr(grouped, "ROWS_TOGETHER", 0)
+    monkeypatch.setattr(forward, "FEWEST_QUERIES", fewest)
+    config = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), placement=placement, anchored=True)
+    model = with_beacons("llama", config, attention="sdpa")
     model.cpu_matmul = products
     assert masks_of_passes(model, read) == masks
 

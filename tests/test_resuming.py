@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from activation_beacon import BeaconConfig, grouped
+from activation_beacon import BeaconConfig, forward, grouped
 from activation_beacon.forward import _Reader
 from activation_beacon.resuming import ChunkRows
-from families import random_ids, widths, with_beacons
+from families import needs_onednn, random_ids, widths, with_beacons
 
 CHUNK = 16
 APPEND = {"placement": "append"}
@@ -121,6 +121,22 @@ def test_writing_over_the_end_of_chunks_gives_the_same_answer(settings, monkeypa
     monkeypatch.setattr(_Reader, "_rows_to_compute", lambda *_: None)
     assert torch.equal(answers[0], model.generate(ids, **write))
     assert torch.equal(answers[1], model.generate(ids, num_beams=3, **write))
+
+
+@pytest.mark.parametrize("settings", [APPEND, ANCHORED, EXACT, {}], ids=["append", "anchored", "exact", "interleave"])
+@needs_onednn
+@torch.no_grad()
+def test_products_of_onednn_close_chunks_of_a_ragged_batch_to_the_same_cache(settings, monkeypatch):
+    monkeypatch.setattr(forward, "FEWEST_QUERIES", 1)
+    model = model_of(**settings, num_sinks=2)
+    texts = [random_ids(length, seed=length) for length in (3 * CHUNK + 9, CHUNK + 7, CHUNK - 2)]
+    more = random_ids(2 * CHUNK + 3, batch=3, seed=1)
+    model.cpu_matmul = "onednn"
+    cache = model.compress([ids[0].tolist() for ids in texts], ratio=4)
+    model.compress(more, cache=cache)
+    model.cpu_matmul = "torch"
+    for row, ids in enumerate(texts):
+        same(cache.row(row), model.compress(torch.cat((ids, more[row : row + 1]), dim=1), ratio=4), 1e-4)
 
 
 # --- rows, by hand -------------------------------------------------------------------------------------------------------

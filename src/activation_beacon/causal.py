@@ -4,8 +4,9 @@ A pass of T slots on S held entries needs a mask that is causal from the lower r
 elements, half of the own pairs are computed in vain, and on a GPU the flash kernel is lost. `LowerRight` stands in the
 mask's place through the base's own forward and is understood where attention is computed: by torch's own causal bias on a
 GPU; on a CPU by two calls of the flash kernel, one to the memory and one to the own slots, whose outputs are weighted by the
-sums of their exponentials; or, where oneDNN multiplies faster than that kernel does (`matmul`), block by block of queries. All
-of it is exact, not an approximation.
+sums of their exponentials; or, where oneDNN multiplies faster than that kernel does (`matmul`), block by block of queries.
+`Spans` are told likewise, of passes whose slots do not all see the whole memory or do not come one after another. All of it is
+exact, not an approximation.
 """
 
 import itertools
@@ -53,6 +54,65 @@ class LowerRight(torch.Tensor):
             mask = kwargs["attn_mask"] if "attn_mask" in kwargs else args[3]
             return attend(*args, **kwargs, num_copies=mask.num_copies)
         return super().__torch_function__(func, types, args, kwargs)
+
+
+class Spans(torch.Tensor):
+    """A mask (1, 1, 1, 1) that says which entries each query sees: from the first of its text's on, up to a last of its own.
+
+    Attributes:
+        firsts: for each text, the first entry that its queries see.
+        stops: (1 or B, T) on a CPU; for each query, the entry behind the last that it sees.
+        num_copies: as in `LowerRight`.
+    """
+
+    firsts: Sequence[int]
+    stops: torch.Tensor
+    num_copies: int
+
+    @classmethod
+    def on(cls, device: torch.device, firsts: Sequence[int], stops: torch.Tensor, *, num_copies: int) -> "Spans":
+        """Such a mask; four dimensions, so that transformers takes it for one that the caller has prepared."""
+        mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).as_subclass(cls)
+        mask.firsts, mask.stops, mask.num_copies = firsts, stops, num_copies
+        return mask
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer for attention what the mask says; what else is made of it says the same."""
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            mask = kwargs["attn_mask"] if "attn_mask" in kwargs else args[3]
+            return mask.attended(*args, **kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(result, cls):
+            mask = next(arg for arg in args if isinstance(arg, cls))
+            result.firsts, result.stops, result.num_copies = mask.firsts, mask.stops, mask.num_copies
+        return result
+
+    def attended(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,  # noqa: ARG002 - it is this one
+        dropout_p: float = 0.0,
+        **options: Any,
+    ) -> torch.Tensor:
+        """`scaled_dot_product_attention` of queries (B, H, T, D), keys and values (B, K, S + T, D)."""
+        once = _each_head_once(query, key, value, self.num_copies)
+        if can_be_split(query, key, value, dropout_p) and matmul.can_be_served(query, once[0][0, 0]):
+            return _in_blocks(query, *once, options.get("scale"), self.firsts, self.stops)
+        mask = self.written_out(key.shape[-2], query.device)
+        return nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout_p, **options)
+
+    def written_out(self, num_entries: int, device: torch.device) -> torch.Tensor:
+        """The mask (B, 1, T, S + T)."""
+        entries = torch.arange(num_entries)
+        firsts = torch.tensor(self.firsts)[:, None, None]
+        seen: torch.Tensor = (entries >= firsts) & (entries < self.stops[..., None])
+        return seen[:, None].to(device)
 
 
 class ToldEntries(torch.Tensor):
@@ -116,11 +176,9 @@ def attend(
     size, total = query.shape[-2], key.shape[-2]
     options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
     if num_copies and size >= FEWEST_QUERIES and can_be_split(query, key, value, dropout_p):
-        is_repeated = key.shape[1] == query.shape[1]
-        step = num_copies if is_repeated else 1
-        keys, values = key[:, ::step], value[:, ::step]  # each head once
-        if matmul.can_be_served(query, keys[0, 0]):
-            return _in_blocks(query, keys, values, scale)
+        once = _each_head_once(query, key, value, num_copies)
+        if matmul.can_be_served(query, once[0][0, 0]):
+            return _in_blocks(query, *once, scale, [0], torch.arange(total - size, total)[None] + 1)
     if size == total:
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     if can_be_split(query, key, value, dropout_p):
@@ -157,30 +215,59 @@ def _in_two_parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s
     return torch.lerp(own, memory, share.to(own.dtype))
 
 
-def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """Block by block of queries, with the keys up to the block's last, causal within; heads that share keys go together."""
-    size, dim = query.shape[-2:]
-    held, num_shared = key.shape[-2] - size, query.shape[1] // key.shape[1]
+def _each_head_once(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_copies: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (B, K, S + T, D) of which each head stands there once, if they were made as many as the queries' heads."""
+    step = num_copies if key.shape[1] == query.shape[1] else 1
+    return key[:, ::step], value[:, ::step]
+
+
+def _in_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None,
+    firsts: Sequence[int],
+    stops: torch.Tensor,
+) -> torch.Tensor:
+    """Block by block of queries, with the entries that any of the block sees; heads that share keys go together.
+
+    Args:
+        firsts: for each text, or once for all, the first entry that is seen.
+        stops: (B, T) or (1, T), the entry behind the last that each query sees.
+    """
+    num_shared, dim = query.shape[1] // key.shape[1], query.shape[-1]
     most = min(MOST_QUERIES, max(1, MOST_ROWS // num_shared))
     query = query * (dim**-0.5 if scale is None else scale)
-    later = query.new_full((most, most), -torch.inf).triu_(1)
     turned = value.transpose(2, 3).contiguous()
     output = torch.empty_like(query)
+    blocks_of = [_blocks(each, most) for each in stops]
     for row, head in itertools.product(range(key.shape[0]), range(key.shape[1])):
-        keys, values = key[row, head], turned[row, head]  # (S + T, D), (D, S + T)
+        first = firsts[row % len(firsts)]
+        keys, values = key[row, head, first:], turned[row, head, :, first:]  # (S + T, D), (D, S + T)
         sharing = slice(head * num_shared, (head + 1) * num_shared)
-        for first in range(0, size, most):
-            block = slice(first, min(first + most, size))
-            num_own, num_seen = block.stop - first, held + block.stop
-            output[row, sharing, block] = _block(
-                query[row, sharing, block], keys[:num_seen], values[:, :num_seen], later[:num_own, :num_own]
-            )
+        for block, stop, later in blocks_of[row % len(blocks_of)]:
+            seen = slice(stop - first)
+            output[row, sharing, block] = _block(query[row, sharing, block], keys[seen], values[:, seen], later)
     return output
 
 
+def _blocks(stops: torch.Tensor, most: int) -> list[tuple[slice, int, torch.Tensor]]:
+    """Queries (T,) in blocks of at most so many: which, where what they see stops, and what is added to the last scores of each."""
+    blocks = []
+    for first in range(0, len(stops), most):
+        own = stops[first : first + most]
+        least, last = (int(each) for each in own.aminmax())
+        later = torch.zeros(len(own), last - least).masked_fill_(torch.arange(least, last) >= own[:, None], -torch.inf)
+        blocks.append((slice(first, first + len(own)), last, later))
+    return blocks
+
+
 def _block(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
-    """Heads of queries (R, T, D) on the same keys (S + T, D) and values (D, S + T): (R, T, D); `later` (T, T) is added to scores."""
-    num_own = query.shape[1]
+    """Heads of queries (R, T, D) on the same keys (S, D) and values (D, S): (R, T, D); `later` (T, L) is added to the last scores."""
     scores = matmul.linear(query.reshape(-1, query.shape[-1]), keys)
-    scores.view(-1, num_own, scores.shape[-1])[..., -num_own:].add_(later)
+    num_last = later.shape[1]
+    if num_last:
+        scores.view(-1, query.shape[1], scores.shape[-1])[..., -num_last:].add_(later)
     return matmul.linear(torch.softmax(scores, dim=-1), values.contiguous()).view(query.shape)

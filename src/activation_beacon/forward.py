@@ -16,7 +16,7 @@ from activation_beacon import grouped
 from activation_beacon.adapt import DecoderSite, can_end_early, understands_told_masks
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
-from activation_beacon.causal import LowerRight
+from activation_beacon.causal import FEWEST_QUERIES, LowerRight, Spans
 from activation_beacon.chunk_inputs import BaseModel, anchor_slots, anchors_of_all, interleave
 from activation_beacon.chunk_memory import joined_layer, lent, memory_view
 from activation_beacon.constants import constant
@@ -193,11 +193,10 @@ class _Reader:
         embeddings = interleave(self.model, ids, layout)
         if rows is None:
             slots = torch.arange(layout.num_slots, device=ids.device)
-            padding = _padding_mask(lengths, [layout.num_slots] * len(lengths), layout.num_slots, ids.device)
             inputs = {
                 "inputs_embeds": embeddings,
                 "position_ids": _positions(lengths, slots),
-                "attention_mask": self._mask(padding, max(lengths), layout.num_slots),
+                "attention_mask": self._closing_mask(lengths, slots, None),
                 "beacon_slots": constant(layout.beacon_slots, ids.device),
                 "beacon_anchor_slots": anchor_slots,
             }
@@ -205,7 +204,7 @@ class _Reader:
             inputs = {
                 "inputs_embeds": rows.of(embeddings),
                 "position_ids": _positions(lengths, rows.slots),
-                "attention_mask": rows.mask(lengths),
+                "attention_mask": self._closing_mask(lengths, rows.slots, rows),
                 "beacon_slots": rows.beacon_rows,
                 "beacon_anchor_slots": rows.repeated_rows,
             }
@@ -337,6 +336,21 @@ class _Reader:
         if self.model.is_by_onednn(num_slots):
             return LowerRight.on(self.ids.device, num_copies=self.site.num_copies)
         return LowerRight.on(self.ids.device) if num_held else None
+
+    def _closing_mask(self, lengths: Sequence[int], slots: torch.Tensor, rows: ChunkRows | None) -> torch.Tensor | None:
+        """The mask of a pass that closes a chunk: told, unless some texts hold less than others, or slots are left out.
+
+        Then it is told to oneDNN, which takes each text and each block of slots by itself; others have it written out.
+        """
+        num_rows, longest = slots.shape[-1], max(lengths)
+        is_even = rows is None and len(set(lengths)) == 1
+        is_worth_it = num_rows >= FEWEST_QUERIES and self.model.is_by_onednn(num_rows)
+        if not is_even and is_worth_it and self._understands_masks():
+            firsts, stops = [longest - length for length in lengths], slots.view(-1, num_rows) + longest + 1
+            return Spans.on(slots.device, firsts, stops, num_copies=self.site.num_copies)
+        if rows is not None:
+            return rows.mask(lengths)
+        return self._mask(_padding_mask(lengths, [num_rows] * len(lengths), num_rows, slots.device), longest, num_rows)
 
     def _is_compressed(self) -> bool:
         """Whether a chunk of some row has been closed; until then outputs are the base's, to the bit."""
