@@ -215,7 +215,7 @@ def test_masks_are_told_where_they_are_understood(family, attention, products, r
 @needs_onednn
 def test_spans_are_told_where_other_masks_would_be_written_out(placement, read, products, fewest, masks, monkeypatch):
     monkeypatch.setattr(grouped, "ROWS_TOGETHER", 0)
-    monkeypatch.setattr(forward, "FEWEST_QUERIES", fewest)
+    monkeypatch.setattr(forward, "FEWEST_IN_SPANS", fewest)
     config = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), placement=placement, anchored=True)
     model = with_beacons("llama", config, attention="sdpa")
     model.cpu_matmul = products

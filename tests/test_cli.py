@@ -121,7 +121,7 @@ def test_help_is_instant():
 
 @pytest.mark.parametrize(
     ("given", "spins"),
-    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
 )
 def test_threads_soon_sleep_where_others_work_unless_the_user_says_otherwise(given, spins):
     code = (

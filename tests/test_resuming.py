@@ -127,7 +127,7 @@ def test_writing_over_the_end_of_chunks_gives_the_same_answer(settings, monkeypa
 @needs_onednn
 @torch.no_grad()
 def test_products_of_onednn_close_chunks_of_a_ragged_batch_to_the_same_cache(settings, monkeypatch):
-    monkeypatch.setattr(forward, "FEWEST_QUERIES", 1)
+    monkeypatch.setattr(forward, "FEWEST_IN_SPANS", 1)
     model = model_of(**settings, num_sinks=2)
     texts = [random_ids(length, seed=length) for length in (3 * CHUNK + 9, CHUNK + 7, CHUNK - 2)]
     more = random_ids(2 * CHUNK + 3, batch=3, seed=1)

@@ -21,7 +21,8 @@ from activation_beacon import matmul
 
 # B batch · H query heads · K kv heads · T slots of the pass · S held entries · D head dim
 
-FEWEST_QUERIES = 192  # fewer are left to the flash kernel
+FEWEST_QUERIES = 192  # fewer are left to the flash kernel, where it needs no mask
+FEWEST_IN_SPANS = 64  # likewise, where it would need one
 MOST_QUERIES, MOST_ROWS = 192, 384  # of a block: of one head, and of all heads that share keys
 
 _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the public call does not return the sums

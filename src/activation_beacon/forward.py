@@ -16,7 +16,7 @@ from activation_beacon import grouped
 from activation_beacon.adapt import DecoderSite, can_end_early, understands_told_masks
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
-from activation_beacon.causal import FEWEST_QUERIES, LowerRight, Spans
+from activation_beacon.causal import FEWEST_IN_SPANS, LowerRight, Spans
 from activation_beacon.chunk_inputs import BaseModel, anchor_slots, anchors_of_all, interleave
 from activation_beacon.chunk_memory import joined_layer, lent, memory_view
 from activation_beacon.constants import constant
@@ -344,7 +344,7 @@ class _Reader:
         """
         num_rows, longest = slots.shape[-1], max(lengths)
         is_even = rows is None and len(set(lengths)) == 1
-        is_worth_it = num_rows >= FEWEST_QUERIES and self.model.is_by_onednn(num_rows)
+        is_worth_it = num_rows >= FEWEST_IN_SPANS and self.model.is_by_onednn(num_rows)
         if not is_even and is_worth_it and self._understands_masks():
             firsts, stops = [longest - length for length in lengths], slots.view(-1, num_rows) + longest + 1
             return Spans.on(slots.device, firsts, stops, num_copies=self.site.num_copies)

@@ -31,9 +31,9 @@ from activation_beacon.errors import BeaconError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
-# How often a thread of torch's (libgomp) looks whether it may go on before it sleeps: some tens of microseconds, by its own
-# default 300,000 times. Where other work keeps a processor busy, threads look in vain for as long as the scheduler lets them.
-SPINS = "3000"
+# How often a thread of torch's (libgomp) looks whether it may go on before it sleeps; by its own default 300,000 times. Where
+# other work keeps a processor busy, threads look in vain for as long as the scheduler lets them. docs/performance.md has seconds.
+SPINS = "10000"
 
 
 class BeaconGroup(TyperGroup):
