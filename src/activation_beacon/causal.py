@@ -28,8 +28,35 @@ MOST_QUERIES, MOST_ROWS = 192, 384  # of a block: of one head, and of all heads 
 _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the public call does not return the sums
 
 
-class LowerRight(torch.Tensor):
-    """A mask (1, 1, 1, 1) that says "causal from the lower right", whatever the number of queries and keys is.
+class ToldMask(torch.Tensor):
+    """A mask (1, 1, 1, 1) that says which entries are seen, and computes attention itself; subclasses say how."""
+
+    @classmethod
+    def made(cls, device: torch.device) -> Any:
+        """Such a mask; four dimensions, so that transformers takes it for one that the caller has prepared."""
+        return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer for attention what the mask says; what else is made of it says the same."""
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            mask = kwargs["attn_mask"] if "attn_mask" in kwargs else args[3]
+            return mask.attended(*args, **kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(result, cls):
+            vars(result).update(vars(next(arg for arg in args if isinstance(arg, cls))))
+        return result
+
+    def attended(self, *args: Any, **options: Any) -> torch.Tensor:
+        """What `scaled_dot_product_attention` gives for its arguments, of which this mask is one."""
+        raise NotImplementedError
+
+
+class LowerRight(ToldMask):
+    """A mask that says "causal from the lower right", whatever the number of queries and keys is.
 
     Attributes:
         num_copies: 0 if products are torch's; if they are to go through oneDNN, how many heads in a row of the keys and values
@@ -40,25 +67,18 @@ class LowerRight(torch.Tensor):
 
     @classmethod
     def on(cls, device: torch.device, *, num_copies: int = 0) -> "LowerRight":
-        """Such a mask; four dimensions, so that transformers takes it for one that the caller has prepared."""
-        mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).as_subclass(cls)
+        """Such a mask."""
+        mask: LowerRight = cls.made(device)
         mask.num_copies = num_copies
         return mask
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Answer for attention what the mask says; everything else is done to the tensor of one element."""
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
-            mask = kwargs["attn_mask"] if "attn_mask" in kwargs else args[3]
-            return attend(*args, **kwargs, num_copies=mask.num_copies)
-        return super().__torch_function__(func, types, args, kwargs)
+    def attended(self, *args: Any, **options: Any) -> torch.Tensor:
+        """Attention (B, H, T, D) of the last slots to all up to themselves."""
+        return attend(*args, **options, num_copies=self.num_copies)
 
 
-class Spans(torch.Tensor):
-    """A mask (1, 1, 1, 1) that says which entries each query sees: from the first of its text's on, up to a last of its own.
+class Spans(ToldMask):
+    """A mask that says which entries each query sees: from the first of its text's on, up to a last of its own.
 
     Attributes:
         firsts: for each text, the first entry that its queries see.
@@ -72,41 +92,27 @@ class Spans(torch.Tensor):
 
     @classmethod
     def on(cls, device: torch.device, firsts: Sequence[int], stops: torch.Tensor, *, num_copies: int) -> "Spans":
-        """Such a mask; four dimensions, so that transformers takes it for one that the caller has prepared."""
-        mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).as_subclass(cls)
+        """Such a mask."""
+        mask: Spans = cls.made(device)
         mask.firsts, mask.stops, mask.num_copies = firsts, stops, num_copies
         return mask
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Answer for attention what the mask says; what else is made of it says the same."""
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
-            mask = kwargs["attn_mask"] if "attn_mask" in kwargs else args[3]
-            return mask.attended(*args, **kwargs)
-        result = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(result, cls):
-            mask = next(arg for arg in args if isinstance(arg, cls))
-            result.firsts, result.stops, result.num_copies = mask.firsts, mask.stops, mask.num_copies
-        return result
 
     def attended(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,  # noqa: ARG002 - it is this one
+        attn_mask: torch.Tensor | None = None,  # noqa: ARG002 - this one
         dropout_p: float = 0.0,
+        is_causal: bool = False,
         **options: Any,
     ) -> torch.Tensor:
-        """`scaled_dot_product_attention` of queries (B, H, T, D), keys and values (B, K, S + T, D)."""
+        """Attention (B, H, T, D) of queries (B, H, T, D) to keys and values (B, K, S + T, D)."""
         once = _each_head_once(query, key, value, self.num_copies)
         if can_be_split(query, key, value, dropout_p) and matmul.can_be_served(query, once[0][0, 0]):
             return _in_blocks(query, *once, options.get("scale"), self.firsts, self.stops)
         mask = self.written_out(key.shape[-2], query.device)
-        return nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout_p, **options)
+        return nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, **options)
 
     def written_out(self, num_entries: int, device: torch.device) -> torch.Tensor:
         """The mask (B, 1, T, S + T)."""
@@ -116,8 +122,8 @@ class Spans(torch.Tensor):
         return seen[:, None].to(device)
 
 
-class ToldEntries(torch.Tensor):
-    """A mask (1, 1, 1, 1) that says "not the keys and values given, but these"; subclasses say which query sees which.
+class ToldEntries(ToldMask):
+    """A mask that says "not the keys and values given, but these"; subclasses say which query sees which.
 
     Attributes:
         entries: of the layer that is being computed, in the subclass's form; the layer's cache sets them.
@@ -127,31 +133,21 @@ class ToldEntries(torch.Tensor):
 
     @classmethod
     def on(cls, device: torch.device) -> Any:
-        """Such a mask, without entries yet; four dimensions, so that transformers takes it for one that the caller prepared."""
-        mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).as_subclass(cls)
+        """Such a mask, without entries yet."""
+        mask = cls.made(device)
         mask.entries = []
         return mask
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Answer for attention what the mask says; what else is made of it says the same."""
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
-            mask = kwargs["attn_mask"] if "attn_mask" in kwargs else args[3]
-            return cls.attended(args[0] if args else kwargs["query"], mask.entries, scale=kwargs.get("scale"))
-        result = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(result, cls):
-            result.entries = next(arg.entries for arg in args if isinstance(arg, cls))
-        return result
 
     def told(self, entries: Sequence[Any]) -> None:
         """Set the entries, in place: what has been made of the mask meanwhile, on another device, shares the list."""
         self.entries[:] = entries
 
+    def attended(self, query: torch.Tensor, *_: Any, **options: Any) -> torch.Tensor:
+        """Attention (B, H, T, D) of queries (B, H, T, D) to the entries, as the subclass has it."""
+        return self.attended_to(query, self.entries, scale=options.get("scale"))
+
     @staticmethod
-    def attended(query: torch.Tensor, entries: Sequence[Any], *, scale: float | None) -> torch.Tensor:
+    def attended_to(query: torch.Tensor, entries: Sequence[Any], *, scale: float | None) -> torch.Tensor:
         """Attention (B, H, T, D) of queries (B, H, T, D) to the entries."""
         raise NotImplementedError
 

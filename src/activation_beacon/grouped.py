@@ -27,7 +27,7 @@ class ByChunk(ToldEntries):
     """A mask that says "each chunk, what is held before it, and causally itself": T and keys and values (B, K, S + T, D)."""
 
     @staticmethod
-    def attended(
+    def attended_to(
         query: torch.Tensor, entries: Sequence[tuple[int, torch.Tensor, torch.Tensor]], *, scale: float | None
     ) -> torch.Tensor:
         """Attention (B, H, N, D) of queries (B, H, N, D), chunk by chunk."""

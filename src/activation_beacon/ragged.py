@@ -32,7 +32,7 @@ class OwnEntries(ToldEntries):
     """A mask that says "each row, all of its own entries": keys and values (1, K, S, D) of each row."""
 
     @staticmethod
-    def attended(
+    def attended_to(
         query: torch.Tensor, entries: Sequence[tuple[torch.Tensor, torch.Tensor]], *, scale: float | None
     ) -> torch.Tensor:
         """Attention (B, H, 1, D) of queries (B, H, 1, D), one of each row, to the row's own keys and values.

@@ -50,7 +50,7 @@ class FilledEntries(ToldEntries):
     """A mask that says "all that is filled of these": keys and values (B, K, C, D), and which slots are, (B, 1, 1, C)."""
 
     @staticmethod
-    def attended(query: torch.Tensor, entries: Sequence[torch.Tensor], *, scale: float | None) -> torch.Tensor:
+    def attended_to(query: torch.Tensor, entries: Sequence[torch.Tensor], *, scale: float | None) -> torch.Tensor:
         """Attention (B, H, 1, D) of queries (B, H, 1, D); those that share a kv head stand as queries of it."""
         keys, values, filled = entries
         shared = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1])
