@@ -75,7 +75,23 @@ def test_spans_give_the_attention_of_the_mask_written_out(dtype, heads, held, si
         assert type(found) is torch.Tensor
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     assert bool(blocks) == (dtype is torch.float32)
-    torch.testing.assert_close(mask.written_out(held + size, query.device), seen[:, None])
+    torch.testing.assert_close(mask.written_out(held + size), seen[:, None])
+
+
+def test_spans_written_out_by_hand():
+    stops = torch.tensor([[4, 6, 6, 7, 8]])
+    even, uneven = (Spans.on(stops.device, firsts, stops, num_copies=1).written_out(8) for firsts in ([0], [0, 1]))
+    expected = [
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1, 1, 1, 1],
+    ]
+    assert even.int().tolist() == [[expected]]
+    assert uneven.int().tolist() == [[expected], [[[0, *row[1:]] for row in expected]]]
+    own = Spans.on(stops.device, [0, 0], torch.tensor([[1, 5], [3, 5]]), num_copies=1).written_out(5)
+    assert own.int().tolist() == [[[[1, 0, 0, 0, 0], [1] * 5]], [[[1, 1, 1, 0, 0], [1] * 5]]]
 
 
 @needs_onednn
@@ -96,7 +112,7 @@ def test_spans_with_gradients_take_the_mask_written_out():
     mask = Spans.on(torch.device("cpu"), firsts, stops, num_copies=2)
     weights = torch.randn(2, 4, 8, 16)
     told = torch.autograd.grad((attention(query, key, value, mask) * weights).sum(), (query, key, value))
-    written = attention(query, key, value, mask.written_out(13, query.device))
+    written = attention(query, key, value, mask.written_out(13))
     expected = torch.autograd.grad((written * weights).sum(), (query, key, value))
     for gradient, other in zip(told, expected, strict=True):
         torch.testing.assert_close(gradient, other, rtol=0, atol=1e-6)

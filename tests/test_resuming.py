@@ -149,20 +149,10 @@ def test_rows_by_hand():
     assert rows.repeated_rows.tolist() == [0, 1]
     assert rows.beacon_rows.tolist() == [3, 4]
     assert rows.of(torch.arange(6.0)[None, :, None])[0, :, 0].tolist() == [1, 3, 3, 4, 5]
-    seen = rows.mask([2, 1])[:, 0].int().tolist()
-    assert seen[0] == [
-        [1, 1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 1, 1, 1, 0],
-        [1, 1, 1, 1, 1, 1, 1, 1],
-    ]
-    assert seen[1] == [[0, *row[1:]] for row in seen[0]]
 
 
 def test_each_text_has_tokens_of_its_own_to_repeat():
     rows = ChunkRows(num_slots=5, num_held=4, num_beacons=1, repeated=torch.tensor([[0], [2]]))
     assert rows.slots.tolist() == [[0, 4], [2, 4]]
-    assert rows.mask([0, 0])[:, 0].int().tolist() == [[[1, 0, 0, 0, 0], [1] * 5], [[1, 1, 1, 0, 0], [1] * 5]]
     states = torch.arange(10.0).view(2, 5, 1)
     assert rows.of(states)[..., 0].tolist() == [[0, 4], [7, 9]]

@@ -81,8 +81,8 @@ class Spans(ToldMask):
     """A mask that says which entries each query sees: from the first of its text's on, up to a last of its own.
 
     Attributes:
-        firsts: for each text, the first entry that its queries see.
-        stops: (1 or B, T) on a CPU; for each query, the entry behind the last that it sees.
+        firsts: for each text, or once for all, the first entry that its queries see.
+        stops: (1 or B, T); for each query, the entry behind the last that it sees.
         num_copies: as in `LowerRight`.
     """
 
@@ -111,15 +111,16 @@ class Spans(ToldMask):
         once = _each_head_once(query, key, value, self.num_copies)
         if can_be_split(query, key, value, dropout_p) and matmul.can_be_served(query, once[0][0, 0]):
             return _in_blocks(query, *once, options.get("scale"), self.firsts, self.stops)
-        mask = self.written_out(key.shape[-2], query.device)
+        mask = self.written_out(key.shape[-2])
         return nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, **options)
 
-    def written_out(self, num_entries: int, device: torch.device) -> torch.Tensor:
-        """The mask (B, 1, T, S + T)."""
-        entries = torch.arange(num_entries)
-        firsts = torch.tensor(self.firsts)[:, None, None]
-        seen: torch.Tensor = (entries >= firsts) & (entries < self.stops[..., None])
-        return seen[:, None].to(device)
+    def written_out(self, num_entries: int) -> torch.Tensor:
+        """The mask (1 or B, 1, T, S + T) of so many entries."""
+        entries = torch.arange(num_entries, device=self.stops.device)
+        seen: torch.Tensor = entries < self.stops[..., None]
+        if any(self.firsts):
+            seen = seen & (entries >= torch.tensor(self.firsts, device=entries.device)[:, None, None])
+        return seen[:, None]
 
 
 class ToldEntries(ToldMask):

@@ -344,13 +344,13 @@ class _Reader:
         """
         num_rows, longest = slots.shape[-1], max(lengths)
         is_even = rows is None and len(set(lengths)) == 1
-        is_worth_it = num_rows >= FEWEST_IN_SPANS and self.model.is_by_onednn(num_rows)
-        if not is_even and is_worth_it and self._understands_masks():
-            firsts, stops = [longest - length for length in lengths], slots.view(-1, num_rows) + longest + 1
-            return Spans.on(slots.device, firsts, stops, num_copies=self.site.num_copies)
-        if rows is not None:
-            return rows.mask(lengths)
-        return self._mask(_padding_mask(lengths, [num_rows] * len(lengths), num_rows, slots.device), longest, num_rows)
+        is_worth_it = num_rows >= FEWEST_IN_SPANS and self.model.is_by_onednn(num_rows) and self._understands_masks()
+        if rows is None and (is_even or not is_worth_it):
+            padding = _padding_mask(lengths, [num_rows] * len(lengths), num_rows, slots.device)
+            return self._mask(padding, longest, num_rows)
+        firsts, stops = [longest - length for length in lengths], slots.view(-1, num_rows) + longest + 1
+        spans = Spans.on(slots.device, firsts, stops, num_copies=self.site.num_copies)
+        return spans if rows is None or is_worth_it else spans.written_out(longest + rows.num_slots)
 
     def _is_compressed(self) -> bool:
         """Whether a chunk of some row has been closed; until then outputs are the base's, to the bit."""

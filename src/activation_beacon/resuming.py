@@ -6,12 +6,11 @@ more the tokens that beacons begin as: their states are wanted, and nobody keeps
 chunk that has been read whole, rather than nine eighths.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-# B texts · R rows of a pass · T slots of a chunk · S entries held before it · h of its tokens held · n beacons · M model dim
+# B texts · R rows of a pass · T slots of a chunk · h of its tokens held · n beacons · M model dim
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,3 @@ class ChunkRows:
     def of(self, states: torch.Tensor) -> torch.Tensor:
         """The rows (B, R, M) out of what all slots have (B, T, M)."""
         return states.take_along_dim(self.slots.expand(states.shape[0], -1)[..., None], dim=1)
-
-    def mask(self, lengths: Sequence[int]) -> torch.Tensor:
-        """What each row sees, (1 or B, 1, R, S + T): what is held before the chunk, and the chunk up to its own slot.
-
-        Args:
-            lengths: entries held before the chunk, for each text; they stand at the right end of the longest one's S.
-        """
-        longest, slots = max(lengths), self.slots
-        entries = torch.arange(-longest, self.num_slots, device=slots.device)
-        seen = entries <= slots[..., None]
-        if len(set(lengths)) > 1:
-            first = torch.tensor([-length for length in lengths], device=slots.device)
-            seen = seen & (entries >= first[:, None, None])
-        return seen.view(-1, 1, *seen.shape[-2:])
