@@ -152,7 +152,7 @@ def test_kvpress_holds_what_beacons_hold(tmp_path):
     result = timed(tmp_path, *options, "--peers-python", KVPRESS)
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
-    full, beacons, *others = values["rows"]
+    full, beacons, *others = (row for row in values["rows"] if not row["is_onednn"])  # one is, where oneDNN is faster
     assert [row["press"] for row in others] == sorted(peers.PRESSES)
     assert all(row["by"].startswith("kvpress 0.5") for row in others)
     assert full["cache_bytes"] > 2 * beacons["cache_bytes"]
