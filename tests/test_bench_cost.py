@@ -27,7 +27,7 @@ from activation_beacon.cli import app
 from activation_beacon.config import BeaconConfig
 from activation_beacon.default_base import _default_config
 from activation_beacon.errors import BaseModelError, CapacityError, ConfigError, UnsupportedModelError
-from activation_beacon.plan import Row, TextPlanner, as_policy
+from activation_beacon.plan import Row, TextPlanner, as_policy, chunks_closed, entries_held
 from families import FAMILIES, SIZES, TESTED, beacon_tensors, random_ids, tiny, with_beacons
 
 TINY = ModelShape(
@@ -73,6 +73,46 @@ def test_entries_and_bytes_are_those_of_a_real_cache():
         how = Compression(4, 16, 3)
         assert how.entries(length) == cache.cache_length
         assert shape.cache_bytes(how.entries(length), 4) == cache.cache_bytes
+
+
+LOCAL = BeaconConfig(chunk_size=16, ratios=(2, 4, 8), num_sinks=3, local_tokens=10, placement="append", anchored=True)
+
+
+@pytest.mark.parametrize("local_tokens", [0, 1, 15, 16, 40])
+@pytest.mark.parametrize("ratio", [2, 8])
+def test_an_adapter_s_local_tokens_count_as_they_are_held(ratio, local_tokens):
+    config = dataclasses.replace(LOCAL, local_tokens=local_tokens)
+    how = Compression.of(config, ratio)
+    for length in range(1, 150):
+        assert how.entries(length) == entries_held(config, length, ratio)
+        assert how.num_closed(length) == chunks_closed(length, 16, local_tokens)
+    full = Compression.of(config, None)
+    assert (full.entries(149), full.num_closed(149)) == (149, 0)
+
+
+def test_a_tail_of_local_tokens_is_counted_in_the_bytes_of_a_step():
+    config = BeaconConfig(num_sinks=4, local_tokens=100)
+    how, shape = Compression.of(config, 8), SHAPES["smollm2-135m"]
+    assert how.entries(2049) == 4 + 128 + 1025 == 1157
+    without = decode_bytes(shape, 2049, Compression.of(BeaconConfig(num_sinks=4), 8), 2)
+    assert decode_bytes(shape, 2049, how, 2) - without == shape.cache_bytes(1157 - 261, 2)
+
+
+@pytest.mark.parametrize("length", [26, 27, 43, 58, 59, 75])
+def test_operations_and_entries_with_local_tokens_are_those_of_a_real_model(length):
+    model, passes = with_beacons("llama", LOCAL, attention="sdpa"), []
+    model.model.layers[0].register_forward_pre_hook(lambda layer, args: passes.append(args[0].shape[1]))
+    cache = model.compress(random_ids(length), ratio=4)
+    how = Compression.of(LOCAL, 4)
+    closings = [each.rows for each in how.closings(0, length)]
+    assert sum(passes) == sum(closings) + length - 16 * len(closings) == sum(each.rows for each in how.passes(length))
+    assert how.entries(length) == cache.cache_length
+    passes.clear()
+    model.compress(random_ids(1), cache=cache)
+    written = [*how.resumed_closings(length, length + 1), *how.tails_read_again(length, length + 1)]
+    assert sum(passes) == sum(each.rows for each in written) + 1
+    assert bool(written) == (length in (26, 58))
+    assert how.entries(length + 1) == cache.cache_length
 
 
 def test_weights_are_those_of_real_models():
@@ -124,6 +164,8 @@ def test_a_text_of_whole_chunks_pays_for_its_last_one_when_writing_begins():
         Compression(4, 8, 2),
         Compression(2, 8, placement="append"),
         Compression(4, 8, placement="append", anchored=True),
+        Compression(2, 4, local_tokens=3),
+        Compression(4, 8, 2, "append", anchored=True, local_tokens=11),
     ],
     ids=str,
 )
@@ -212,16 +254,46 @@ def test_the_longest_text_fits_a_gpu_and_one_token_more_does_not(ratio, batch_si
     assert fits <= room < exceeds
 
 
+@pytest.mark.parametrize("local_tokens", [0, 5, 20])
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("ratio", [2, 4, 8])
-def test_the_longest_text_in_the_positions_is_the_longest_that_is_read(ratio, sinks):
-    planner = TextPlanner(config := BeaconConfig(16, (2, 4, 8), num_sinks=sinks), as_policy(config, ratio), 64)
-    shape = dataclasses.replace(TINY, max_positions=64)
-    tokens, stops = longest_text(shape, Compression(ratio, 16, sinks), 2)
+def test_the_longest_text_in_the_positions_is_the_longest_that_is_read(ratio, sinks, local_tokens):
+    config = BeaconConfig(16, (2, 4, 8), num_sinks=sinks, local_tokens=local_tokens)
+    planner, shape = TextPlanner(config, as_policy(config, ratio), 64), dataclasses.replace(TINY, max_positions=64)
+    tokens, stops = longest_text(shape, Compression.of(config, ratio), 2)
     assert stops == "positions"
     planner.plan(Row(16), tokens)
-    with pytest.raises(CapacityError):
-        planner.plan(Row(16), tokens + 1)
+    for longer in range(tokens + 1, tokens + 100):
+        with pytest.raises(CapacityError):
+            planner.plan(Row(16), longer)
+
+
+def is_read_and_written(planner, num_tokens, num_new):
+    """Whether a text can be read in one go, and then token by token."""
+    row = Row(16)
+    try:
+        for count in (num_tokens, *[1] * num_new):
+            reading = planner.plan(row, count)
+            for layout in reading.closings:
+                row = row.after_closing(layout)
+            row = row.after_reading(reading.stop - row.tokens_seen)
+    except CapacityError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("num_new", [0, 1, 7, 40])
+@pytest.mark.parametrize("local_tokens", [0, 5, 20])
+@pytest.mark.parametrize("ratio", [2, 8])
+def test_what_is_too_long_for_the_positions_is_what_the_plan_refuses_on_the_way(ratio, local_tokens, num_new):
+    config = BeaconConfig(16, (2, 4, 8), num_sinks=3, local_tokens=local_tokens)
+    planner, shape = TextPlanner(config, as_policy(config, ratio), 64), dataclasses.replace(TINY, max_positions=64)
+    how = Compression.of(config, ratio)
+    for length in range(1, 400):
+        fits = obstacle(shape, length, how, 2, num_new=num_new) is None
+        assert fits == is_read_and_written(planner, length, num_new), length
+    longest = max(length for length in range(400) if not length or is_read_and_written(planner, length, num_new))
+    assert longest_text(shape, how, 2, num_new=num_new)[0] == longest
 
 
 def test_ratio_times_the_positions_can_be_read_but_for_one_raw_chunk():

@@ -76,8 +76,10 @@ def test_a_text_that_does_not_fit_is_refused_before_it_is_read():
         measure.run(model(max_position_embeddings=64), Cell(40 * CHUNK, 1, 8, 0), 3)
 
 
-def test_each_chunk_of_a_long_text_is_timed():
-    seconds = measure.chunk_seconds(model(), 6, 4)
+@pytest.mark.parametrize("local_tokens", [0, 5, 20])
+def test_each_chunk_of_a_long_text_is_timed(local_tokens):
+    attached = with_beacons("llama", BeaconConfig(CHUNK, (2, 4, 8), local_tokens=local_tokens), attention="sdpa")
+    seconds = measure.chunk_seconds(attached, 6, 4)
     assert len(seconds) == 6
     assert min(seconds) > 0
 

@@ -6,12 +6,13 @@ Operations are those of one text; bytes and what fits are those of a batch of te
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from activation_beacon.config import BeaconConfig, Placement
 from activation_beacon.errors import ConfigError
+from activation_beacon.plan import chunks_closed
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Compression:
         num_sinks: first tokens kept raw.
         placement: beacons that stand at the chunk's end ("append") are all that is computed of a chunk read before,
         anchored: and the tokens that they begin as.
+        local_tokens: raw tokens that the tail keeps at least; they are read again, behind its beacons, when a chunk is closed.
     """
 
     ratio: int | None
@@ -144,6 +146,7 @@ class Compression:
     num_sinks: int = 0
     placement: Placement = "interleave"
     anchored: bool = False
+    local_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.ratio is not None and (self.ratio < 2 or self.chunk_size % self.ratio):
@@ -154,7 +157,7 @@ class Compression:
     @classmethod
     def of(cls, config: BeaconConfig, ratio: int | None) -> "Compression":
         """As an adapter's settings have it."""
-        return cls(ratio, config.chunk_size, config.num_sinks, config.placement, config.anchored)
+        return cls(ratio, config.chunk_size, config.num_sinks, config.placement, config.anchored, config.local_tokens)
 
     @property
     def closing_slots(self) -> int:
@@ -163,7 +166,7 @@ class Compression:
 
     def num_closed(self, num_tokens: int) -> int:
         """Chunks that are closed once so many tokens have been read."""
-        return 0 if self.ratio is None else max(0, (num_tokens - 1) // self.chunk_size)
+        return 0 if self.ratio is None else chunks_closed(num_tokens, self.chunk_size, self.local_tokens)
 
     def held_before(self, chunk: int) -> int:
         """Entries held before a chunk (from 0) is read."""
@@ -176,12 +179,20 @@ class Compression:
         closed = self.num_closed(num_tokens)
         return self.held_before(closed) + num_tokens - closed * self.chunk_size
 
-    def peak_entries(self, num_tokens: int) -> int:
-        """Entries held at most on the way: the last closed chunk's slots, or the tail."""
-        closed = self.num_closed(num_tokens)
+    def peak_entries(self, num_tokens: int, num_new: int = 0) -> int:
+        """Entries held at most while a text is read and written on: the last closed chunk's slots, or the tail."""
+        stop = num_tokens + num_new
+        closed = self.num_closed(stop)
         if not closed:
-            return self.entries(num_tokens)
-        return max(self.entries(num_tokens), self.held_before(closed - 1) + self.closing_slots)
+            return self.entries(stop)
+        peak = max(self.entries(stop), self.held_before(closed - 1) + self.closing_slots)
+        if closed == self.num_closed(num_tokens):
+            return peak
+        return max(peak, self.entries(self.longest_raw(closed - 1)))  # writing closed it: all of its tail was held
+
+    def longest_raw(self, num_closed: int) -> int:
+        """Tokens of the longest text of which no more chunks than these are closed."""
+        return (num_closed + 1) * self.chunk_size + self.local_tokens
 
     def closings(self, start: int, stop: int) -> Iterator[Pass]:
         """Each pass that closes a chunk while a text grows from `start` to `stop` tokens, none of the chunk read before."""
@@ -202,6 +213,12 @@ class Compression:
                 pairs += beacons * anew.held + unit * beacons * (beacons + 1) // 2
             yield Pass(beacons * (2 if self.anchored else 1), pairs, anew.held)
 
+    def tails_read_again(self, start: int, stop: int) -> Iterator[Pass]:
+        """Each pass over the local tokens behind a chunk that is closed in writing: they stand at other positions then."""
+        if self.local_tokens:
+            for chunk in range(self.num_closed(start), self.num_closed(stop)):
+                yield Pass.causal(self.local_tokens, self.held_before(chunk + 1))
+
     def passes(self, num_tokens: int) -> Iterator[Pass]:
         """Each pass of a prefill."""
         yield from self.closings(0, num_tokens)
@@ -210,7 +227,9 @@ class Compression:
 
     def widest_pass(self, num_tokens: int, num_new: int = 0) -> int:
         """Slots of the widest pass of reading a text and writing on."""
-        return self.closing_slots if self.num_closed(num_tokens + num_new) else num_tokens
+        tail = num_tokens - self.num_closed(num_tokens) * self.chunk_size
+        closing = max(self.closing_slots, self.local_tokens + 1) if self.num_closed(num_tokens + num_new) else 0
+        return max(tail, closing)
 
 
 FULL_ATTENTION = Compression(None)
@@ -229,7 +248,8 @@ def decode_flops(shape: ModelShape, num_tokens: int, num_new: int, how: Compress
     stop = num_tokens + num_new
     total = num_new * (shape.token_flops(1) + shape.head_flops(1))
     total += shape.attention_flops(sum(how.entries(length) for length in range(num_tokens + 1, stop + 1)))
-    return total + sum(pass_flops(shape, each) for each in how.resumed_closings(num_tokens, stop))
+    closings = (*how.resumed_closings(num_tokens, stop), *how.tails_read_again(num_tokens, stop))
+    return total + sum(pass_flops(shape, each) for each in closings)
 
 
 def pass_flops(shape: ModelShape, each: Pass) -> int:
@@ -246,8 +266,8 @@ def end_to_end_speedup(shape: ModelShape, num_tokens: int, num_new: int, how: Co
 def break_even(shape: ModelShape, how: Compression, *, num_new: int = 0, limit: int = 1 << 22) -> int | None:
     """The shortest text from which on every text takes fewer operations; None if there is none up to `limit`.
 
-    With the length, what is saved grows but for two kinds of drops: one token behind whole chunks, where reading closes one more,
-    and where writing comes to close one. Over the drops of one kind it is convex and starts with a loss, so that it
+    With the length, what is saved grows but for two kinds of drops: one token behind whole chunks and local tokens, where reading
+    closes one more, and where writing comes to close one. Over the drops of one kind it is convex and starts with a loss, so that it
     turns once.
     """
 
@@ -255,7 +275,7 @@ def break_even(shape: ModelShape, how: Compression, *, num_new: int = 0, limit: 
         return end_to_end_speedup(shape, num_tokens, num_new, how) > 1
 
     last_loss = 0
-    for first in {1, 1 + -num_new % how.chunk_size}:
+    for first in {1 + how.local_tokens % how.chunk_size, 1 + (how.local_tokens - num_new) % how.chunk_size}:
         drops = range(first, limit + 1, how.chunk_size)
         turn = bisect_left(drops, True, key=gains)
         if turn == len(drops):
@@ -291,7 +311,7 @@ def memory_bytes(
     weights = (shape.num_weights + adapter) * element_bytes
     slots = how.widest_pass(num_tokens, num_new)
     activations = slots * (2 * shape.intermediate_size + 4 * shape.hidden_size) * element_bytes
-    caches = shape.cache_bytes(how.peak_entries(num_tokens + num_new), element_bytes)
+    caches = shape.cache_bytes(how.peak_entries(num_tokens, num_new), element_bytes)
     return weights + batch_size * (activations + caches)
 
 
@@ -309,7 +329,7 @@ def obstacle(
     num_new: int = 0,
 ) -> Obstacle | None:
     """What a text is too long for: the base's positions, or else a GPU's memory; None if it fits."""
-    if shape.max_positions is not None and how.peak_entries(num_tokens + num_new) > shape.max_positions:
+    if shape.max_positions is not None and how.peak_entries(num_tokens, num_new) > shape.max_positions:
         return "positions"
     needed = memory_bytes(shape, num_tokens, how, element_bytes, batch_size=batch_size, num_new=num_new)
     return "memory" if gpu_bytes is not None and needed > gpu_bytes else None
@@ -332,6 +352,17 @@ def longest_text(
             shape, num_tokens, how, element_bytes, gpu_bytes=gpu_bytes, batch_size=batch_size, num_new=num_new
         )
 
-    lengths = range(1, limit + 1)
-    fitting = bisect_left(lengths, True, key=lambda num_tokens: stops(num_tokens) is not None)
+    def first(num_closed: int) -> int:
+        return how.longest_raw(num_closed - 1) + 1 if num_closed else 1
+
+    def num_fitting(lengths: Sequence[int], length_of: Callable[[int], int] = int) -> int:
+        return bisect_left(lengths, True, key=lambda each: stops(length_of(each)) is not None)
+
+    # A text that has one chunk more closed may need less, as less of it is raw; from there to the next such text, needs grow.
+    most_closed = how.num_closed(limit)
+    number = num_fitting(range(most_closed + 1), first)
+    if not number:
+        return 0, stops(1)
+    start, stop = first(number - 1), limit + 1 if number > most_closed else first(number)
+    fitting = start - 1 + num_fitting(range(start, stop))
     return fitting, None if fitting == limit else stops(fitting + 1)

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from activation_beacon import attach, detach
 from activation_beacon.bench.timing import Run, keep_pages, now, random_ids, timed
+from activation_beacon.config import BeaconConfig
 from activation_beacon.grouped import ROWS_TOGETHER
 from activation_beacon.matmul import FEW_ROWS, training_products
 
@@ -107,19 +108,20 @@ def warm_up(model: Any, ratios: Sequence[int]) -> None:
 
 
 def warm_up_length(model: Any) -> int:
-    """Tokens of a text that does not count: two chunks and one."""
-    return 2 * int(model.beacon_config.chunk_size) + 1
+    """Tokens of a text that does not count: those that close two chunks."""
+    return _closing_length(model.beacon_config, 2)
 
 
 def chunk_seconds(model: Any, num_chunks: int, ratio: int) -> list[float]:
     """Seconds that each of so many chunks takes to be closed in a pass of its own, in order."""
-    device, width = model.get_input_embeddings().weight.device, model.beacon_config.chunk_size
+    device, config = model.get_input_embeddings().weight.device, model.beacon_config
+    pieces = [_closing_length(config, 1), *[config.chunk_size] * (num_chunks - 1)]  # each closes one
     cache, seconds, began = model.new_cache(ratio=ratio), [], 0.0
 
     def note(*_: int) -> None:
         seconds.append(now(device) - began)
 
-    for piece in _chunks(model, num_chunks).split([width + 1, *[width] * (num_chunks - 1)], dim=1):  # each closes one
+    for piece in _chunks(model, num_chunks).split(pieces, dim=1):
         began = now(device)
         model.compress(piece, cache=cache, progress=note)
     return seconds
@@ -138,7 +140,12 @@ def seconds_in_one_call(model: Any, num_chunks: int, ratio: int) -> float | None
 def _chunks(model: Any, num_chunks: int) -> torch.Tensor:
     """Random tokens (1, T) that close so many chunks."""
     weight = model.get_input_embeddings().weight
-    return random_ids(weight.shape[0], 1, num_chunks * model.beacon_config.chunk_size + 1, weight.device)
+    return random_ids(weight.shape[0], 1, _closing_length(model.beacon_config, num_chunks), weight.device)
+
+
+def _closing_length(config: BeaconConfig, num_chunks: int) -> int:
+    """Tokens that must have been read for so many chunks to be closed."""
+    return num_chunks * config.chunk_size + config.local_tokens + 1
 
 
 @torch.no_grad()

@@ -251,7 +251,7 @@ def chunks(
     seconds = measure.chunk_seconds(attached, num_chunks, ratio)
     in_one_call = measure.seconds_in_one_call(attached, num_chunks, ratio)
     sizes = ModelShape.of(attached.config.get_text_config(decoder=True))
-    passes = list(how.closings(0, num_chunks * how.chunk_size + 1))
+    passes = list(how.closings(0, how.longest_raw(num_chunks - 1) + 1))
     flops = [pass_flops(sizes, each) for each in passes]
     if not json:
         typer.echo(f"{'chunk':>6}{'held':>9}{'seconds':>10}{'of the first':>14}{'on paper':>10}")
