@@ -1,16 +1,15 @@
 """A server of a tiny model on a port of its own, in a thread."""
 
 import contextlib
-import socket
 import threading
 import time
 
 import httpx
 import openai
-import uvicorn
 
 from activation_beacon import BeaconConfig
 from activation_beacon.server.app import create_app
+from activation_beacon.server.http import HttpServer, bound_socket
 from activation_beacon.server.settings import Settings
 from evaluation_models import byte_tokenizer
 from server_models import serving_model
@@ -61,11 +60,10 @@ def live(folder, *, model=None, **settings):
 @contextlib.contextmanager
 def live_app(app):
     """Serve an application while the block runs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run, daemon=True)
+    bound = bound_socket("127.0.0.1", 0)
+    port = bound.getsockname()[1]
+    server = HttpServer(app, log_level="warning")
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     try:
         wait_until(lambda: server.started)

@@ -494,6 +494,15 @@ def test_a_text_that_no_ratio_fits_is_refused_with_the_longest_that_does():
         planner("auto", max_positions=32).plan(Row(16), 145)
 
 
+@pytest.mark.parametrize("ratio", ["auto", 2, (2, 4)])
+def test_a_text_of_any_length_is_refused_at_once(ratio):
+    # a layout for each of its chunks would take hours
+    with pytest.raises(
+        CapacityError, match=r"^A text of 1000000000000 tokens needs \d+ cache entries .* 32\. Read at most 144"
+    ):
+        planner(ratio, max_positions=32).plan(Row(16), 10**12)
+
+
 def test_the_budget_is_named_where_it_is_the_limit():
     with pytest.raises(CapacityError, match=r"; the budget is 30\. Read at most 128 tokens\.$"):
         planner("auto", budget=30, max_positions=64).plan(Row(16), 1000)

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from activation_beacon import BeaconCache, ChatPrompt
+from activation_beacon.server import folder as folder_module
 from evaluation_models import byte_tokenizer
 from server_live import BOOK, MODEL, live, live_model, wait_until
 from server_models import assert_same_cache
@@ -79,15 +80,17 @@ def test_a_file_is_taken_from_a_form(model, folder):
         ({"json": {}}, 400, "text: Field required"),
         ({"json": {"text": "x", "wonder": 1}}, 400, "wonder: Extra inputs"),
         ({"json": {"text": "x", "ratio": 3}}, 400, "ratio"),
-        ({"json": {"text": "x" * 9000, "ratio": 2}}, 400, "No ratio fits|Use ratio"),
+        ({"json": {"text": "x" * 9000, "ratio": 2}}, 400, "No ratio fits|Use ratio|Read at most"),
         ({"json": {"text": BOOK, "ratio": [2, 8]}}, 400, "names 2 chunks, but the text .* closes"),
         ({"json": {"text": BOOK, "ratio": [2, 8], "stream": True}}, 400, "names 2 chunks, but the text .* closes"),
-        ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "Invalid JSON"),
+        ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "^The body is not JSON: EOF "),
         ({"content": b"x", "headers": {"content-type": "text/plain"}}, 400, "Send application/json"),
         ({"files": {"file": ("a.txt", b"\xff\xfe")}}, 400, "not UTF-8"),
         ({"files": {"file": ("a.txt", b"a\0b")}}, 400, "binary"),
         ({"files": {"other": ("a.txt", b"a")}}, 400, "has no file"),
         ({"files": {"file": ("a.txt", b"a")}, "data": {"ratio": "many"}}, 400, "ratio must be"),
+        ({"files": {"file": ("a.txt", b"a")}, "data": {"ratio": "9" * 5000}}, 400, "ratio must be"),
+        ({"files": {"file": ("a.txt", b"a")}, "data": {"quantize": "9" * 5000}}, 400, "^quantize: Input should be"),
     ],
 )
 def test_texts_that_cannot_be_compressed(model, tmp_path_factory, request_options, status, message):
@@ -115,6 +118,37 @@ def test_a_context_grows_and_forks(model, folder):
         assert events[-1][1]["tokens"] == grown["tokens"] + len(more)
 
 
+def test_a_fork_needs_no_body(model, folder):
+    with live(folder, model=model) as server:
+        first = server.create(name="book")
+        assert server.http.post(f"/v1/contexts/{first['id']}/fork").json()["name"] == "book (copy)"
+
+
+def test_a_context_that_is_deleted_while_text_is_appended_stays_deleted(model, folder, monkeypatch):
+    with live(folder, model=model) as server:
+        made = server.create()
+        written, go_on = threading.Event(), threading.Event()
+        replace = server.server.library.folder.replace
+
+        def slow(*values):
+            written.set()
+            go_on.wait(20)
+            return replace(*values)
+
+        monkeypatch.setattr(server.server.library.folder, "replace", slow)
+        url, replies = f"{server.url}/v1/contexts/{made['id']}", []
+        append = threading.Thread(
+            target=lambda: replies.append(httpx.post(f"{url}/append", json={"text": "more"}, timeout=60))
+        )
+        append.start()
+        written.wait(20)
+        assert server.http.delete(url).status_code == 200
+        go_on.set()
+        append.join(60)
+        assert (replies[0].status_code, replies[0].json()["error"]["code"]) == (404, "not_found")
+        assert server.http.get(url).status_code == 404
+
+
 def test_deleting_removes_the_file_and_nothing_else(model, folder):
     with live(folder, model=model) as server:
         one, two = server.create(), server.create(BOOK[::-1])
@@ -124,7 +158,8 @@ def test_deleting_removes_the_file_and_nothing_else(model, folder):
         assert sorted(path.stem for path in folder.iterdir()) == [two["id"], two["id"]]
 
 
-def test_a_restart_finds_contexts_and_a_damaged_one_is_set_aside(model, folder):
+def test_a_restart_finds_contexts_and_a_damaged_one_is_set_aside(model, folder, monkeypatch):
+    monkeypatch.setattr(folder_module, "STILL_S", -1.0)  # nobody is still copying it
     with live(folder, model=model) as server:
         good, bad = server.create(name="good"), server.create(name="bad")
         answer = server.ask("Who?", context=good["id"]).choices[0].message.content

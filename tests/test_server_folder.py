@@ -1,6 +1,7 @@
 """Contexts on disk: found again, whole or set aside, in a folder or in an object store; and caches in memory by bytes."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -55,7 +56,13 @@ def test_a_file_of_beacon_compress_is_served_too(tmp_path, context):
     assert folder.find("book").tokens == 60
 
 
-def test_a_damaged_file_is_set_aside_and_reported(folder, context):
+@pytest.fixture
+def nobody_copies(monkeypatch):
+    """Files as if nobody had written to them for long."""
+    monkeypatch.setattr(folder_module, "STILL_S", -1.0)
+
+
+def test_a_damaged_file_is_set_aside_and_reported(folder, context, nobody_copies):
     good, bad = saved(folder, context), saved(folder, context, "damaged one")
     path = f"{folder.root}/{bad.id}.beacon"
     content = bytearray(folder.fs.cat_file(path))
@@ -80,6 +87,70 @@ def test_a_file_cut_short_is_noticed_when_listed(folder, context):
     folder.fs.pipe_file(path, folder.fs.cat_file(path)[:-100])
     (found,) = Folder(folder.url).list()
     assert "damaged" in found.error
+
+
+def test_a_file_that_is_still_being_copied_is_left_alone(folder, context):
+    content = folder.fs.cat_file(f"{folder.root}/{saved(folder, context).id}.beacon")
+    path = f"{folder.root}/copy.beacon"
+    folder.fs.pipe_file(path, content[: len(content) // 2])
+    assert folder.find("copy").error == "The file is damaged, or is still being written."
+    with pytest.raises(FileFormatError):
+        folder.load("copy")
+    folder.fs.pipe_file(path, content)
+    assert folder.find("copy").error is None
+    assert_same_cache(folder.load("copy"), context, atol=0)
+
+
+def test_a_damaged_file_is_read_once_for_any_number_of_looks(folder, context, monkeypatch):
+    record = saved(folder, context)
+    path = f"{folder.root}/{record.id}.beacon"
+    folder.fs.pipe_file(path, folder.fs.cat_file(path)[:-100])
+    looking, read = Folder(folder.url), []
+    load = looking._loaded
+    monkeypatch.setattr(looking, "_loaded", lambda each: read.append(each) or load(each))
+    assert looking.list() == looking.list()
+    assert read == [record.id]
+
+
+def test_what_cannot_be_read_hides_no_other_context(tmp_path, context):
+    folder = Folder(str(tmp_path))
+    record = saved(folder, context)
+    (tmp_path / "folder.beacon").mkdir()
+    assert folder.list() == [record]
+    assert folder.find("folder") is None
+    context.save(tmp_path / "closed.beacon")
+
+    def closed(context_id):
+        raise StorageError(f"{context_id} cannot be read: Permission denied.")
+
+    folder._read = closed
+    assert {each.id: each.error for each in folder.list()} == {
+        record.id: None,
+        "closed": "closed cannot be read: Permission denied.",
+    }
+
+
+def test_what_is_deleted_while_it_is_written_stays_deleted(folder, context, monkeypatch):
+    record, started, go_on = saved(folder, context), threading.Event(), threading.Event()
+    write = folder._written
+
+    def slow(*values):
+        started.set()
+        go_on.wait(10)
+        return write(*values)
+
+    monkeypatch.setattr(folder, "_written", slow)
+    writing = threading.Thread(target=folder.replace, args=(record, context))
+    writing.start()
+    started.wait(10)
+    deleting = threading.Thread(target=folder.delete, args=(record.id,))
+    deleting.start()
+    go_on.set()
+    writing.join(10)
+    deleting.join(10)
+    assert folder.list() == []
+    assert folder.replace(record, context) is None
+    assert folder.list() == []
 
 
 def test_a_batch_is_not_served(tmp_path, context):
@@ -143,7 +214,7 @@ def test_a_context_that_is_replaced_while_it_is_examined_has_the_numbers_of_the_
     record = saved(folder, context)
     folder.fs.rm_file(f"{folder.root}/{record.id}.json")
     looking, replacements = Folder(folder.url), [longer]
-    load = looking.load
+    load = looking._read
 
     def slow(context_id):
         cache = load(context_id)
@@ -151,7 +222,7 @@ def test_a_context_that_is_replaced_while_it_is_examined_has_the_numbers_of_the_
             folder.save(record, replacements.pop())
         return cache
 
-    monkeypatch.setattr(looking, "load", slow)
+    monkeypatch.setattr(looking, "_read", slow)
     assert looking.find(record.id).tokens == 80
     for each in (folder, looking, Folder(folder.url)):
         assert (each.find(record.id).tokens, each.find(record.id).name) == (80, "a book")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import httpx
 import openai
@@ -223,7 +224,8 @@ def test_a_completion_follows_a_plain_context(server, model):
         ({"extra_body": {"wonder": 1}}, openai.BadRequestError, "wonder is not a field of this request"),
         ({"top_logprobs": 3}, openai.BadRequestError, "top_logprobs needs logprobs"),
         ({"stop": ["x"] * 20}, openai.BadRequestError, "stop takes up to 16 texts"),
-        ({"max_tokens": 10**6}, openai.BadRequestError, "No ratio fits|Use ratio"),
+        ({"max_tokens": 10**6}, openai.BadRequestError, "Read at most"),
+        ({"max_tokens": 2**31}, openai.BadRequestError, "Read at most"),
         ({"extra_body": {"ratio": 3}}, openai.BadRequestError, "ratio"),
         ({"logit_bias": {"5000": 1}}, openai.BadRequestError, "logit_bias names tokens"),
         (
@@ -235,8 +237,25 @@ def test_a_completion_follows_a_plain_context(server, model):
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             openai.BadRequestError,
-            "messages.0.content",
+            "messages.0: parts of the type 'image_url' are not supported",
         ),
+        (
+            {"messages": [CHAT[0], {"role": "assistant", "content": "x", "tool_calls": [{"id": "a"}]}, CHAT[0]]},
+            openai.BadRequestError,
+            "messages.1: tool_calls is not supported in a message",
+        ),
+        (
+            {"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": []}, CHAT[0]]},
+            openai.BadRequestError,
+            "messages.1: content is missing",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "17", "tool_call_id": "a"}]},
+            openai.BadRequestError,
+            "messages.0: messages of the role 'tool' are not supported",
+        ),
+        ({"stop": [None]}, openai.BadRequestError, " - stop: Input should be a valid string"),
+        ({"extra_body": {"ratio": "x"}}, openai.BadRequestError, " - ratio: Input should be a valid integer"),
     ],
 )
 def test_errors_are_in_openais_shape(server, options, kind, message):
@@ -244,6 +263,42 @@ def test_errors_are_in_openais_shape(server, options, kind, message):
         chat(server, **options)
     assert set(caught.value.body) == {"message", "type", "param", "code"}
     assert "\n" not in caught.value.body["message"]
+    assert re.fullmatch(r"[a-z_]+(\.[0-9]+)*|None", str(caught.value.body["param"]))
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "message"),
+    [
+        (b"{", {"content-type": "application/json"}, "The body is not JSON: Expecting property name"),
+        (b'{"model": "tiny"}', {}, "The body must be a JSON object. Send it with Content-Type: application/json."),
+        (b"7", {"content-type": "application/json"}, "The body must be a JSON object."),
+        (b'{"model": "tiny", "prompt": []}', {"content-type": "application/json"}, "prompt: "),
+        (b'{"model": "tiny", "prompt": [true]}', {"content-type": "application/json"}, "prompt: "),
+    ],
+)
+def test_bodies_that_are_no_requests(server, content, headers, message):
+    reply = server.http.post("/v1/completions", content=content, headers=headers)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith(message)
+    assert reply.json()["error"]["param"] in (None, "prompt")
+
+
+def test_answers_may_be_sent_back_as_they_came(server):
+    first = chat(server).choices[0].message
+    assert chat(server, [CHAT[0], first.model_dump(), {"role": "user", "content": "And then?"}]).choices
+
+
+def test_many_prompts_are_one_request_to_an_idle_server(model, tmp_path):
+    with live(tmp_path / "contexts", model=model, max_waiting=2) as narrow:
+        reply = narrow.openai.completions.create(model=MODEL, prompt=["a", "b", "c", "d", "e"], max_tokens=2)
+    assert len(reply.choices) == 5
+
+
+def test_the_second_answer_of_a_seed_is_no_other_seeds_first(server):
+    options = {"max_tokens": 20, "temperature": 1}
+    texts = {choice.message.content for choice in chat(server, n=3, seed=1, **options).choices}
+    for seed in (2, 3):
+        assert chat(server, seed=seed, **options).choices[0].message.content not in texts
 
 
 def test_a_context_longer_than_the_model_can_hold_says_so(server):

@@ -8,6 +8,7 @@ import httpx
 import openai
 import pytest
 
+from activation_beacon.cli.serve import LOOPBACK, _allowed_hosts
 from activation_beacon.server.logs import JsonFormatter
 from server_live import BOOK, MODEL, live, live_model, wait_until
 
@@ -79,7 +80,9 @@ def test_a_key_is_asked_for_everywhere_but_at_the_page_and_health(model, folder)
         for path in ("/v1/models", "/v1/contexts", "/metrics", "/openapi.json"):
             assert server.http.get(path).status_code == 401
             assert server.http.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401
-            assert server.http.get(path, headers={"authorization": "Bearer sesame"}).status_code == 200
+            assert server.http.get(path, headers={"authorization": "sesame"}).status_code == 401
+            for scheme in ("Bearer", "bearer"):
+                assert server.http.get(path, headers={"authorization": f"{scheme} sesame"}).status_code == 200
         assert server.http.get("/").status_code == server.http.get("/health").status_code == 200
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="sesame") as client:
             assert client.models.list().data
@@ -99,6 +102,30 @@ def test_pages_of_other_origins_are_refused_unless_allowed(model, folder):
         preflight = {**other, "access-control-request-method": "POST"}
         assert server.http.options("/v1/contexts", headers=preflight).status_code == 200
         assert server.http.get("/v1/models", headers={"origin": "https://third.example"}).status_code == 403
+
+
+def test_a_server_may_be_called_by_its_own_names_only(model, folder):
+    with live(folder, model=model, allowed_hosts=("127.0.0.1", "localhost", "::1")) as server:
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:8000"):
+            assert server.http.get("/v1/models", headers={"host": host}).status_code == 200
+        for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "[evil"):
+            reply = server.http.delete("/v1/contexts/x", headers={"host": host, "origin": f"http://{host}"})
+            assert (reply.status_code, reply.json()["error"]["code"]) == (403, "host_not_allowed")
+
+
+@pytest.mark.parametrize(
+    ("host", "api_key", "named", "allowed"),
+    [
+        ("127.0.0.1", None, [], LOOPBACK),
+        ("127.0.0.1", None, ["box.example"], (*LOOPBACK, "box.example")),
+        ("127.0.0.1", None, ["*"], ()),
+        ("127.0.0.1", "key", [], ()),
+        ("0.0.0.0", None, [], ()),
+        ("0.0.0.0", None, ["box.example"], (*LOOPBACK, "box.example")),
+    ],
+)
+def test_names_are_asked_for_where_only_they_tell_a_page_from_the_user(host, api_key, named, allowed):
+    assert _allowed_hosts(host, api_key, named) == allowed
 
 
 def test_large_bodies_are_refused_however_they_come(model, folder):
@@ -187,3 +214,27 @@ def test_the_end_lets_requests_finish(model, folder):
     thread.join(60)
     assert replies[0].status_code == 200
     assert replies[0].json()["usage"]["completion_tokens"] == 40
+
+
+def test_the_end_tells_requests_that_it_cannot_wait_for(model, folder):
+    """An answer in one piece, a stream, and a job that waits: each hears of the end in its own way."""
+    long, replies, streamed = {**BODY, "max_tokens": 900}, [], []
+
+    def whole():
+        replies.append(httpx.post(f"{server.url}/v1/chat/completions", json=long, timeout=60))
+
+    def stream():
+        with httpx.stream(
+            "POST", f"{server.url}/v1/chat/completions", json={**long, "stream": True}, timeout=60
+        ) as reply:
+            streamed.extend(line for line in reply.iter_lines() if line.startswith("data: "))
+
+    threads = [threading.Thread(target=act) for act in (whole, whole, stream)]
+    with live(folder, model=model, shutdown_s=0.2, max_rows=2) as server:
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: server.server.engine.num_running == 2 and server.server.engine.num_waiting == 1)
+    for thread in threads:
+        thread.join(60)
+    assert [(reply.status_code, reply.json()["error"]["code"]) for reply in replies] == [(503, "shutting_down")] * 2
+    assert json.loads(streamed[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"

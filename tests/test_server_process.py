@@ -150,6 +150,36 @@ def test_what_cannot_be_served_is_told_in_one_line(options, message, adapter, tm
     assert result.stderr.count("\n") == 1
 
 
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(app, ["serve", "--model", "never/loaded", "--port", str(port)])
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"Error: 127.0.0.1:{port} cannot be listened on: Address already in use. Choose another --port.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [("no.such.host.invalid", "is no address of this machine"), ("192.0.2.1", "cannot be listened on")],
+)
+def test_an_address_that_is_not_ours_is_told_in_one_line(host, message, adapter):
+    result = CliRunner().invoke(app, ["serve", "--model", str(adapter), "--host", host])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_empty_key_lets_nobody_in(adapter):
+    result = CliRunner().invoke(app, ["serve", "--model", str(adapter)], env={"BEACON_API_KEY": ""})
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: The API key is empty")
+
+
 def test_without_the_extra_the_way_out_is_told(adapter, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
     result = CliRunner().invoke(app, ["serve", "--model", str(adapter)])

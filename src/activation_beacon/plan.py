@@ -365,12 +365,12 @@ class TextPlanner:
 
     def _outgrows(self, num_entries: int) -> bool:
         """Whether "auto" has to choose again though no chunk is due: earlier chunks got their ratios otherwise."""
-        limits = [limit for limit in (self.policy.budget, self.max_positions) if limit is not None]
-        return self.policy.ratio == "auto" and any(num_entries > limit for limit in limits)
+        return self.policy.ratio == "auto" and any(num_entries > limit for limit in self._limits)
 
     def layouts(self, num_tokens: int) -> list[ChunkLayout]:
         """The layout of every chunk that is closed once `num_tokens` have been read."""
         num_closed = self.num_closed(num_tokens)
+        self._check_some_ratio_fits(num_closed, num_tokens)
         ratio = self.policy.ratio
         if ratio == "auto":
             return self._layouts_that_fit(num_closed, num_tokens)
@@ -395,31 +395,50 @@ class TextPlanner:
                 "Give one ratio for each chunk of the whole text, or one int for all."
             )
 
+    def _check_some_ratio_fits(self, num_closed: int, num_tokens: int) -> None:
+        """Refuse what no ratio can hold before a layout is made for each of its chunks: a limit on an answer may be any number."""
+        config = self.config
+        least = num_closed * config.num_beacons(config.ratios[-1])
+        if any(least > limit for limit in self._limits):
+            tail = config.chunk_size + config.local_tokens
+            raise self._beyond_all_ratios(num_tokens, config.num_sinks + least + tail)
+
     def _layouts_that_fit(self, num_closed: int, num_tokens: int) -> list[ChunkLayout]:
         for ratio in self.config.ratios:
             layouts = [self._layout(index, ratio) for index in range(num_closed)]
             if self._fits(layouts):
                 return layouts
+        raise self._beyond_all_ratios(num_tokens, self._entries(layouts))
+
+    def _beyond_all_ratios(self, num_tokens: int, num_entries: int) -> CapacityError:
         ratio = self.config.ratios[-1]
-        raise CapacityError(
-            f"A text of {num_tokens} tokens needs {self._entries(layouts)} cache entries at ratio {ratio}, the largest that "
+        return CapacityError(
+            f"A text of {num_tokens} tokens needs {num_entries} cache entries at ratio {ratio}, the largest that "
             f"this adapter knows; {self._limit_text()}. Read at most {self._longest_text(ratio)} tokens."
         )
 
+    @property
+    def _limits(self) -> list[int]:
+        """What entries are bounded by, if by anything."""
+        return [limit for limit in (self.policy.budget, self.max_positions) if limit is not None]
+
     def _fits(self, layouts: Sequence[ChunkLayout]) -> bool:
-        budget_ok = self.policy.budget is None or self._entries(layouts) <= self.policy.budget
-        return budget_ok and (self.max_positions is None or self._positions(layouts) <= self.max_positions)
+        return self._has_room(self._held(layouts[:-1]), layouts[-1] if layouts else None)
+
+    def _has_room(self, held_before: int, last: ChunkLayout | None) -> bool:
+        """Whether a text fits of whose chunks all but the last leave so many entries."""
+        tail = self.config.chunk_size + self.config.local_tokens  # at its longest
+        entries = held_before + (len(last.kept_slots) if last else 0) + tail
+        positions = max(entries, held_before + (last.num_slots if last else 0))  # the pass that closes the last chunk
+        budget_ok = self.policy.budget is None or entries <= self.policy.budget
+        return budget_ok and (self.max_positions is None or positions <= self.max_positions)
 
     def _entries(self, layouts: Sequence[ChunkLayout]) -> int:
         """Entries held at most, with the tail at its longest."""
-        return sum(len(layout.kept_slots) for layout in layouts) + self.config.chunk_size + self.config.local_tokens
+        return self._held(layouts) + self.config.chunk_size + self.config.local_tokens
 
-    def _positions(self, layouts: Sequence[ChunkLayout]) -> int:
-        """Positions used at most: by the tail at its longest, or by the pass that closes the last chunk."""
-        if not layouts:
-            return self.config.chunk_size + self.config.local_tokens
-        before_last = sum(len(layout.kept_slots) for layout in layouts[:-1])
-        return max(self._entries(layouts), before_last + layouts[-1].num_slots)
+    def _held(self, layouts: Sequence[ChunkLayout]) -> int:
+        return sum(len(layout.kept_slots) for layout in layouts)
 
     def _layout(self, index: int, ratio: int) -> ChunkLayout:
         start, size = index * self.config.chunk_size, self.config.chunk_size
@@ -434,13 +453,13 @@ class TextPlanner:
         return chunk_layout(size, ratio, self.config.placement, num_sinks, tuple(runs))
 
     def _check_closings(self, row: Row, layouts: Sequence[ChunkLayout], stop: int) -> None:
-        if self.max_positions is None:
-            return
-        before, needed = row, 0
+        held, needed = row.memory_length, 0
         for layout in layouts:
-            needed = max(needed, row.memory_length + layout.num_slots)
-            row = row.after_closing(layout)
-        self._check_tail(before, max(needed, row.memory_length + stop - row.tokens_seen), stop)
+            needed = max(needed, held + layout.num_slots)
+            held += len(layout.kept_slots)
+        num_closed = len(row.chunks) + len(layouts)
+        tail = stop - num_closed * self.config.chunk_size
+        self._check_tail(row, max(needed, held + tail), stop)
 
     def _check_tail(self, row: Row, num_positions: int, num_tokens: int) -> None:
         if self.max_positions is not None and num_positions > self.max_positions:
@@ -472,11 +491,12 @@ class TextPlanner:
         return f"the base model has {self.max_positions}"
 
     def _longest_text(self, ratio: int) -> int:
-        layouts: list[ChunkLayout] = []
+        held = 0
         for index in itertools.count():
-            layouts.append(self._layout(index, ratio))
-            if not self._fits(layouts):
+            layout = self._layout(index, ratio)
+            if not self._has_room(held, layout):
                 return (index + 1) * self.config.chunk_size + self.config.local_tokens
+            held += len(layout.kept_slots)
         raise AssertionError("unreachable: a limit exists where this is asked")
 
 

@@ -63,6 +63,14 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, typer.Option("--cors-origin", help="A page of another origin that may call; repeat for more.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            help="A name that clients may call the server by, or * for any; repeat for more. "
+            "By default any, and on this machine's own address without a key only its own names.",
+        ),
+    ] = None,
     device: options.Device = None,
     dtype: options.DtypeOption = None,
 ) -> None:
@@ -72,6 +80,10 @@ def serve(
     files in one folder; a restart finds them again. Needs the extra "serve". Logs are JSON lines on stderr, without
     texts. Ctrl-C or SIGTERM finishes or cancels requests and ends.
     """
+    if api_key == "":
+        raise InputError(
+            "The API key is empty, which would let everybody in. Set --api-key (BEACON_API_KEY), or unset it."
+        )
     wanted = options.parse_ratio(ratio)
     if isinstance(wanted, tuple):
         raise InputError(
@@ -81,9 +93,8 @@ def serve(
     disk_bytes = None if disk is None else parse_bytes("--disk", disk)
     _check_installed()
     check_ratio(model, wanted)
-    import uvicorn
-
     from activation_beacon.server.app import create_app
+    from activation_beacon.server.http import HttpServer, bound_socket
     from activation_beacon.server.logs import log_to_stderr
     from activation_beacon.server.settings import Settings
 
@@ -91,7 +102,8 @@ def serve(
         folder=folder,
         model_name=name or model,
         ratio=wanted,  # type: ignore[arg-type] # a text other than "auto" has been refused
-        api_key=api_key or None,
+        api_key=api_key,
+        allowed_hosts=_allowed_hosts(host, api_key, allowed_host or []),
         disk_bytes=disk_bytes,
         max_rows=max_rows,
         max_waiting=max_waiting,
@@ -101,6 +113,7 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         **sizes,
     )
+    bound = bound_socket(host, port)
     loaded = load_model(model, base=base, device=device, dtype=dtype)
     warn_untrained(loaded.config)
     app = create_app(loaded.model, loaded.tokenizer, settings)
@@ -108,15 +121,18 @@ def serve(
         notice(f"Listening on {host} without a key: whoever reaches the port can use and delete contexts (--api-key).")
     log_to_stderr()
     notice(f"http://{host}:{port} serves {settings.model_name}; contexts in {folder}")
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(shutdown_seconds)),
-    )
+    server = HttpServer(app, log_config=None, access_log=False, server_header=False)
+    server.run(sockets=[bound])
+    if not server.started:
+        raise typer.Exit(1)  # the log says why
+
+
+def _allowed_hosts(host: str, api_key: str | None, named: list[str]) -> tuple[str, ...]:
+    """Names that requests may call the server by: without a key, a page could have its own name lead to this machine."""
+    if "*" in named:
+        return ()
+    is_open = host in LOOPBACK and api_key is None
+    return (*LOOPBACK, *named) if is_open or named else ()
 
 
 def parse_bytes(option: str, text: str) -> int:

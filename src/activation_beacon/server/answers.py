@@ -99,18 +99,11 @@ class Answers:
             )
         self.asked = [await self._placed(prompt) for prompt in prompts]
         sampling = request.sampling(server.model, server.settings.max_tokens)
-        try:
-            for asked in self.asked:
-                asked.work = Work(
-                    server.engine,
-                    asked.cache,
-                    asked.ids,
-                    [sampling] * self.num_answers,
-                    seconds=server.settings.answer_s,
-                )
-        except BaseException:
-            self.cancel()
-            raise
+        samplings, seconds = [sampling] * self.num_answers, server.settings.answer_s
+        works = [Work(asked.cache, asked.ids, samplings, seconds=seconds) for asked in self.asked]
+        server.engine.submit(*(work.job for work in works))
+        for asked, work in zip(self.asked, works, strict=True):
+            asked.work = work
 
     @property
     def num_answers(self) -> int:
@@ -135,12 +128,16 @@ class Answers:
             raise InputError("A context has its own ratio: leave ratio out, or make the context anew with another one.")
         else:
             _, cache, scope = await library.opened(request.context)
-        ids = await asyncio.to_thread(self._ids, cache, prompt)
+        ids = await asyncio.to_thread(self._checked_ids, cache, prompt)
+        start, unread = library.start(scope, cache, ids)
+        return Asked(request.context, scope, cache.tokens_seen + len(ids), start, unread)
+
+    def _checked_ids(self, cache: BeaconCache, prompt: Any) -> list[int]:
+        ids = self._ids(cache, prompt)
         if not ids:
             raise InputError("The prompt is empty: there is nothing to answer. Send at least one word.")
         self._check_fits(cache, ids)
-        start, unread = library.start(scope, cache, ids)
-        return Asked(request.context, scope, cache.tokens_seen + len(ids), start, unread)
+        return ids
 
     def _ids(self, cache: BeaconCache, prompt: Any) -> list[int]:
         prompting = self.server.prompting
@@ -164,7 +161,7 @@ class Answers:
         """
         positions = self.server.model.max_positions
         cut(cache.config, cache.policy, positions, cache.rows[0], len(ids))
-        if self.request.limit is not None:
+        if self.request.limit is not None and positions is not None:
             planner = TextPlanner(cache.config, cache.policy, positions)
             planner.plan(cache.rows[0], len(ids) + self.request.limit - 1)
 
@@ -248,7 +245,7 @@ class Answers:
     def _finished(self, asked: Asked, cache: BeaconCache) -> None:
         asked.grown = cache
         self.server.library.keep(asked.scope, cache)
-        self.server.metrics.answered(len(asked.ids), asked.num_prompt - len(asked.ids), asked.num_written)
+        self.server.metrics.answered(len(asked.ids), asked.num_prompt - len(asked.ids))
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}

@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from activation_beacon.errors import BeaconError
+from activation_beacon.server import schema
 from activation_beacon.server.failures import body, described
 from activation_beacon.server.gate import NOTHING_SENT, Gate
 from activation_beacon.server.routes_contexts import context_routes
@@ -27,13 +28,14 @@ PAGE_POLICY = (
 )
 
 
-def create_app(model: Any, tokenizer: Any, settings: Settings | None = None) -> FastAPI:
+def create_app(model: Any, tokenizer: Any, settings: Settings | None = None, *, behind_the_gate: Any = None) -> FastAPI:
     """The application that serves a model.
 
     Args:
         model: with beacons, as `load` gives it; the server's own from now on.
         tokenizer: of its base model.
         settings: see `Settings`.
+        behind_the_gate: ASGI middleware for requests that have been let in, if there is any.
 
     Raises:
         StorageError: if the folder of contexts cannot be opened.
@@ -52,6 +54,8 @@ def create_app(model: Any, tokenizer: Any, settings: Settings | None = None) -> 
 
     app = FastAPI(title="activation-beacon", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
+    if behind_the_gate is not None:
+        app.add_middleware(behind_the_gate)
     app.add_middleware(Gate, server=server)
     if settings.cors_origins:
         app.add_middleware(
@@ -92,11 +96,8 @@ def _add_errors(app: FastAPI, server: Server) -> None:
 
     async def not_valid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:]) or None
-        text = f"{place or 'body'}: {first['msg']}."
-        values = body(text, kind="invalid_request_error", code="invalid_value", param=place)
-        return JSONResponse(values, 400)
+        text, param = schema.told(error.errors())
+        return JSONResponse(body(text, kind="invalid_request_error", code="invalid_value", param=param), 400)
 
     async def http_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

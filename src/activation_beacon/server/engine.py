@@ -22,6 +22,7 @@ from activation_beacon.server.reading import Reading, closes_a_chunk, dense
 
 logger = logging.getLogger(__name__)
 
+SHUTTING_DOWN = "The server is shutting down. Ask another one, or again after its restart."
 OLDEST_EVERY = 4  # so many pieces go to the text with fewest pieces left, then one to the text that has waited longest
 
 
@@ -41,7 +42,7 @@ class Limits:
 
     Attributes:
         max_rows: answers written, and texts read, at a time.
-        max_waiting: jobs that may wait for their turn; further ones are refused.
+        max_waiting: jobs that may wait for their turn when a request comes; with more, it is refused.
         max_batch_bytes: keys and values of all answers that are decoded together; what would exceed it waits.
     """
 
@@ -92,7 +93,7 @@ class Engine:
         self._running: dict[Job, _Running] = {}
         self._waiting: collections.deque[Job] = collections.deque()
         self._changed = threading.Condition()
-        self._is_closing = False
+        self._ends_at: float | None = None  # set once no more jobs are taken: when those that are left fail
         self._debt = 0.0  # seconds that answers have waited for pieces and have not got back yet
         self._num_picked = 0
         self._thread = threading.Thread(target=self._run, name="beacon-engine", daemon=True)
@@ -103,36 +104,38 @@ class Engine:
         """Begin."""
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Queue a job; it is told of in events.
+    def submit(self, *jobs: Job) -> None:
+        """Queue the jobs of one request, all or none; they are told of in events.
 
         Raises:
             BusyError: if too many wait already.
             ClosedError: if the engine is shutting down.
         """
         with self._changed:
-            if self._is_closing:
-                raise ClosedError("The server is shutting down. Ask another one, or again after its restart.")
+            if self._ends_at is not None:
+                raise ClosedError(SHUTTING_DOWN)
             if len(self._waiting) >= self.limits.max_waiting:
                 raise BusyError(
                     f"{len(self._waiting)} requests are waiting already, as many as may (max_waiting). Try again later."
                 )
-            self._waiting.append(job)
+            self._waiting.extend(jobs)
+            self._changed.notify()
+
+    def close(self, *, seconds: float = 0.0) -> None:
+        """Take no more jobs; those that are there get `seconds` to finish, and then fail. Returns at once.
+
+        Called again, the sooner end counts.
+        """
+        ends_at = time.monotonic() + seconds
+        with self._changed:
+            self._ends_at = ends_at if self._ends_at is None else min(self._ends_at, ends_at)
             self._changed.notify()
 
     def stop(self, *, seconds: float = 0.0) -> None:
-        """End the thread; jobs get `seconds` to finish, and are then cancelled."""
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify()
-        if not self._thread.is_alive():
-            return
-        self._thread.join(seconds)
-        for job in [*self._running, *self._waiting]:
-            job.cancel()
-        with self._changed:
-            self._changed.notify()
-        self._thread.join()
+        """Close, and wait for the thread's end."""
+        self.close(seconds=seconds)
+        if self._thread.is_alive():
+            self._thread.join()
 
     @property
     def is_alive(self) -> bool:
@@ -159,9 +162,9 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._waiting or self._running or self._is_closing):
+                while not (self._waiting or self._running or self._ends_at is not None):
                     self._changed.wait()
-                if self._is_closing and not (self._waiting or self._running):
+                if self._ends_at is not None and not (self._waiting or self._running):
                     return
             try:
                 self.step()
@@ -180,9 +183,19 @@ class Engine:
             self._read_piece(self._pick())
 
     def _drop_unwanted(self) -> None:
-        for job in [job for job in (*self._waiting, *self._running) if job.is_cancelled or job.is_late]:
-            late = f"The request took longer than {job.seconds:g} s. Ask for less." if job.seconds else ""
-            self._end(job, LateError(late) if not job.is_cancelled else ClosedError("The request was cancelled."))
+        for job in [*self._waiting, *self._running]:
+            error = self._reason_to_drop(job)
+            if error is not None:
+                self._end(job, error)
+
+    def _reason_to_drop(self, job: Job) -> Exception | None:
+        if job.is_cancelled:
+            return ClosedError("The request was cancelled.")
+        if job.is_late:
+            return LateError(f"The request took longer than {job.seconds:g} s. Ask for less.")
+        if self._ends_at is not None and time.monotonic() > self._ends_at:
+            return ClosedError(SHUTTING_DOWN)
+        return None
 
     def _admit(self) -> None:
         """Begin waiting jobs while there is room."""

@@ -1,7 +1,9 @@
 """The folder of contexts: `ID.beacon` and, beside it, `ID.json` with its name and numbers. Any place that fsspec knows.
 
 A context is there when its `.beacon` file is; the numbers can be made anew from it, but not the name: a new context's are
-written before it, so that whoever finds it finds its name. Several servers may share the folder.
+written before it, so that whoever finds it finds its name. Several servers may share the folder. Looking changes no context: a
+file that does not read well may be one that is still being copied, and is set aside only when it is opened and has been still for
+a while.
 Nothing here runs the model. Ids are checked against one pattern before they become part of a path.
 """
 
@@ -12,7 +14,9 @@ import logging
 import re
 import secrets
 import tempfile
+import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CONTEXT, NUMBERS, DAMAGED = ".beacon", ".json", ".beacon.damaged"
+STILL_S = 60.0  # a damaged file that nobody has written to for so long is no copy in progress
 PART_AGE_S = 3600.0  # a half-written file of this age belongs to no writer any more
 
 
@@ -89,6 +94,19 @@ def _version(info: Mapping[str, Any]) -> str:
     return " ".join(str(info.get(key, "")) for key in ("size", "mtime", "ino", "ETag", "etag", "created", "updated"))
 
 
+class _Lock:
+    """Held while a context's files are written or removed. A class of its own, since a dictionary may hold it weakly."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class Folder:
     """Contexts on disk, or wherever fsspec reaches.
 
@@ -110,6 +128,8 @@ class Folder:
         protocols = self.fs.protocol if isinstance(self.fs.protocol, tuple | list) else (self.fs.protocol,)
         self.is_local = "file" in protocols
         self._records: dict[str, tuple[str, Record]] = {}  # by id, with the version that they describe
+        self._locks: weakref.WeakValueDictionary[str, _Lock] = weakref.WeakValueDictionary()
+        self._finding_a_lock = threading.Lock()
         if self.is_local:
             self._remove_old_parts()
 
@@ -117,17 +137,28 @@ class Folder:
 
     def list(self) -> list[Record]:
         """All contexts, newest first, damaged ones with the reason."""
-        names = [entry["name"].rsplit("/", 1)[-1] for entry in self._entries()]
+        names = [entry["name"].rsplit("/", 1)[-1] for entry in self._entries() if entry["type"] == "file"]
         ids = {name.removesuffix(end) for name in names for end in (CONTEXT, DAMAGED) if name.endswith(end)}
-        records = [self.find(each) for each in ids if ID.fullmatch(each)]
+        records = [self._found(each) for each in ids if ID.fullmatch(each)]
         return sorted((each for each in records if each is not None), key=lambda each: (-each.created, each.id))
 
     def _entries(self) -> Any:
         self.fs.invalidate_cache(self.root)
         return self.fs.ls(self.root, detail=True)
 
+    def _found(self, context_id: str) -> Record | None:
+        """What is known of a context; one that cannot be read does not hide the others."""
+        try:
+            return self.find(context_id)
+        except StorageError as error:
+            return Record(context_id, context_id, 0, error=str(error))
+
     def find(self, context_id: str) -> Record | None:
-        """What is known of a context; None if there is none of that id."""
+        """What is known of a context; None if there is none of that id.
+
+        Raises:
+            StorageError: if it cannot be read.
+        """
         if not ID.fullmatch(context_id):
             return None
         info = self._info(context_id)
@@ -139,7 +170,7 @@ class Folder:
         record = self._noted(context_id)
         if record is None or record.error is not None or record.file_bytes != info["size"]:
             record = self._examined(context_id, info)
-        if record is not None and record.error is None:
+        if record is not None:
             self._records[context_id] = (_version(info), record)
         return record
 
@@ -151,9 +182,10 @@ class Folder:
     def _info(self, context_id: str) -> dict[str, Any] | None:
         try:
             self.fs.invalidate_cache(self.root)
-            return dict(self.fs.info(self._path(context_id, CONTEXT)))
+            info = dict(self.fs.info(self._path(context_id, CONTEXT)))
         except FileNotFoundError:
             return None
+        return info if info["type"] == "file" else None
 
     def num_bytes(self) -> int:
         """Bytes of all files."""
@@ -172,9 +204,11 @@ class Folder:
         """The record of a context that has none, such as a file of `beacon compress`, or another file's; written beside it."""
         known = self._noted(context_id) or Record(context_id, context_id, int(time.time()))
         try:
-            cache = self.load(context_id)
-        except (FileFormatError, InputError):
-            return self._damaged_record(context_id) or dataclasses.replace(known, error="The file is damaged.")
+            cache = self._read(context_id)
+        except FileFormatError:
+            return dataclasses.replace(known, error="The file is damaged, or is still being written.")
+        except InputError as error:
+            return dataclasses.replace(known, error=str(error))
         except StorageError:
             if self.version(context_id) == _version(info):
                 raise
@@ -193,7 +227,7 @@ class Folder:
     # --- contents ---
 
     def load(self, context_id: str) -> BeaconCache:
-        """Read a context; a damaged one is set aside.
+        """Read a context; a damaged one is set aside, unless somebody has written to it just now.
 
         Raises:
             StorageError: if it cannot be read.
@@ -201,14 +235,25 @@ class Folder:
             InputError: if it holds a batch.
         """
         try:
-            cache = self._loaded(context_id)
+            return self._read(context_id)
         except FileFormatError as error:
-            self._set_aside(context_id, str(error))
+            if self._is_still(context_id):
+                self._set_aside(context_id, str(error))
             raise
+
+    def _is_still(self, context_id: str) -> bool:
+        try:
+            written = self.fs.modified(self._path(context_id, CONTEXT))
+        except (OSError, NotImplementedError):
+            return False
+        return time.time() - written.timestamp() > STILL_S
+
+    def _read(self, context_id: str) -> BeaconCache:
+        cache = self._loaded(context_id)
         if cache.batch_size != 1:
-            text = f"{context_id}{CONTEXT} holds a batch of {cache.batch_size} contexts; one is served. Save context.row(0)."
-            self._set_aside(context_id, text)
-            raise InputError(text)
+            raise InputError(
+                f"{context_id}{CONTEXT} holds a batch of {cache.batch_size} contexts; one is served. Save context.row(0)."
+            )
         return cache
 
     def _loaded(self, context_id: str) -> BeaconCache:
@@ -224,7 +269,7 @@ class Folder:
             return BeaconCache.load(local)
 
     def save(self, record: Record, cache: BeaconCache) -> Record:
-        """Write a context, in place of an older one of the same id.
+        """Write a new context.
 
         Returns:
             The record with the numbers of what was written.
@@ -232,6 +277,19 @@ class Folder:
         Raises:
             StorageError: if it cannot be written; what was there is as it was.
         """
+        with self._lock(record.id):
+            return self._written(record, cache)
+
+    def replace(self, record: Record, cache: BeaconCache) -> Record | None:
+        """Write a context in place of the one of its id; as `save`, but None if it has been deleted meanwhile."""
+        with self._lock(record.id):
+            return self._written(record, cache) if self.version(record.id) is not None else None
+
+    def _lock(self, context_id: str) -> "_Lock":
+        with self._finding_a_lock:
+            return self._locks.setdefault(context_id, _Lock())
+
+    def _written(self, record: Record, cache: BeaconCache) -> Record:
         is_new = self._noted(record.id) is None
         with self._written_aside(record.id) as local:
             record = dataclasses.replace(described(record, cache), file_bytes=cache.save(local))
@@ -255,17 +313,14 @@ class Folder:
                 yield local
                 self._upload(local, path)
 
-    def copy(self, record: Record, source_id: str) -> Record:
-        """A context of its own with another's contents."""
-        return self.save(record, self.load(source_id))
-
     def delete(self, context_id: str) -> None:
-        """Remove a context, damaged or not."""
-        self._records.pop(context_id, None)
-        for ending in (CONTEXT, DAMAGED, NUMBERS):
-            path = self._path(context_id, ending)
-            if self.fs.exists(path):
-                self.fs.rm_file(path)
+        """Remove a context, damaged or not; one that is being written is removed afterwards."""
+        with self._lock(context_id):
+            self._records.pop(context_id, None)
+            for ending in (CONTEXT, DAMAGED, NUMBERS):
+                path = self._path(context_id, ending)
+                if self.fs.exists(path):
+                    self.fs.rm_file(path)
 
     def _write_numbers(self, record: Record) -> None:
         text, path = json.dumps(dataclasses.asdict(record), indent=2) + "\n", self._path(record.id, NUMBERS)

@@ -68,20 +68,27 @@ class Gate:
 
     def _refusal(self, request: Request) -> JSONResponse | None:
         settings = self.server.settings
+        host = _host_name(request)
+        if host and settings.allowed_hosts and host not in settings.allowed_hosts:
+            text = f"The server is not called {host[:100]!r}. Its operator allows other names with --allowed-host."
+            return JSONResponse(body(text, kind="invalid_request_error", code="host_not_allowed"), 403)
         origin = request.headers.get("origin")
         if origin and origin not in settings.cors_origins and not _is_same_host(origin, request):
             text = "Pages of other origins may not call this server. Its operator allows them with --cors-origin."
             return JSONResponse(body(text, kind="invalid_request_error", code="origin_not_allowed"), 403)
-        if settings.api_key is not None and request.url.path not in OPEN_PATHS and request.method != "OPTIONS":
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not secrets.compare_digest(given.encode(), settings.api_key.encode()):
-                text = "The API key is missing or wrong. Send it as `Authorization: Bearer KEY`."
-                told = body(text, kind="authentication_error", code="invalid_api_key")
-                return JSONResponse(told, 401, {"WWW-Authenticate": "Bearer"})
+        if not self._has_key(request):
+            text = "The API key is missing or wrong. Send it as `Authorization: Bearer KEY`."
+            told = body(text, kind="authentication_error", code="invalid_api_key")
+            return JSONResponse(told, 401, {"WWW-Authenticate": "Bearer"})
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length) > settings.max_body_bytes:
             return JSONResponse(self._too_large(), 413)
         return None
+
+    def _has_key(self, request: Request) -> bool:
+        key = self.server.settings.api_key
+        is_open = key is None or request.url.path in OPEN_PATHS or request.method == "OPTIONS"
+        return is_open or secrets.compare_digest(_bearer(request).encode(), str(key).encode())
 
     def _too_large(self) -> dict[str, Any]:
         most = self.server.settings.max_body_bytes
@@ -116,6 +123,20 @@ class Gate:
         if answers is not None:
             values |= {"context": answers.request.context, **answers.usage()}
         logger.info("%s", json.dumps(values))
+
+
+def _host_name(request: Request) -> str:
+    """What the server is called by, without the port."""
+    host = request.headers.get("host", "")
+    try:
+        return urlsplit(f"//{host}").hostname or host
+    except ValueError:  # a bracket that is not closed
+        return host
+
+
+def _bearer(request: Request) -> str:
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def _is_same_host(origin: str, request: Request) -> bool:

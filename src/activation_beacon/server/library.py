@@ -26,6 +26,7 @@ from activation_beacon.server.settings import Settings
 from activation_beacon.server.work import Work
 
 Result = TypeVar("Result")
+Save = Callable[[Record, BeaconCache], Record | None]
 LEAST_SPARED = 16  # tokens; to look up fewer is not worth a copy
 
 
@@ -99,7 +100,7 @@ class Library:
 
         Raises:
             NotFoundError: if there is none of that id.
-            FileFormatError: if it is damaged; it has been set aside.
+            FileFormatError: if it is damaged.
             MismatchError: if another model made it.
         """
         async with self._lock(context_id):
@@ -161,15 +162,16 @@ class Library:
                     if isinstance(event, Progress):
                         yield event
                     else:
-                        await self.record(context_id)  # it may have been deleted meanwhile
                         bits = cache.quantized_bits
-                        yield await self._saved(record, event if bits is None else event.quantize(bits))
+                        grown = event if bits is None else event.quantize(bits)
+                        yield await self._saved(record, grown, save=self.folder.replace)
 
     async def _read(self, start: BeaconCache, ids: Sequence[int]) -> AsyncGenerator[Progress | BeaconCache, None]:
         planner = TextPlanner(start.config, start.policy, self.model.max_positions)
         planner.check_names_every_chunk(start.tokens_seen + len(ids))
         pieces = cut(start.config, start.policy, self.model.max_positions, start.rows[0], len(ids))
-        work = Work(self.engine, start, ids, seconds=self.settings.compress_s)
+        work = Work(start, ids, seconds=self.settings.compress_s)
+        self.engine.submit(work.job)
         async with contextlib.aclosing(work.events()) as events:
             yield Progress(0, len(pieces.stops))  # queued
             async for event in events:
@@ -189,9 +191,12 @@ class Library:
         await self._unbroken(self.folder.delete, context_id)
         self._forget(context_id)
 
-    async def _saved(self, record: Record, cache: BeaconCache) -> Record:
+    async def _saved(self, record: Record, cache: BeaconCache, save: Save | None = None) -> Record:
         await self._check_quota(cache.cache_bytes)
-        record = await self._unbroken(self.folder.save, record, cache)
+        saved = await self._unbroken(save or self.folder.save, record, cache)
+        if saved is None:
+            raise NotFoundError(f"The context {record.id!r} was deleted while text was appended to it.")
+        record = saved
         self._forget(record.id)
         version = await self._in_thread(self.folder.version, record.id)
         self.memory.put(("context", record.id, version), cache)

@@ -47,7 +47,7 @@ class Metrics:
         """A request has got its first token."""
         self._first_token_s.observe(seconds)
 
-    def answered(self, num_read: int, num_spared: int, _num_written: int) -> None:
+    def answered(self, num_read: int, num_spared: int) -> None:
         """A prompt has been answered."""
         self._prompted.inc(num_read)
         self._spared.inc(num_spared)

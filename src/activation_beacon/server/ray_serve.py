@@ -9,6 +9,8 @@ has it in memory. Without the header any replica answers, and reads the context 
 """
 
 import contextlib
+import functools
+import os
 from typing import Any
 
 from ray import serve
@@ -53,11 +55,11 @@ class Replica:
 
     def __init__(self, model: str, settings: Settings) -> None:
         loaded, tokenizer = load(model)
-        self.server_app = create_app(loaded, tokenizer, settings)  # `app` is Ray's
+        holding = functools.partial(Holding, replica=self)
+        self.server_app = create_app(loaded, tokenizer, settings, behind_the_gate=holding)  # `app` is Ray's
 
     def __serve_build_asgi_app__(self) -> Any:
         """The application, which Ray runs."""
-        self.server_app.add_middleware(Holding, replica=self)
         return self.server_app
 
     @serve.multiplexed(max_num_models_per_replica=MOST_HELD)
@@ -75,7 +77,7 @@ def build(arguments: dict[str, str]) -> Any:
     """The application for `serve run`.
 
     Args:
-        arguments: `model`, `folder`, `replicas`, `ratio`, `name` and `api_key`, all of them optional.
+        arguments: `model`, `folder`, `replicas`, `ratio`, `name` and `api_key` (else BEACON_API_KEY), all of them optional.
     """
     model = arguments.get("model", "default")
     ratio = arguments.get("ratio", "auto")
@@ -83,7 +85,7 @@ def build(arguments: dict[str, str]) -> Any:
         folder=arguments.get("folder", "contexts"),
         model_name=arguments.get("name", model),
         ratio="auto" if ratio == "auto" else int(ratio),
-        api_key=arguments.get("api_key"),
+        api_key=arguments.get("api_key") or os.environ.get("BEACON_API_KEY") or None,
     )
     deployment: Any = serve.deployment(Replica, name="beacon")
     count = int(arguments.get("replicas", "1"))

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 from starlette.background import BackgroundTask
@@ -92,10 +93,11 @@ class _Routes:
         making = self.library.append(context_id, ids, ratio=body.wanted_ratio)
         return await self._made(request, making, is_stream=body.stream)
 
-    async def fork(self, context_id: str, body: ForkRequest) -> dict[str, Any]:
+    async def fork(self, context_id: str, body: ForkRequest | None = None) -> dict[str, Any]:
         """Copy a context."""
         record = await self.library.record(context_id)
-        return self._told(await self.library.fork(context_id, body.name or f"{record.name} (copy)"))
+        name = body.name if body is not None else ""
+        return self._told(await self.library.fork(context_id, name or f"{record.name} (copy)"))
 
     async def _made(self, request: Request, making: Making, *, is_stream: bool) -> Response:
         """The context that is being made, or its progress: a stream begins when the work has been taken on."""
@@ -135,8 +137,7 @@ async def _context_request(request: Request) -> ContextRequest:
         if kind in ("application/json", ""):
             return ContextRequest.model_validate_json(await request.body())
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}.") from error
+        raise RequestValidationError(error.errors()) from error
     raise InputError(f"Send application/json or multipart/form-data; got {kind[:100]!r}.")
 
 
@@ -150,8 +151,8 @@ async def _from_form(request: Request) -> ContextRequest:
         values.setdefault("name", (file.filename or "").replace("\\", "/").rsplit("/", 1)[-1][:200])
     if values.get("ratio", "auto") != "auto":
         values["ratio"] = _ratio(values["ratio"])
-    if "quantize" in values:
-        values["quantize"] = int(values["quantize"]) if values["quantize"].isdecimal() else values["quantize"]
+    if values.get("quantize") in ("8", "4"):
+        values["quantize"] = int(values["quantize"])
     return ContextRequest.model_validate(values)
 
 

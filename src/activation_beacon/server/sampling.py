@@ -1,5 +1,6 @@
 """How a token is chosen among logits, and how likely it was."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class Sampler:
         if sampling.seed is None:
             self.generator.seed()
         else:
-            self.generator.manual_seed((sampling.seed + number) % 2**63)
+            self.generator.manual_seed(_mixed(sampling.seed, number))
 
     def choose(self, logits: torch.Tensor) -> Chosen:
         """Choose after logits (V,)."""
@@ -95,6 +96,13 @@ class Sampler:
         logprobs = logits.log_softmax(-1)
         values, tokens = logprobs.topk(count)
         return Chosen(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
+
+
+def _mixed(seed: int, number: int) -> int:
+    """A seed for one of several answers, which no other request's seed gives its own first one."""
+    if number == 0:
+        return seed % 2**63
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8]) % 2**63
 
 
 def probabilities_of(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

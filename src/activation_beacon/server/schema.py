@@ -1,5 +1,7 @@
 """Requests as they come in, checked; fields of OpenAI's API that cannot be served are refused by name."""
 
+import itertools
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -41,7 +43,7 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 RatioField = Annotated[
     int | list[int] | Literal["auto"] | None, Field(description="Raw tokens per beacon; by default the server's ratio.")
 ]
@@ -56,11 +58,32 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """One turn."""
+    """One turn. What an answer of this API has beside its text may be sent back, as long as it says nothing."""
+
+    model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
     name: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_is_text(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        role, content = values.get("role"), values.get("content")
+        if role in ("tool", "function"):
+            raise ValueError(f"messages of the role {role!r} are not supported, since tools are not. Leave them out")
+        for name, value in values.items():
+            if name not in ("role", "content", "name") and value not in (None, [], {}, ""):
+                raise ValueError(f"{name[:100]} is not supported in a message. Leave it out")
+        if content is None:
+            raise ValueError("content is missing. Send a text")
+        kinds = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+        if any(kind != "text" for kind in kinds):
+            kind = next(kind for kind in kinds if kind != "text")
+            raise ValueError(f"parts of the type {str(kind)[:100]!r} are not supported. Send parts of the type 'text'")
+        return values
 
     @property
     def text(self) -> str:
@@ -190,7 +213,12 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """`POST /v1/completions`."""
 
-    prompt: Text | Annotated[list[TokenId], Field(min_length=1)] | list[Text] | list[list[TokenId]]
+    prompt: (
+        Text
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[list[TokenId]], Field(min_length=1)]
+    )
     max_tokens: int | None = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -246,6 +274,41 @@ class ForkRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: Text = Field("", max_length=200)
+
+
+# Names that an error may be about; what else stands in pydantic's places is the kind of a value that it has tried.
+FIELDS = frozenset(
+    name
+    for model in (
+        TextPart,
+        Message,
+        StreamOptions,
+        ChatRequest,
+        CompletionRequest,
+        ContextRequest,
+        AppendRequest,
+        ForkRequest,
+    )
+    for name in model.model_fields
+)
+
+
+def told(errors: Sequence[Any]) -> tuple[str, str | None]:
+    """What is wrong with a request, in one line, and the field that it is about.
+
+    Args:
+        errors: pydantic's or FastAPI's, the place of each within the body.
+    """
+    first = errors[0]
+    place = first["loc"][1:] if first["loc"][:1] == ("body",) else first["loc"]
+    if first["type"] == "json_invalid":
+        return f"The body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be parsed')}.", None
+    if not place and first["type"] in ("model_attributes_type", "model_type", "dict_type"):
+        return "The body must be a JSON object. Send it with Content-Type: application/json.", None
+    names = list(itertools.takewhile(lambda part: isinstance(part, int) or part in FIELDS, place))
+    param = ".".join(map(str, names)) or (str(place[0])[:100] if place else None)
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{param or 'body'}: {message}.", param
 
 
 def _first(*values: float | None) -> float:

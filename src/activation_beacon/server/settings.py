@@ -27,6 +27,7 @@ class Settings:
         compress_s: seconds that a request for a context may take.
         shutdown_s: seconds that requests get to finish when the server stops.
         cors_origins: pages of other origins that may call the server.
+        allowed_hosts: names that requests may call the server by; none for any.
     """
 
     folder: str = "contexts"
@@ -44,3 +45,4 @@ class Settings:
     compress_s: float = 7200.0
     shutdown_s: float = 20.0
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()

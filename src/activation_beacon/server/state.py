@@ -48,8 +48,12 @@ class Server:
         """Begin."""
         self.engine.start()
 
+    def close(self) -> None:
+        """Take no more work; requests get the settings' `shutdown_s` to finish, and are then told. Returns at once."""
+        self.engine.close(seconds=self.settings.shutdown_s)
+
     def stop(self) -> None:
-        """Finish or cancel requests, and finish files that are being written."""
+        """Close, wait until all requests have finished or been told, and finish files that are being written."""
         self.engine.stop(seconds=self.settings.shutdown_s)
         self.library.close()
 

@@ -8,7 +8,6 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from activation_beacon.cache import BeaconCache
-from activation_beacon.server.engine import Engine
 from activation_beacon.server.jobs import Done, Event, Failed, Job
 from activation_beacon.server.sampling import Sampling
 
@@ -20,19 +19,14 @@ class GoneError(Exception):
 
 
 class Work:
-    """A job that has been queued.
+    """A job for the engine's `submit`, and what it tells.
 
     Args:
-        engine: does it.
         cache, ids, samplings, seconds: see `Job`.
-
-    Raises:
-        BusyError, ClosedError: if the engine does not take it.
     """
 
     def __init__(
         self,
-        engine: Engine,
         cache: BeaconCache,
         ids: Sequence[int],
         samplings: Sequence[Sampling] = (),
@@ -47,7 +41,6 @@ class Work:
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         self.job = Job(cache, ids, emit, samplings, seconds)
-        engine.submit(self.job)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Its events, `Done` last.
