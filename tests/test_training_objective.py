@@ -39,7 +39,7 @@ def plain_losses(model, ids, is_target, objective):
     if objective.context_weight:
         gain = [torch.nn.functional.cross_entropy(x.transpose(1, 2), targets, reduction="none") for x in (alone, full)]
         weights = 1 + objective.context_weight * (gain[0] - gain[1]).clamp(0, 5)
-        loss = loss * weights / weights[wanted].mean()
+        loss = loss * weights / torch.stack([w[row].mean() for w, row in zip(weights, wanted, strict=True)])[:, None]
     return loss[wanted].sum(), nll, divergence[wanted].sum()
 
 
@@ -67,6 +67,23 @@ def test_the_loss_in_slices_equals_that_of_all_logits(model, objective, monkeypa
     for name, parameter in model.beacon_parameters():
         scale = float(gradients[name].abs().max())
         torch.testing.assert_close(parameter.grad, 2 * gradients[name], rtol=1e-3, atol=2e-4 * scale, msg=name)
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective(0.7, 0.4), Objective(1.0, 0.5, 2.0)], ids=str)
+def test_texts_cost_the_same_whether_read_together_or_one_by_one(model, objective):
+    ids = random_ids(2 * CHUNK + 9, batch=3)
+    is_target = torch.rand(ids.shape) < torch.tensor([[0.9], [0.1], [0.0]])  # the last has nothing to predict
+    with chunks_at_once(model):
+        together = losses(model, ids, is_target, RATIOS, objective=objective).total
+        together.backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.beacon_parameters()}
+        model.zero_grad()
+        one_by_one = [losses(model, ids[[i]], is_target[[i]], RATIOS, objective=objective).total for i in range(3)]
+        sum(one_by_one).backward()
+    torch.testing.assert_close(together, sum(one_by_one), rtol=1e-5, atol=1e-5)
+    for name, parameter in model.beacon_parameters():
+        scale = float(gradients[name].abs().max())
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=2e-4 * scale, msg=name)
 
 
 def test_texts_without_targets_cost_nothing_under_every_objective(model):

@@ -9,6 +9,8 @@ from activation_beacon.persistence import load_adapter_tensors
 from activation_beacon.training.checkpoints import checkpoints
 from launched import run_together
 
+BY_TWO = {"micro_batch_size": 2, "context_weight": 1.0}
+
 # What each process runs: three updates of texts of unlike lengths, or as many as are left.
 SCRIPT = """
 import sys
@@ -22,10 +24,15 @@ from families import tiny
 folder, steps, changes = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
 changes_of_clock = changes.pop("unlike_clocks", False)
 
+class OfOneLength(Texts):
+    def sample(self, index):
+        return super().sample(3 * index + 2)
+
 def main(group):  # what holds on to the group is let go of when it returns
-    stage = {"steps": 3, "batch_size": 4, "micro_batch_size": 1}
-    run = settings(Path(folder), stage=stage, average_decay=0.6, dev_every=1, dev_texts=2, **changes)
-    trainer = Trainer(attach(tiny("llama"), run.config), run, [Texts()], dev={"dev": Texts()}, group=group)
+    stage = {"steps": 3, "batch_size": 4, "micro_batch_size": 1} | changes.pop("stage", {})
+    texts = OfOneLength() if changes.pop("of_one_length", False) else Texts()
+    run = settings(Path(folder), stage=stage, average_decay=0.6, dev_every=1, dev_texts=3, **changes)
+    trainer = Trainer(attach(tiny("llama"), run.config), run, [texts], dev={"dev": Texts()}, group=group)
     trainer.resume()
     trainer.report = lambda line: trainer.stop("enough") if line["step"] == steps else None
     if changes_of_clock:
@@ -52,27 +59,50 @@ def alone(tmp_path_factory):
     return run(1, tmp_path_factory.mktemp("alone"))
 
 
+@pytest.fixture(scope="module")
+def alone_by_two(tmp_path_factory):
+    return run(1, tmp_path_factory.mktemp("alone"), stage=BY_TWO)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_two_processes_train_to_the_weights_of_one(alone, tmp_path, wrapper):
-    expected, lines = alone
-    got, ours = run(2, tmp_path, wrapper=wrapper)
+    assert_same(run(2, tmp_path, wrapper=wrapper), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_two_processes_that_read_texts_by_two_train_to_the_weights_of_one(alone_by_two, tmp_path, wrapper):
+    assert_same(run(2, tmp_path, wrapper=wrapper, stage=BY_TWO), alone_by_two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_a_process_that_waits_through_whole_updates_changes_nothing(tmp_path, wrapper):
+    changes = {"stage": {"micro_batch_size": 4}, "of_one_length": True}
+    assert_same(run(2, tmp_path / "two", wrapper=wrapper, **changes), run(1, tmp_path / "one", **changes))
+
+
+def assert_same(got, expected):
+    (tensors, ours), (expected, lines) = got, expected
     for key in ("loss", "gradient_norm", "tokens"):
         assert [line[key] for line in ours] == pytest.approx([line[key] for line in lines], rel=1e-4)
     assert ours[-1]["dev"] == pytest.approx(lines[-1]["dev"], rel=1e-4)
-    assert expected.keys() == got.keys()
+    assert expected.keys() == tensors.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("wrapper", "steps", "then"), [("ddp", 2, 1), ("fsdp", 1, 2)])
-def test_a_run_of_two_processes_is_resumed_and_may_be_finished_by_one(alone, tmp_path, wrapper, steps, then):
-    run(2, tmp_path, steps=steps, wrapper=wrapper)
-    got, lines = run(then, tmp_path, **({"wrapper": wrapper} if then > 1 else {}))
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    for name, tensor in alone[0].items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+@pytest.mark.parametrize(("stage", "unbroken"), [({}, "alone"), (BY_TWO, "alone_by_two")], ids=["one", "by two"])
+def test_a_run_of_two_processes_is_resumed_and_may_be_finished_by_one(
+    request, tmp_path, wrapper, steps, then, stage, unbroken
+):
+    run(2, tmp_path, steps=steps, wrapper=wrapper, stage=stage)
+    got = run(then, tmp_path, **({"wrapper": wrapper} if then > 1 else {}), stage=stage)
+    assert [line["step"] for line in got[1]] == [1, 2, 3]
+    assert_same(got, request.getfixturevalue(unbroken))
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from activation_beacon import digit_ids, load
 from activation_beacon.cli import app
 from activation_beacon.persistence import load_adapter_tensors
 from activation_beacon.training.checkpoints import checkpoints
-from activation_beacon.training.settings import CONFIG_FIELDS
+from activation_beacon.training.run import tell_of_waiting
+from activation_beacon.training.settings import CONFIG_FIELDS, Stage, TrainingSettings
 from saved_models import CHUNK, save_base
 
 BEACON = [sys.executable, "-m", "activation_beacon"]
@@ -218,6 +219,21 @@ def test_a_signal_saves_and_ends_the_run_and_resume_finishes_it(files, tmp_path,
                 cwd=tmp_path)  # fmt: skip
     assert again.exit_code == 0, again.output
     assert f"Going on after step {step} of 400." in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch_size", "count", "way_out"),
+    [(16, 4, 4, None), (8, 1, 8, None), (6, 4, 2, None), (16, 16, 8, 2), (12, 4, 2, 3), (10, 4, 2, 1)],
+)
+def test_processes_that_must_wait_are_told_of_with_the_way_out(batch_size, micro_batch_size, count, way_out):
+    stages = (Stage(), Stage(batch_size=batch_size, micro_batch_size=micro_batch_size))
+    notices = []
+    tell_of_waiting(TrainingSettings(output="run", documents=("t",), stages=stages), count, notices.append)
+    told = (
+        f"Stage 2: {batch_size} texts by micro_batch_size {micro_batch_size} cannot be dealt evenly to {count} processes: "
+        f"some wait. In a new run, micro_batch_size {way_out} keeps all at work."
+    )
+    assert notices == ([] if way_out is None else [told])
 
 
 BAD = [

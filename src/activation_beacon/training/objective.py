@@ -102,7 +102,8 @@ def losses(
             teacher = teacher_states
         if objective.context_weight:
             alone = _alone(model, ids, chunk_size)[:, :-1][wanted]
-            weights = _context_weights(model, alone, teacher_states, targets, objective.context_weight)
+            gains = _context_gains(model, alone, teacher_states, targets)
+            weights = _context_weights(gains, wanted.sum(1).tolist(), objective.context_weight)
     total, parts = _SlicedLoss.apply(hidden[wanted], targets, teacher, weights, model, objective)
     nll = torch.full(wanted.shape, torch.nan, device=ids.device)
     nll[wanted] = parts[0]
@@ -155,19 +156,24 @@ def _alone(model: Any, ids: torch.Tensor, size: int) -> torch.Tensor:
     return states.reshape(*padded.shape, -1)[:, : ids.shape[1]]
 
 
-def _context_weights(
-    model: Any, alone: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, strength: float
-) -> torch.Tensor:
-    """Weights (n,) with mean 1: larger for tokens that the context helps to predict."""
+def _context_gains(model: Any, alone: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Nats (n,) by which the full context predicts each token better than its chunk alone, from 0 to 5."""
     pieces = [targets.new_zeros(0, dtype=torch.float32)]  # a batch may have no target at all
     for slot in _slices(model, len(targets)):
         nll = [
             nn.functional.cross_entropy(head(model, states[slot]).float(), targets[slot], reduction="none")
             for states in (alone, teacher)
         ]
-        pieces.append(1 + strength * (nll[0] - nll[1]).clamp(0, 5))
-    weights = torch.cat(pieces)
-    return weights / weights.mean()
+        pieces.append((nll[0] - nll[1]).clamp(0, 5))
+    return torch.cat(pieces)
+
+
+def _context_weights(gains: torch.Tensor, lengths: Sequence[int], strength: float) -> torch.Tensor:
+    """Weights (n,): larger for tokens that the context helps to predict, with mean 1 in each text of `lengths` targets.
+
+    Not in all texts together: what a text teaches must not depend on those that are read with it.
+    """
+    return torch.cat([weights / weights.mean() for weights in (1 + strength * gains).split(lengths)])
 
 
 def _slices(model: Any, length: int) -> list[slice]:

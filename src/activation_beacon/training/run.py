@@ -108,6 +108,7 @@ def _run(
         model, settings, samplers, dev=dev_samplers(settings, data, tokenizer, tell), group=group,
         report=report if group.is_first else None,
     )  # fmt: skip
+    tell_of_waiting(settings, group.count, tell)
     if group.is_first:
         write_text(folder / SETTINGS_FILE, json.dumps(settings.to_dict(), indent=2) + "\n")
     if resume and (progress := trainer.resume()).step:
@@ -119,6 +120,18 @@ def _run(
         write_adapter(settings, outcome, model, tensors, num_processes=group.count)
     group.barrier()
     return outcome
+
+
+def tell_of_waiting(settings: TrainingSettings, num_processes: int, tell: Callable[[str], None]) -> None:
+    """Say where micro-batches cannot be dealt evenly to the processes: weights are the same, and some processes wait."""
+    for number, stage in enumerate(settings.stages, 1):
+        if -(-stage.batch_size // stage.micro_batch_size) % num_processes:
+            share = stage.batch_size // num_processes
+            size = max(n for n in range(1, min(share, stage.micro_batch_size) + 1) if share % n == 0)
+            tell(
+                f"Stage {number}: {stage.batch_size} texts by micro_batch_size {stage.micro_batch_size} cannot be dealt evenly "
+                f"to {num_processes} processes: some wait. In a new run, micro_batch_size {size} keeps all at work."
+            )
 
 
 def write_adapter(

@@ -205,7 +205,7 @@ class Trainer:
     def _step(self, clock: "_Clock", ahead: "_Ahead") -> dict[str, Any]:
         start = time.perf_counter()
         number, stage, step = self.settings.stage_at(self.progress.step)
-        batches = self._evened(ahead.get(self.progress.step))
+        batches = ahead.get(self.progress.step)
         num_targets, num_tokens = self.group.sum(
             sum(batch.num_targets for batch in batches),
             sum(batch.num_tokens for batch in batches),
@@ -258,16 +258,14 @@ class Trainer:
             ratios=self.settings.config.ratios,
             seed=self.settings.seed + 1_000_003 * number,
             local_tokens=self.settings.config.local_tokens,
-            rank=self.group.rank,
-            num_processes=self.group.count,
+            **self._shared,
         )
 
-    def _evened(self, batches: list[Batch]) -> list[Batch]:
-        """With fsdp, as many batches in every process: shards are gathered by all or by none."""
-        if self.settings.wrapper != "fsdp" or self.group.count == 1:
-            return batches
-        wanted = int(_maximum(len(batches), self.device))
-        return batches + [batches[-1].empty()] * (wanted - len(batches))
+    @property
+    def _shared(self) -> dict[str, Any]:
+        """How an update is shared. With fsdp every process reads as many batches: shards are gathered by all or by none."""
+        is_even = self.settings.wrapper == "fsdp"
+        return {"rank": self.group.rank, "num_processes": self.group.count, "is_even": is_even}
 
     def _synchronised(self, batches: list[Batch]) -> Iterator[Batch]:
         """Batches one by one; gradients are averaged over processes with the last."""
@@ -362,16 +360,13 @@ class Trainer:
             return {name: self._dev_losses(sampler) for name, sampler in self.dev.items()}
 
     def _dev_losses(self, sampler: Sampler) -> dict[str, float]:
-        count = self.settings.dev_texts
-        count += -count % self.group.count  # every process reads as many: with fsdp, weights are gathered by all
         chunk_size, found = self.settings.config.chunk_size, {}
+        stage = Stage(steps=1, batch_size=self.settings.dev_texts, micro_batch_size=1)
         for ratio in self.settings.config.ratios:
             totals = StepTotals((ratio,))
-            stage = Stage(steps=1, batch_size=count, micro_batch_size=1)
             for batch in step_batches(
-                stage, sampler, 0, chunk_size=chunk_size, ratios=(ratio,), seed=0, rank=self.group.rank,
-                num_processes=self.group.count,
-            ):  # fmt: skip
+                stage, sampler, 0, chunk_size=chunk_size, ratios=(ratio,), seed=0, **self._shared
+            ):
                 totals.add(self.module(_on(batch, self.device), Objective()), batch)
             found[str(ratio)] = totals.line(self.group, self.device)["loss"]
         return found
@@ -460,10 +455,3 @@ def _fsdp_without_sync(module: Any) -> Iterator[None]:
         yield
     finally:
         module.set_requires_gradient_sync(True)
-
-
-def _maximum(value: float, device: torch.device) -> float:
-    """Of all processes."""
-    tensor = torch.tensor(float(value), device=device)
-    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
-    return float(tensor)
