@@ -201,6 +201,45 @@ def test_a_folder_of_another_setting_is_refused(run):
     )
 
 
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        (("lm", "{folder}/docs.jsonl"), "docs.jsonl"),
+        (("qa", "{folder}/questions.jsonl"), "questions.jsonl"),
+        *(((task, "--background", "{folder}/story.txt"), "story.txt") for task in ("needles", "multi-turn", "reconstruction")),
+        (("all", "--tasks", "lm", "--documents", "{folder}/docs.jsonl"), "docs.jsonl"),
+    ],
+)  # fmt: skip
+def test_results_of_a_file_are_not_taken_for_those_of_another_one_of_its_name(run, files, tmp_path, args, name):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(files / name, tmp_path / folder / name)
+    more = (tmp_path / "b" / name).read_text(encoding="utf-8")
+    (tmp_path / "b" / name).write_text(more * 2, encoding="utf-8")
+    options = (
+        "--model",
+        "{files}/adapter",
+        "-o",
+        "out",
+        "--methods",
+        "full",
+        "--ratios",
+        "4",
+        "--limit",
+        "1",
+        "--length",
+        "900",
+    )
+    good(run(*(each.format(folder="a") for each in args), *options))
+    before = lines_of(tmp_path / "out")
+    good(run(*(each.format(folder="a") for each in args), *options))  # the same file goes on
+    result = run(*(each.format(folder="b") for each in args), *options)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "on files of these names with other contents (SHA-256 " in result.stderr.splitlines()[-1]
+    assert lines_of(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize("command", ["all", "lm", "needles", "multi-turn", "report"])
 def test_every_command_has_an_example(run, command):
     assert re.search(rf"Examples?:\n\n    .*beacon eval {command}\b", good(run(command, "--help")))

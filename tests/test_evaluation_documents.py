@@ -1,6 +1,7 @@
 """Documents: read from every kind of file, refused with file and line, cut to tokens."""
 
 import gzip
+import hashlib
 import json
 
 import pytest
@@ -39,6 +40,28 @@ def write(folder, name, content=LINES):
 def test_lines_are_documents(tmp_path, name):
     found = list(docs.read_documents([write(tmp_path, name)]))
     assert found == [docs.Document("first", "The lion."), docs.Document(f"{name}:2", "The tiger, café.")]
+
+
+def test_a_source_is_known_again_by_its_contents_wherever_it_lies(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, "a.jsonl")
+        write(tmp_path / name, "b.txt", "One")
+    here, there = (
+        docs.digests([tmp_path / name / "a.jsonl", tmp_path / name, f"{tmp_path}/{name}/*.txt"])
+        for name in ("here", "there")
+    )
+    assert here == there
+    assert here[0] == hashlib.sha256(LINES.encode()).hexdigest()[:16]
+    assert len(set(here)) == 3
+    write(tmp_path / "there", "b.txt", "Two")
+    changed = docs.digests([tmp_path / "there" / "a.jsonl", tmp_path / "there", f"{tmp_path}/there/*.txt"])
+    assert [one == other for one, other in zip(changed, here, strict=True)] == [True, False, False]
+
+
+def test_a_hub_data_set_is_known_by_its_name_alone():
+    assert docs.digests(["owner/name:train"]) == [None]
+    assert docs.digests([]) == []
 
 
 def test_a_text_file_is_one_document(tmp_path):

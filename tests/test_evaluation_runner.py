@@ -11,7 +11,16 @@ from activation_beacon.errors import FileFormatError, InputError, MismatchError,
 from activation_beacon.evaluation import contexts, language_modelling, methods, samples
 from activation_beacon.evaluation.results import Key, Results
 from activation_beacon.evaluation.runner import Plan, run_task
-from activation_beacon.evaluation.tasks import Answering, LanguageModelling, multi_turn, needles, other_value
+from activation_beacon.evaluation.tasks import (
+    Answering,
+    LanguageModelling,
+    Origin,
+    multi_turn,
+    needles,
+    other_value,
+    packed_qa,
+    reconstruction,
+)
 from activation_beacon.processes import Processes
 from evaluation_models import STORY, beacon_model, byte_prompt, ids_of
 from saved_models import CHUNK, byte_tokenizer
@@ -248,6 +257,88 @@ def test_results_of_another_setting_are_not_mixed_in(model, tmp_path):
     assert str(error.value) == (
         f"{tmp_path} holds results of needles with seed 0; this run has 1. Choose another folder, or the same settings."
     )
+
+
+TASKS_OF_FILES = {
+    "lm": lm_task,
+    "qa": lambda path: packed_qa(byte_prompt(), [path]),
+    "needles": lambda path: needle_task(source=Origin(path.name, (path,))),
+    "multi-turn": lambda path: multi_turn(byte_prompt(), ids_of(STORY), source=Origin(path.name, (path,))),
+    "reconstruction": lambda path: reconstruction(byte_prompt(), ids_of(STORY), source=Origin(path.name, (path,))),
+}
+
+
+def write_records(folder, text):
+    """A file of one name that every task can read."""
+    folder.mkdir(exist_ok=True)
+    record = {"id": "1", "text": text, "context": text, "question": "What?", "answer": "Nothing."}
+    (folder / "docs.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    return folder / "docs.jsonl"
+
+
+def opened(folder, task):
+    results = Results(folder, MODEL)
+    results.open_task(task.name, task.settings, task.quality)
+    return results
+
+
+@pytest.mark.parametrize("name", TASKS_OF_FILES)
+def test_results_on_a_file_of_the_same_name_and_other_contents_are_not_mixed_in(tmp_path, name):
+    make = TASKS_OF_FILES[name]
+    first, other = write_records(tmp_path / "a", STORY), write_records(tmp_path / "b", STORY + "More.")
+    task = make(first)
+    assert task.name == name
+    opened(tmp_path / "out", task)
+    opened(tmp_path / "out", make(write_records(tmp_path / "moved", STORY)))  # the same file elsewhere
+    with pytest.raises(MismatchError) as error:
+        opened(tmp_path / "out", make(other))
+    [ours], [theirs] = make(other).settings["sha256"], task.settings["sha256"]
+    assert str(error.value) == (
+        f"{tmp_path}/out holds results of {name} on files of these names with other contents (SHA-256 {theirs}; these have "
+        f"{ours}). Choose another folder, or the files that it was begun with."
+    )
+
+
+@pytest.mark.parametrize("name", TASKS_OF_FILES)
+def test_a_file_that_was_written_anew_is_another_one(tmp_path, name):
+    make = TASKS_OF_FILES[name]
+    opened(tmp_path / "out", make(write_records(tmp_path / "a", STORY)))
+    with pytest.raises(MismatchError, match="on files of these names with other contents"):
+        opened(tmp_path / "out", make(write_records(tmp_path / "a", STORY[1:])))
+
+
+@pytest.mark.parametrize("name", TASKS_OF_FILES)
+def test_results_without_contents_are_read_and_gone_on_with_only_by_who_vouches_for_them(tmp_path, name):
+    task = TASKS_OF_FILES[name](write_records(tmp_path / "a", STORY))
+    before = {key: value for key, value in task.settings.items() if key != "sha256"}
+    results = Results(tmp_path / "out", MODEL)
+    results.open_task(name, before, task.quality)
+    results.add(key := Key(name, "full", None, 96, "1"), {task.quality: 1.0})
+    assert Results(tmp_path / "out").records[key][task.quality] == 1.0
+    with pytest.raises(MismatchError) as error:
+        opened(tmp_path / "out", task)
+    [digest] = task.settings["sha256"]
+    assert str(error.value) == (
+        f"{tmp_path}/out holds results of {name} from before the contents of files were noted: whether they are of these files "
+        f'cannot be told. Choose another folder; or, if you know that they are, add "sha256": ["{digest}"] to the settings of '
+        f"{name} in {tmp_path}/out/run.json."
+    )
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    run["tasks"][name]["settings"] |= json.loads("{" + str(error.value).split("add ")[1].split(" to the")[0] + "}")
+    (tmp_path / "out" / "run.json").write_text(json.dumps(run))
+    assert key in opened(tmp_path / "out", task).records
+
+
+def test_what_comes_from_no_file_has_no_contents_to_be_checked():
+    assert "sha256" not in needle_task(source=Origin("A book")).settings
+    assert "sha256" not in LanguageModelling(byte_tokenizer(), ["owner/name:train"]).settings
+
+
+def test_another_setting_is_named_before_other_contents(tmp_path):
+    first, other = write_records(tmp_path / "a", STORY), write_records(tmp_path / "b", STORY + "More.")
+    opened(tmp_path / "out", LanguageModelling(byte_tokenizer(), [first], field="text"))
+    with pytest.raises(MismatchError, match=r"holds results of lm with on_error 'stop'; this run has 'skip'\."):
+        opened(tmp_path / "out", LanguageModelling(byte_tokenizer(), [other], on_error="skip"))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from activation_beacon.cli.models import Loaded
 from activation_beacon.errors import InputError
 
 if TYPE_CHECKING:
-    from activation_beacon.evaluation.tasks import Task
+    from activation_beacon.evaluation.tasks import Origin, Task
 
 BACKGROUND_TOKENS = 300_000  # of a background at most; it is taken up again where a text needs more
 SAMPLES = 10  # of a task that could go on making them
@@ -147,14 +147,16 @@ def _check_files(paths: Sequence[str | Path], field: str = "text", on_error: Any
         next(read_documents([path], field=field, on_error=on_error, report=ReadReport()), None)
 
 
-def _background(loaded: Loaded, files: list[Path] | None) -> tuple[list[int], str]:
-    """Ids of the background text, and what it is called."""
+def _background(loaded: Loaded, files: list[Path] | None) -> tuple[list[int], "Origin"]:
+    """Ids of the background text, and where it came from."""
     from activation_beacon import books
     from activation_beacon.evaluation.documents import first_documents
+    from activation_beacon.evaluation.tasks import Origin
 
     if not files:
-        text, source = books.read_demo_book(), books.DEMO_BOOK_TITLE
+        text, source = books.read_demo_book(), Origin(books.DEMO_BOOK_TITLE)
     else:
-        text, source = first_documents(files, num_tokens=BACKGROUND_TOKENS), ", ".join(path.name for path in files)
+        text = first_documents(files, num_tokens=BACKGROUND_TOKENS)
+        source = Origin(", ".join(path.name for path in files), tuple(files))
     ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids[:BACKGROUND_TOKENS], source

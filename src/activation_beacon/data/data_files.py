@@ -1,6 +1,7 @@
 """Which files a source of texts names, and their contents as blocks and lines. Knows nothing of records."""
 
 import glob
+import hashlib
 import importlib
 import re
 import zlib
@@ -69,6 +70,27 @@ def data_files(source: Source) -> list[Path]:
         f"There is no file, folder or glob {str(source)!r}. Name one, or a hub data set as owner/name, owner/name:split or "
         "owner/name:config:split."
     )
+
+
+def source_entries(source: Source) -> list[dict[str, Any]]:
+    """What a source is known again by: name, bytes and SHA-256 of each of its files; a hub data set by its name alone.
+
+    Raises:
+        StorageError: if there is no such file, or it cannot be read.
+        FileFormatError: if the format of a file that is named is not known.
+    """
+    files = data_files(source)
+    if not files:
+        return [{"hub": str(source)}]
+    return [{"file": path.name, "bytes": path.stat().st_size, "sha256": _file_digest(path)} for path in files]
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {reason(error)}.") from error
 
 
 def file_kind(path: Path) -> str:

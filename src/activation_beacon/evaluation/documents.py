@@ -1,18 +1,22 @@
 """Documents that a user gives: read from files, and cut to texts of a given length in tokens."""
 
+import hashlib
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from activation_beacon.data.data_files import source_entries
 from activation_beacon.data.sources import OnError, ReadReport, documents
 
 logger = logging.getLogger(__name__)
 
 CHARACTERS_PER_TOKEN = 8  # more than texts have; a text that has more is tokenised whole
 MARGIN = 64  # last tokens of a cut text, which the cut may have changed
+DIGITS = 16  # of a digest
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,24 @@ def read_documents(
     finally:
         if report is None and counts.skipped:
             logger.warning("Documents: %s", counts.summary())
+
+
+def digests(sources: Iterable[str | Path]) -> list[str | None]:
+    """The first digits of each source's SHA-256; None for a hub data set.
+
+    That of a file is its own, that of a folder or glob is one over those of its files.
+
+    Raises:
+        StorageError: if a file cannot be read.
+        FileFormatError: for an unknown kind of file.
+    """
+    return [_digest(source_entries(source)) for source in sources]
+
+
+def _digest(entries: Sequence[Mapping[str, Any]]) -> str | None:
+    found = [entry.get("sha256") for entry in entries]
+    whole = hashlib.sha256(json.dumps(entries).encode()).hexdigest() if len(found) > 1 else found[0]
+    return whole and whole[:DIGITS]
 
 
 def texts(

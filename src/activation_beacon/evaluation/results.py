@@ -5,7 +5,7 @@ processes run together, each but the first appends to a file of its own, which t
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from activation_beacon.files import reason, write_text
 from activation_beacon.json_lines import append_lines, lines_from, read_lines
 
 RESULTS, RUN = "results.jsonl", "run.json"
+CONTENTS = "sha256"  # the setting that tells files of one name apart
 PART = "results-{}.jsonl"  # what a process that is not the first has finished
 FORMAT_VERSION = 1
 
@@ -98,16 +99,36 @@ class Results:
         wanted = json.loads(json.dumps({"settings": dict(settings), "quality": quality}))
         known = self.run["tasks"].get(name)
         if known is not None and known != wanted:
-            theirs, ours = known["settings"], wanted["settings"]
-            differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-            name_first = differing[0] if differing else "quality"
-            raise MismatchError(
-                f"{self.folder} holds results of {name} with {name_first} {theirs.get(name_first)!r}; this run has "
-                f"{ours.get(name_first)!r}. Choose another folder, or the same settings."
-            )
+            raise MismatchError(self._difference(name, known["settings"], wanted["settings"]))
         if known is None:
             self.run["tasks"][name] = wanted
             self._write_run()
+
+    def _difference(self, name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+        """What keeps a task from being gone on with, and the way out."""
+        differing = sorted(
+            (key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key)),
+            key=lambda key: (key == CONTENTS, key),
+        )
+        first = differing[0] if differing else "quality"
+        if first == CONTENTS and CONTENTS in ours:
+            return self._other_contents(name, theirs.get(CONTENTS), ours[CONTENTS])
+        return (
+            f"{self.folder} holds results of {name} with {first} {theirs.get(first)!r}; this run has {ours.get(first)!r}. "
+            "Choose another folder, or the same settings."
+        )
+
+    def _other_contents(self, name: str, theirs: Any, ours: Any) -> str:
+        if theirs is None:
+            return (
+                f"{self.folder} holds results of {name} from before the contents of files were noted: whether they are of these "
+                f"files cannot be told. Choose another folder; or, if you know that they are, add "
+                f"{json.dumps({CONTENTS: ours})[1:-1]} to the settings of {name} in {self.folder / RUN}."
+            )
+        return (
+            f"{self.folder} holds results of {name} on files of these names with other contents (SHA-256 {_listed(theirs)}; "
+            f"these have {_listed(ours)}). Choose another folder, or the files that it was begun with."
+        )
 
     def add(self, key: Key, fields: Mapping[str, Any]) -> None:
         """Append a finished sample; it is on disk when this returns.
@@ -160,6 +181,10 @@ class Results:
 
     def _write_run(self) -> None:
         write_text(self.folder / RUN, json.dumps(self.run, indent=2, ensure_ascii=False) + "\n")
+
+
+def _listed(digests: Sequence[str | None]) -> str:
+    return ", ".join(map(str, digests))
 
 
 def key_of(record: Mapping[str, Any]) -> Key:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,13 +10,14 @@ from activation_beacon.config import BeaconConfig
 from activation_beacon.data.sources import OnError
 from activation_beacon.errors import InputError
 from activation_beacon.evaluation import language_modelling
-from activation_beacon.evaluation.documents import Text, prefix_ids, read_documents, texts, told_apart
+from activation_beacon.evaluation.documents import Text, digests, prefix_ids, read_documents, texts, told_apart
 from activation_beacon.evaluation.methods import METHODS
 from activation_beacon.evaluation.multi_turn import multi_turn_samples
 from activation_beacon.evaluation.needles import KINDS, needle_samples
 from activation_beacon.evaluation.packed_qa import packed_samples, read_passages
 from activation_beacon.evaluation.peers import PEERS
 from activation_beacon.evaluation.reconstruction import reconstruction_samples
+from activation_beacon.evaluation.results import CONTENTS
 from activation_beacon.evaluation.ruler import ruler_samples
 from activation_beacon.evaluation.samples import Sample, answer_sample
 from activation_beacon.plan import Ratio
@@ -78,7 +80,7 @@ class LanguageModelling:
         self.tokenizer = tokenizer
         self.paths = list(paths)
         self.field, self.on_error = field, on_error
-        self.settings = {"documents": [Path(path).name for path in paths], "field": field, "on_error": on_error}
+        self.settings = {**_named("documents", paths), "field": field, "on_error": on_error}
 
     def samples(self, length: int) -> Iterator[Text]:
         """Texts of exactly so many tokens, one of each document that is long enough."""
@@ -143,6 +145,37 @@ def other_value(values: Sequence[Any], index: int) -> Any:
     raise InputError(f'The method "{SHUFFLED}" needs samples of two contexts at least. Take more of them (--limit).')
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a background text came from.
+
+    Attributes:
+        name: in the results.
+        files: whose contents tell it from others of the same name; none for a text that a release comes with.
+    """
+
+    name: str = ""
+    files: tuple[Path, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that runs into one folder must agree in."""
+        return {"background": self.name, **_contents(self.files)}
+
+
+NAMELESS = Origin()
+
+
+def _named(name: str, sources: Sequence[str | Path]) -> dict[str, Any]:
+    """Sources as settings: by name and contents, wherever they lie."""
+    return {name: [Path(source).name for source in sources], **_contents(sources)}
+
+
+def _contents(sources: Sequence[str | Path]) -> dict[str, Any]:
+    found = digests(sources)
+    return {CONTENTS: found} if any(found) else {}
+
+
 def needles(
     prompt: ChatPrompt,
     background: Sequence[int],
@@ -151,27 +184,27 @@ def needles(
     depths: int | Sequence[float] = 10,
     repeats: int = 1,
     seed: int = 0,
-    source: str = "",
+    source: Origin = NAMELESS,
 ) -> Answering:
-    """The task "needles"; see `needles.needle_samples`. `source` names the background in the results."""
+    """The task "needles"; see `needles.needle_samples`. `source` stands for the background in the results."""
 
     def make(length: int) -> Iterator[Sample]:
         return needle_samples(prompt, background, length, kinds=kinds, depths=depths, repeats=repeats, seed=seed)
 
     known = depths if isinstance(depths, int) else list(depths)
-    settings = {"background": source, "kinds": list(kinds), "depths": known, "seed": seed}
+    settings = {**source.settings, "kinds": list(kinds), "depths": known, "seed": seed}
     return Answering("needles", prompt, make, settings)
 
 
 def multi_turn(
-    prompt: ChatPrompt, background: Sequence[int], *, count: int = 10, seed: int = 0, source: str = ""
+    prompt: ChatPrompt, background: Sequence[int], *, count: int = 10, seed: int = 0, source: Origin = NAMELESS
 ) -> Answering:
     """The task "multi-turn"; see `multi_turn.multi_turn_samples`."""
 
     def make(length: int) -> Iterator[Sample]:
         return multi_turn_samples(prompt, background, length, count=count, seed=seed)
 
-    return Answering("multi-turn", prompt, make, {"background": source, "seed": seed})
+    return Answering("multi-turn", prompt, make, {**source.settings, "seed": seed})
 
 
 def reconstruction(
@@ -180,7 +213,7 @@ def reconstruction(
     *,
     count: int = 10,
     seed: int = 0,
-    source: str = "",
+    source: Origin = NAMELESS,
     config: BeaconConfig | None = None,
 ) -> Answering:
     """The task "reconstruction"; see `reconstruction.reconstruction_samples`."""
@@ -188,7 +221,7 @@ def reconstruction(
     def make(length: int) -> Iterator[Sample]:
         return reconstruction_samples(prompt, background, length, count=count, seed=seed, config=config)
 
-    return Answering("reconstruction", prompt, make, {"background": source, "seed": seed})
+    return Answering("reconstruction", prompt, make, {**source.settings, "seed": seed})
 
 
 def packed_qa(
@@ -200,9 +233,7 @@ def packed_qa(
     def make(length: int) -> Iterator[Sample]:
         return packed_samples(prompt, passages, length, seed=seed)
 
-    return Answering(
-        "qa", prompt, make, {"files": [Path(path).name for path in paths], "seed": seed, "on_error": on_error}
-    )
+    return Answering("qa", prompt, make, {**_named("files", paths), "seed": seed, "on_error": on_error})
 
 
 def ruler(prompt: ChatPrompt, *, names: Sequence[str] = (), count: int = 10, seed: int = 0) -> Answering:
