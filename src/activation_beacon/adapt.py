@@ -29,6 +29,7 @@ AT_ONCE = "beacon_chunks_with_"  # before the name of the attention that it hand
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
 FUSED_NAMES = {"qkv_proj": "qkv", "query_key_value": "qkv"}
 OUTPUT_NAMES = ("o_proj", "dense", "out_proj")
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 @dataclass(frozen=True)
@@ -216,17 +217,41 @@ def dense_weight(linear: nn.Module) -> torch.Tensor:
     Raises:
         UnsupportedModelError: if the layer's packing is not known.
     """
+    check_weight(linear)
     weight: Any = linear.weight
-    if getattr(weight, "quant_state", None) is not None or hasattr(weight, "SCB"):
+    if _is_of_bitsandbytes(weight):
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
         return dequantize_bnb_weight(weight, getattr(linear, "state", None))
-    if not weight.is_floating_point() or tuple(weight.shape) != (linear.out_features, linear.in_features):
-        raise UnsupportedModelError(
-            f"{type(linear).__name__} packs its weight as {weight.dtype} {tuple(weight.shape)}, which is not known. "
-            "Attach to the model in bf16, fp16, fp32 or bitsandbytes form."
-        )
     return weight
+
+
+def check_weight(linear: nn.Module, name: str | None = None) -> None:
+    """Refuse a linear layer whose weight is not there in floats that stand for themselves, as those of 8 bits do not.
+
+    Args:
+        linear: a layer of the base.
+        name: what an error calls it; its class where there is none.
+
+    Raises:
+        UnsupportedModelError: with what its weight is.
+    """
+    weight: Any = getattr(linear, "weight", None)
+    is_tensor = isinstance(weight, torch.Tensor)
+    if is_tensor and _is_of_bitsandbytes(weight):
+        return
+    if is_tensor and weight.dtype in FLOATS and tuple(weight.shape) == (linear.out_features, linear.in_features):
+        return
+    packed = f"packs its weight as {weight.dtype} {tuple(weight.shape)}" if is_tensor else "has no tensor `weight`"
+    kind = type(linear).__name__
+    raise UnsupportedModelError(
+        f"{kind if name is None else f'{name} ({kind})'} {packed}, which is not known. "
+        "Attach to the model in bf16, fp16, fp32 or bitsandbytes form."
+    )
+
+
+def _is_of_bitsandbytes(weight: torch.Tensor) -> bool:
+    return getattr(weight, "quant_state", None) is not None or hasattr(weight, "SCB")
 
 
 def _layer_site(
@@ -241,6 +266,8 @@ def _layer_site(
         raise _unsupported(
             model, f"layer {index} has no projection {', '.join(missing)} of its own that could be replaced"
         )
+    for site in sites:
+        check_weight(site.linear, f"{site.name} of layer {index}")
     return LayerSite(attention, sites, _layer_rope(model, config, attention, index, rotary), _window(config, index))
 
 
