@@ -19,7 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from activation_beacon import BeaconCache, BeaconConfig, files
 from activation_beacon.errors import BeaconError, FileFormatError, MismatchError, StorageError
-from activation_beacon.files import build_folder, read_context_file, whole_file, write_context_file, write_text
+from activation_beacon.files import (
+    build_folder,
+    read_context_file,
+    reason,
+    whole_file,
+    write_context_file,
+    write_text,
+)
 from families import random_ids, with_beacons
 
 CONFIG = BeaconConfig(chunk_size=16, ratios=(2, 4, 8), num_sinks=1)
@@ -258,7 +265,7 @@ def test_another_format_version_is_refused(tmp_path, saved, monkeypatch):
         BeaconCache.load(tmp_path / "new.beacon")
 
 
-@pytest.mark.parametrize(("header", "what"), [("[]", "no JSON object"), ("{", "no JSON")])
+@pytest.mark.parametrize(("header", "what"), [("[]", "no JSON object"), ("{", "no JSON"), ("[" * 100_000, "no JSON")])
 def test_a_header_of_another_form_is_refused(tmp_path, saved, header, what):
     _, tensors = read_context_file(saved)
     metadata = {"format": files.CONTEXT_FORMAT, "header": header, "sha256": files._digest(header, tensors)}
@@ -453,11 +460,58 @@ def test_files_get_the_rights_that_the_umask_leaves(tmp_path):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640
 
 
-def test_a_link_is_replaced_like_any_file(tmp_path):
-    (tmp_path / "old").write_text("old")
-    (tmp_path / "link").symlink_to(tmp_path / "old")
-    write_text(tmp_path / "link", "new")
-    assert (tmp_path / "link").read_text() == "new"
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o755])
+def test_a_file_keeps_its_rights_when_it_is_written_anew(tmp_path, saved, mode):
+    path = Path(shutil.copy(saved, tmp_path / "book.beacon"))
+    path.chmod(mode)
+    context_of(5).save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert BeaconCache.load(path).tokens_seen == 5
+
+
+def test_a_private_file_is_private_while_it_is_written(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("old")
+    path.chmod(0o400)
+    with whole_file(path) as temporary:
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
+        temporary.write_text("new")
+    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("new", 0o400)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path, is_there):
+    real, link = tmp_path / "disk" / "real", tmp_path / "here" / "link"
+    real.parent.mkdir()
+    link.parent.mkdir()
+    if is_there:
+        real.write_text("old")
+    link.symlink_to("../disk/real")
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert real.read_text() == "new"
+    assert [path.name for folder in (real.parent, link.parent) for path in folder.iterdir()] == ["real", "link"]
+
+
+def test_an_error_names_the_link_that_was_asked_for(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "no" / "real")
+    with pytest.raises(StorageError, match=r"^\S+/link cannot be written: No such file or directory\."):
+        write_text(tmp_path / "link", "new")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (ValueError("\n one\ntwo"), "one"),
+        (ValueError("  \n"), "ValueError"),
+        (OSError(), "OSError"),
+        (KeyError(), "KeyError"),
+        (OSError(errno.EIO, ""), "[Errno 5]"),
+    ],
+)
+def test_the_reason_is_one_line_even_of_an_error_without_words(error, expected):
+    assert reason(error) == expected
 
 
 def test_errors_of_ours_pass_through_whole_file(tmp_path):

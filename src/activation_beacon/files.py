@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,25 +23,41 @@ CONTEXT_VERSION = 1
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not.
+    """A temporary file that takes the place of `path` when the block ends well, and vanishes when it does not.
+
+    A link stays one: what it leads to is replaced. A file that is there keeps its permissions, a new one gets the umask's.
 
     Raises:
         StorageError: if it cannot be written: folder missing, no permission, disk full.
     """
-    path = Path(path)
-    temporary = _aside(path)
-    with _writing(path):
+    place = Path(os.path.realpath(path))
+    temporary = _aside(place)
+    with _writing(Path(path)):
         try:
-            handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-            mode = os.fstat(handle).st_mode & 0o777  # as the umask has it; whoever fills the file may change it
-            os.close(handle)
+            mode = _create(temporary, like=place)
             yield temporary
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            temporary.chmod(mode)
-            temporary.replace(path)
+            flush(temporary)
+            temporary.chmod(mode)  # whoever filled it may have changed it
+            temporary.replace(place)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _create(path: Path, *, like: Path) -> int:
+    """Make an empty file that nobody can read who may not read the other; returns the permissions it is to have."""
+    kept = stat.S_IMODE(like.stat().st_mode) & 0o777 if like.is_file() else None
+    writable = 0o666 if kept is None else kept | stat.S_IRUSR | stat.S_IWUSR
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, writable)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode) if kept is None else kept  # new ones are as the umask has it
+    finally:
+        os.close(handle)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file is on its disk, which may turn out to be full."""
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 @contextlib.contextmanager
@@ -60,9 +77,10 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
-def reason(error: Exception) -> str:
-    """One line of what an error says."""
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+def reason(error: BaseException) -> str:
+    """One line of what an error says; its kind where it says nothing."""
+    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -159,7 +177,7 @@ def read_context_file(path: str | Path) -> tuple[dict[str, Any], dict[str, torch
 def _parsed(header: str, path: str | Path) -> dict[str, Any]:
     try:
         values = json.loads(header)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is damaged: its header is no JSON. Compress the text again.") from error
     if not isinstance(values, dict):
         raise FileFormatError(f"{path} is damaged: its header is no JSON object. Compress the text again.")
