@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from activation_beacon import BeaconConfig, BeaconModel, hub, load
-from activation_beacon.errors import BaseModelError, BeaconError, MismatchError, StorageError
+from activation_beacon.errors import BaseModelError, BeaconError, InputError, MismatchError, StorageError
 from activation_beacon.persistence import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from families import beacon_tensors, random_ids, tiny, with_beacons
 
@@ -70,6 +70,18 @@ def test_an_adapter_goes_on_a_model_in_memory(tmp_path):
         model.adapter_fingerprint
         == with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4))).adapter_fingerprint
     )
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"device": "cpu"}, {"dtype": "auto", "device": "cpu"}])
+def test_a_model_in_memory_keeps_its_own_dtype_and_device(tmp_path, options):
+    base = tiny("llama")
+    with pytest.raises(InputError) as caught:
+        load(adapter_of(tmp_path / "adapter"), base=base, **options)
+    assert str(caught.value) == (
+        "A model given as base keeps its own dtype and device (torch.float32, cpu); "
+        f"got dtype={options.get('dtype')}, device={options.get('device')}. Leave them out, and give base.to(...)."
+    )
+    assert not isinstance(base, BeaconModel)
 
 
 def test_an_adapter_that_names_no_base_needs_one(tmp_path):

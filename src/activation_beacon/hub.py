@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from activation_beacon.base_models import load_pretrained_base
 from activation_beacon.config import BeaconConfig
 from activation_beacon.default_base import DEFAULT_BASE_REVISION
-from activation_beacon.errors import StorageError
+from activation_beacon.errors import InputError, StorageError
 from activation_beacon.exact import with_digits
+from activation_beacon.files import reason
 from activation_beacon.model import attach, detach
 from activation_beacon.persistence import CONFIG_FILE, fill_parameters, load_adapter_config, load_adapter_tensors
 
@@ -32,7 +33,8 @@ def load(
         name: a folder that `save_pretrained` wrote, a hub id, or "default" for the model that comes with the package.
         base: another place for the base model than the adapter names: "default", a folder or a hub id; or the model
             itself, on which the adapter is then put (no tokenizer is returned with it).
-        dtype, device: of model and adapter, as in transformers; by default float32 for the default model.
+        dtype, device: of model and adapter, as in transformers; by default float32 for the default model. A model given as
+            `base` keeps its own.
         revision: of the adapter on the hub.
 
     Returns:
@@ -43,7 +45,13 @@ def load(
         FileFormatError: if the adapter is damaged.
         BaseModelError: if the base model cannot be found.
         MismatchError: if the base model is not the one that the adapter was made for.
+        InputError: for a dtype or device besides a base model that has its own.
     """
+    if isinstance(base, PreTrainedModel) and (dtype is not None or device is not None):
+        raise InputError(
+            f"A model given as base keeps its own dtype and device ({base.dtype}, {base.device}); got dtype={dtype}, "
+            f"device={device}. Leave them out, and give base.to(...)."
+        )
     folder = adapter_folder(name, revision)
     config = _untrained_default() if folder is None else load_adapter_config(folder)
     if isinstance(base, PreTrainedModel):
@@ -94,9 +102,8 @@ def _download_adapter(repo_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=["beacon*", "base/*"]))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StorageError(
-            f"The adapter {repo_id} is neither a folder here nor to be had from the hub ({reason}). Check the name, or the network."
+            f"The adapter {repo_id} is neither a folder here nor to be had from the hub ({reason(error)}). Check the name, or the network."
         ) from error
 
 
