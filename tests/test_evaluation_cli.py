@@ -171,6 +171,8 @@ def test_multi_turn_shows_every_turn(run):
         ((*LM, "--ratios", "3"), "ratio (3) must divide chunk_size (32). Use 2, 4, 8."),
         ((*LM, "--methods", "best"), "The task lm has no method 'best'. Use some of full, alone, recent, beacons, shuffled."),
         ((*LM, "--length", "99999"), "The task lm has no sample of 99999 tokens. Use a shorter length, or longer texts."),
+        ((*NEEDLES, "--length", "50"), "The task needles has samples that 50 tokens have no room for: template,"),
+        (("qa", "{files}/questions.jsonl", *LM[2:], "--length", "50"), "The task qa has samples that 50 tokens have no room for"),
         ((*LM, "--field", "body"), "docs.jsonl, line 1: there is no field \"body\" (fields: id, text). Mend or remove it, or"),
         (("lm", "no.jsonl", "-o", "out"), "There is no file, folder or glob 'no.jsonl'. Name one, or a hub data set"),
         ((*NEEDLES, "--kinds", "hay"), "There is no needle of kind 'hay'. Use some of sentence, number, uuid"),

@@ -237,7 +237,13 @@ def test_drawing_leaves_the_global_generators_as_they_were():
                 "niah_multikey_3, ruler_vt, ruler_cwe, ruler_fwe."
             ),
         ),
-        (["ruler_vt"], LENGTH, "ruler_vt cannot be made as short as 500 tokens: its smallest text has about"),
+        (
+            ["ruler_vt"],
+            LENGTH,
+            "ruler_vt cannot be made with this tokenizer: the example that opens its prompts has room for 500",
+        ),
+        (["niah_single_1"], 200, "niah_single_1 cannot be made as short as 200 tokens: its smallest text has about"),
+        (["niah_multikey_3"], 50, "niah_multikey_3 cannot be made as short as 50 tokens: its smallest text has about"),
         (["ruler_cwe"], 1000, "ruler_cwe cannot be made as short as 1000 tokens: its smallest text has about"),
         (["ruler_fwe"], 200, "ruler_fwe cannot be made as short as 200 tokens: its smallest text has about"),
     ],

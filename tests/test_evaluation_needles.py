@@ -8,7 +8,7 @@ from activation_beacon.errors import InputError
 from activation_beacon.evaluation import samples as samples_module
 from activation_beacon.evaluation.multi_turn import multi_turn_samples
 from activation_beacon.evaluation.needles import DEPTHS, KINDS, make_needle, needle_samples, window
-from activation_beacon.evaluation.samples import answer_sample
+from activation_beacon.evaluation.samples import TooShort, answer_sample
 from evaluation_models import STORY, beacon_model, byte_prompt, ids_of
 
 PROMPT = byte_prompt()
@@ -122,6 +122,27 @@ def test_what_cannot_be_hidden_is_refused(call, message):
     with pytest.raises(InputError) as error:
         call()
     assert str(error.value) == message
+
+
+def too_short(make, length):
+    with pytest.raises(TooShort) as error:
+        list(make(length))
+    return error.value
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "passkey", "fact"])
+def test_a_length_without_room_for_any_text_is_refused_with_the_least_one(kind):
+    error = too_short(lambda length: needle_samples(PROMPT, BACKGROUND, length, kinds=[kind], depths=1), 50)
+    assert 50 < error.least < 400
+    assert str(error) == (
+        f"A length of 50 tokens has no room for template, question, answer and some text: this sample needs {error.least}. Use a "
+        "longer length."
+    )
+
+
+def test_turns_without_room_are_refused():
+    error = too_short(lambda length: multi_turn_samples(PROMPT, BACKGROUND, length, count=2), 400)
+    assert 400 < error.least < 1200
 
 
 # --- asking ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from activation_beacon.data.sources import ReadReport
 from activation_beacon.errors import InputError
 from activation_beacon.evaluation.packed_qa import Passage, packed_samples, read_passages
 from activation_beacon.evaluation.reconstruction import CUE_WORDS, WORDS, reconstruction_samples
-from activation_beacon.evaluation.samples import answer_sample, asked_ids
+from activation_beacon.evaluation.samples import TooShort, answer_sample, asked_ids
 from evaluation_models import OWN, STORY, beacon_model, byte_prompt, ids_of
 from families import with_beacons
 
@@ -171,6 +171,16 @@ def test_nothing_to_ask_about_is_refused():
     )
 
 
+def test_a_length_that_fits_no_passage_is_refused_with_the_least_one():
+    for length in (1, 80):
+        with pytest.raises(TooShort) as error:
+            list(packed_samples(PROMPT, PASSAGES, length))
+    least = error.value.least
+    assert [sample.id for sample in packed_samples(PROMPT, PASSAGES, least)] == ["p0"]
+    with pytest.raises(TooShort):
+        next(packed_samples(PROMPT, PASSAGES, least - 1))
+
+
 # --- reading back ----------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +223,14 @@ def test_the_kind_says_where_the_passage_is_held_when_the_answer_begins(chunk_si
         assert sample.facts["kind"] == next((kind for kind, found in is_in.items() if found), "both")
         kinds.add(sample.facts["kind"])
     assert kinds == expected
+
+
+@pytest.mark.parametrize("length", [1, 300, 600])
+def test_a_length_without_room_for_what_is_to_be_repeated_is_refused(length):
+    background = ids_of(" ".join(f"word{number}" for number in range(2000)))
+    with pytest.raises(TooShort) as error:
+        list(reconstruction_samples(PROMPT, background, length, count=1))
+    assert length < error.value.least < 900
 
 
 def test_without_an_adapter_s_settings_nothing_is_said_of_where_the_passage_is_held():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 from activation_beacon.errors import FileFormatError, InputError, MismatchError, StorageError
 from activation_beacon.evaluation import contexts, language_modelling, methods, samples
 from activation_beacon.evaluation.results import Key, Results
-from activation_beacon.evaluation.runner import Plan, run_task
+from activation_beacon.evaluation.runner import Plan, draw_samples, run_task
 from activation_beacon.evaluation.tasks import (
     Answering,
     LanguageModelling,
@@ -238,6 +239,32 @@ def test_plans_that_cannot_be_run_are_refused_before_anything_is_measured(model,
         run_task(model, lm_task(documents), plan, results)
     assert str(error.value) == message
     assert not results.records
+
+
+@pytest.mark.parametrize("length", [1, 50, 140])
+@pytest.mark.parametrize(
+    "task",
+    [
+        needle_task(),
+        needle_task(kinds=("fact",)),
+        multi_turn(byte_prompt(), ids_of(STORY), count=4),
+        reconstruction(byte_prompt(), ids_of(STORY), count=4),
+    ],
+    ids=lambda task: task.name,
+)
+def test_a_length_that_has_no_room_is_refused_with_one_that_has_for_all_samples(task, length):
+    with pytest.raises(InputError) as error:
+        draw_samples(task, Plan(("full",), (), (length,)))
+    pattern = (
+        rf"The task {task.name} has samples that {length} tokens have no room for: template, questions, answers and some text need "
+        r"more\. Use a length of at least (\d+)\."
+    )
+    least = int(re.fullmatch(pattern, str(error.value))[1])
+    [drawn] = draw_samples(task, Plan(("full",), (), (least,))).values()
+    for sample in drawn:
+        asked = sum(len(byte_prompt().question(each.text)) + each.max_new_tokens for each in sample.questions)
+        assert sample.context
+        assert len(byte_prompt().opening(sample.context)) + asked <= least
 
 
 def test_results_of_another_model_are_not_mixed_in(tmp_path):

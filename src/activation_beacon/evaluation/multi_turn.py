@@ -22,6 +22,9 @@ def multi_turn_samples(
         length: tokens of context, questions and answers together.
         count: samples.
         seed: of needles and places.
+
+    Raises:
+        InputError: for an empty background, or a length that has no room for any of it.
     """
     for number in range(count):
         rng = random.Random(f"{seed} {length} {number}")

@@ -119,7 +119,7 @@ def needle_samples(
         seed: of needles and places.
 
     Raises:
-        InputError: for an unknown kind, or an empty background.
+        InputError: for an unknown kind, an empty background, or a length that has no room for any of it.
     """
     places = even_depths(depths) if isinstance(depths, int) else tuple(depths)
     for repeat in range(repeats):

@@ -9,7 +9,7 @@ from pathlib import Path
 from activation_beacon.data.sources import OnError, ReadReport, questions
 from activation_beacon.errors import InputError
 from activation_beacon.evaluation.documents import told_apart
-from activation_beacon.evaluation.samples import SLACK, Question, Sample
+from activation_beacon.evaluation.samples import SLACK, Question, Sample, TooShort
 from activation_beacon.prompts import ChatPrompt
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def packed_samples(
         num_questions: on one context at most; each is asked on the context alone.
 
     Raises:
-        InputError: without passages.
+        InputError: without passages, or if none of them fits.
     """
     if not passages:
         raise InputError(
@@ -80,16 +80,20 @@ def packed_samples(
         )
     order = random.Random(seed).sample(range(len(passages)), len(passages))
     sizes = [len(_ids(prompt, passage.context)) for passage in passages]
+    least = []
     for index in order:
         asked = [_question(*each) for each in passages[index].questions[:num_questions]]
         longest = max(len(prompt.question(each.text)) + each.max_new_tokens for each in asked)
         room = length - longest - len(prompt.opening("")) - SLACK
+        least.append(length - room + sizes[index])
         if sizes[index] <= room:
             chosen = _filled(sizes, index, room, len(_ids(prompt, GAP)) + 1, random.Random(f"{seed} {length} {index}"))
             context = GAP.join(passages[each].context for each in chosen)
             depth = chosen.index(index) / max(1, len(chosen) - 1)
             facts = {"place": round(depth, 3), "passages": len(chosen)}
             yield Sample(passages[index].id, context, tuple(asked), facts=facts)
+    if min(least) > length:
+        raise TooShort(length, min(least))
 
 
 def _filled(sizes: Sequence[int], index: int, room: int, gap: int, rng: random.Random) -> list[int]:

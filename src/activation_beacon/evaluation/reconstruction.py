@@ -37,7 +37,7 @@ def reconstruction_samples(
         rng = random.Random(f"{seed} {length} {number}")
         ids = window(background, length, rng)
         widest = " ".join(sorted(prompt.tokenizer.decode(ids).split(), key=len)[-CUE_WORDS:])
-        text = fitted(prompt, ids, length, [_question(widest, "")])
+        text = fitted(prompt, ids, length, [_question(widest, "")], num_words=CUE_WORDS + WORDS)
         words = text.split()
         start = rng.randrange(max(1, len(words) - CUE_WORDS - WORDS))
         cue, rest = words[start : start + CUE_WORDS], words[start + CUE_WORDS : start + CUE_WORDS + WORDS]

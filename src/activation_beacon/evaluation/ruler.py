@@ -5,6 +5,7 @@ that makes no difference, so its column is lm-eval's own.
 """
 
 import contextlib
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from activation_beacon.errors import InputError
 from activation_beacon.evaluation.samples import Question, Sample
 
 EXAMPLE_LENGTH, EXAMPLE_NOISES = 500, 5  # of the worked example that opens a prompt of ruler_vt, as lm-eval has them
+NEEDLE_ANSWER = 128  # tokens
 MARGIN = 1.15  # by which a drawn text may be longer than the one that was tried
 
 Document = dict[str, Any]  # input, outputs, gen_prefix as lm-eval makes them
@@ -88,21 +90,19 @@ def _quiet() -> Iterator[None]:
 # --- lm-eval's generators --------------------------------------------------------------------------------------------
 
 
-def _needles(haystack: str, keys: str, values: str) -> Make:
+def _needles(name: str, haystack: str, keys: str, values: str) -> Make:
     def make(tokenizer: Any, length: int, count: int) -> list[Document]:
         from lm_eval.tasks.ruler.niah_utils import TEMPLATE
-        from lm_eval.tasks.ruler.prepare_niah import generate_samples, get_haystack
+        from lm_eval.tasks.ruler.prepare_niah import generate_input_output, generate_samples, get_haystack
 
-        return generate_samples(
-            get_haystack(type_haystack=haystack),
-            max_seq_length=length,
-            template=TEMPLATE,
-            type_haystack=haystack,
-            type_needle_k=keys,
-            type_needle_v=values,
-            num_samples=count,
-            TOKENIZER=tokenizer,
-        )
+        kind = {"type_haystack": haystack, "type_needle_k": keys, "type_needle_v": values, "template": TEMPLATE}
+        text = get_haystack(type_haystack=haystack)
+        try:
+            return generate_samples(text, max_seq_length=length, num_samples=count, TOKENIZER=tokenizer, **kind)
+        except ValueError:  # not one of them fits
+            smallest = generate_input_output(1, text, num_needle_k=1, num_needle_v=1, **kind)[0]
+            _check_fits(name, len(tokenizer(smallest)["input_ids"]) + NEEDLE_ANSWER, length)
+            raise
 
     return make
 
@@ -111,7 +111,11 @@ def _variables(tokenizer: Any, length: int, count: int) -> list[Document]:
     from lm_eval.tasks.ruler import vt_utils
 
     smallest = len(tokenizer(vt_utils.generate_input_output(EXAMPLE_NOISES, 1, 4, is_icl=True)[0])["input_ids"])
-    _check_fits("ruler_vt", smallest + 30, EXAMPLE_LENGTH)
+    if (smallest + 30) * MARGIN > EXAMPLE_LENGTH:
+        raise InputError(
+            f"ruler_vt cannot be made with this tokenizer: the example that opens its prompts has room for {EXAMPLE_LENGTH} tokens, "
+            f"and takes about {smallest + 30}. Leave the task out."
+        )
     _check_fits("ruler_vt", 3 * smallest + 30, length)  # the example, and twice as much noise
     make = vt_utils.sys_vartrack_w_noise_random
     example = make(tokenizer=tokenizer, num_samples=1, max_seq_length=EXAMPLE_LENGTH, incremental=EXAMPLE_NOISES)[0]
@@ -143,15 +147,15 @@ def _check_fits(name: str, smallest: int, length: int) -> None:
     if smallest * MARGIN > length:
         raise InputError(
             f"{name} cannot be made as short as {length} tokens: its smallest text has about {smallest} with this tokenizer. "
-            "Use a longer length, or leave the task out."
+            f"Use a length of at least {math.ceil(smallest * MARGIN)}, or leave the task out."
         )
 
 
 # Of each: its generator, where the question begins, what stands before the answer's opening, tokens of an answer.
 TASKS: dict[str, tuple[Make, str, str, int]] = {
-    "niah_single_1": (_needles("repeat", "words", "numbers"), "\nWhat ", " ", 128),
-    "niah_multikey_2": (_needles("needle", "words", "numbers"), "\nWhat ", " ", 128),
-    "niah_multikey_3": (_needles("needle", "uuids", "uuids"), "\nWhat ", " ", 128),
+    "niah_single_1": (_needles("niah_single_1", "repeat", "words", "numbers"), "\nWhat ", " ", NEEDLE_ANSWER),
+    "niah_multikey_2": (_needles("niah_multikey_2", "needle", "words", "numbers"), "\nWhat ", " ", NEEDLE_ANSWER),
+    "niah_multikey_3": (_needles("niah_multikey_3", "needle", "uuids", "uuids"), "\nWhat ", " ", NEEDLE_ANSWER),
     "ruler_vt": (_variables, "\nQuestion:", " ", 30),
     "ruler_cwe": (_common_words, "\nQuestion:", "\n\n", 120),
     "ruler_fwe": (_frequent_words, "\nQuestion:", " ", 50),

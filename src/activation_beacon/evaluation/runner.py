@@ -9,6 +9,7 @@ from activation_beacon.errors import CapacityError, InputError
 from activation_beacon.evaluation.language_modelling import evaluating
 from activation_beacon.evaluation.peers import PEERS, Peers, peer_records
 from activation_beacon.evaluation.results import Key, Results
+from activation_beacon.evaluation.samples import TooShort
 from activation_beacon.evaluation.tasks import Task
 from activation_beacon.plan import Ratio
 from activation_beacon.processes import Processes
@@ -141,16 +142,33 @@ def draw_samples(task: Task, plan: Plan) -> dict[int, list[Any]]:
     """The samples of each length.
 
     Raises:
-        InputError: for a length of which there is none.
+        InputError: for a length of which there is none, or that has no room for one of them.
     """
     samples = {}
     for length in plan.lengths:
-        samples[length] = list(itertools.islice(task.samples(length), plan.limit))
+        try:
+            samples[length] = list(itertools.islice(task.samples(length), plan.limit))
+        except TooShort as error:
+            raise InputError(
+                f"The task {task.name} has samples that {length} tokens have no room for: template, questions, answers and some "
+                f"text need more. Use a length of at least {_least_length(task, plan.limit, error.least)}."
+            ) from error
         if not samples[length]:
             raise InputError(
                 f"The task {task.name} has no sample of {length} tokens. Use a shorter length, or longer texts."
             )
     return samples
+
+
+def _least_length(task: Task, limit: int | None, length: int) -> int:
+    """The first length from here on that has room for each sample; samples are others at another length."""
+    while True:
+        try:
+            list(itertools.islice(task.samples(length), limit))
+        except TooShort as error:
+            length = error.least
+        else:
+            return length
 
 
 def _units(

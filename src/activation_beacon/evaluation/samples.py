@@ -1,15 +1,33 @@
 """A context and the questions asked on it, and what came of asking them: the form that all tasks with answers share."""
 
 import time
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from activation_beacon.answer_scores import SCORES
+from activation_beacon.errors import InputError
 from activation_beacon.evaluation.contexts import Context
 from activation_beacon.evaluation.methods import read_context
 from activation_beacon.plan import Ratio
 from activation_beacon.prompts import ChatPrompt
+
+
+class TooShort(InputError):  # noqa: N818 - the length is
+    """A length that has no room for a sample.
+
+    Args:
+        length: asked for.
+        least: that this sample needs.
+    """
+
+    def __init__(self, length: int, least: int) -> None:
+        super().__init__(
+            f"A length of {length} tokens has no room for template, question, answer and some text: this sample needs {least}. "
+            "Use a longer length."
+        )
+        self.least = least
 
 
 @dataclass(frozen=True)
@@ -141,7 +159,15 @@ def _ask_all(held: Context, sample: Sample, asked: Sequence[Sequence[int]]) -> t
     return answers, seconds
 
 
-def fitted(prompt: ChatPrompt, ids: Sequence[int], length: int, questions: Sequence[Question], extra: str = "") -> str:
+def fitted(
+    prompt: ChatPrompt,
+    ids: Sequence[int],
+    length: int,
+    questions: Sequence[Question],
+    extra: str = "",
+    *,
+    num_words: int = 1,
+) -> str:
     """As much of a background (ids) as leaves room within `length` tokens for template, questions and answers.
 
     Args:
@@ -150,10 +176,22 @@ def fitted(prompt: ChatPrompt, ids: Sequence[int], length: int, questions: Seque
         length: tokens that context, question and answer may have together.
         questions: that will be asked.
         extra: text that will be put into the background.
+        num_words: of the background at least.
+
+    Raises:
+        TooShort: if so many words find no room.
     """
     asked = sum(len(prompt.question(question.text)) + question.max_new_tokens for question in questions)
     overhead = len(prompt.opening(extra)) + asked + SLACK
-    return str(prompt.tokenizer.decode(list(ids[: max(0, length - overhead)]), skip_special_tokens=True))
+
+    def text(num_tokens: int) -> str:
+        return str(prompt.tokenizer.decode(list(ids[:num_tokens]), skip_special_tokens=True))
+
+    found = text(max(0, length - overhead))
+    if len(found.split()) < num_words:
+        enough = bisect_left(range(len(ids) + 1), num_words, key=lambda count: len(text(count).split()))
+        raise TooShort(length, overhead + enough)
+    return found
 
 
 SLACK = 8  # tokens by which a text may grow where something is put into it
