@@ -11,7 +11,7 @@ import torch
 from activation_beacon.data.sources import ReadReport
 from activation_beacon.errors import ConfigError, InputError
 from activation_beacon.training.conversations import Turn
-from activation_beacon.training.questions import PackedQuestions, QuestionGroup, read_groups
+from activation_beacon.training.questions import PackedQuestions, QuestionGroup, digest_of, read_groups
 from training_texts import MARKED, UNMARKED, answers_of, letter_tokenizer, num_chunks, text_of
 
 CHUNK, LENGTH = 128, 1024
@@ -248,3 +248,17 @@ def test_neighbours_with_one_context_are_a_group_and_questions_without_context_s
     assert report.summary() == f"8 records read, 1 skipped: 1 missing field ({path}, line 9)."
     with pytest.raises(InputError, match='line 9: there is no field "answer"'):
         read_groups(path, on_error="stop")
+
+
+def test_a_digest_of_questions_is_another_when_anything_in_them_is():
+    groups = [QuestionGroup("c1", (Turn("q1", "a1"), Turn("q2", "a2"))), QuestionGroup("", (Turn("q3", "a3"),))]
+    others = [
+        groups[::-1],
+        groups[:1],
+        [QuestionGroup("c1", groups[0].questions[::-1]), groups[1]],
+        [QuestionGroup("c", groups[0].questions), groups[1]],
+        [QuestionGroup("c1", (Turn("q1", "a1"), Turn("q2", "a"))), groups[1]],
+        [QuestionGroup("c1", groups[0].questions[:1]), QuestionGroup("c1", groups[0].questions[1:]), groups[1]],
+    ]
+    assert len({digest_of(each) for each in [groups, *others]}) == 7
+    assert digest_of([QuestionGroup("c1", tuple(groups[0].questions)), groups[1]]) == digest_of(groups)

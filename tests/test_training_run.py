@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +213,7 @@ def test_a_signal_saves_and_ends_the_run_and_resume_finishes_it(files, tmp_path,
     assert process.returncode == 1, err
     assert f"asked to stop by {signal.Signals(number).name}" in out
     assert "beacon train run/recipe.json --output run --resume" in out
+    assert "%|" not in err  # bars are for terminals
     assert len(checkpoints(tmp_path / "run" / "checkpoints")) == 1
     load(tmp_path / "run" / "adapter")
     step = metrics.read_text().count("\n")
@@ -219,6 +221,88 @@ def test_a_signal_saves_and_ends_the_run_and_resume_finishes_it(files, tmp_path,
                 cwd=tmp_path)  # fmt: skip
     assert again.exit_code == 0, again.output
     assert f"Going on after step {step} of 400." in again.stderr
+
+
+def texts_of_ones_own(files, tmp_path) -> list[str]:
+    """Options of a run of four updates on copies of the texts and questions, which may be changed."""
+    for name, own in (
+        ("texts.jsonl", "texts.jsonl"),
+        ("questions.jsonl", "questions.jsonl"),
+        ("texts.jsonl", "dev.jsonl"),
+    ):
+        (tmp_path / own).write_text((files / name).read_text())
+    return ["texts.jsonl", *arguments(files)[1:], "--questions", "questions.jsonl", "--dev", "dev.jsonl", "--length", "320",
+            "--set", "dev_length=128", "--steps", "2", "--save-every", "1", "--set", "keep_checkpoints=9", "-o", "run"]  # fmt: skip
+
+
+def cut(run_folder: Path, step: int) -> Path:
+    """Leave the run as it was after a step: its last checkpoint."""
+    found = checkpoints(run_folder / "checkpoints")
+    for path in found[step:]:
+        shutil.rmtree(path)
+    return found[step - 1]
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl", "questions.jsonl"])
+def test_a_run_is_not_resumed_on_texts_or_questions_that_have_changed(files, tmp_path, name):
+    flags = texts_of_ones_own(files, tmp_path)
+    assert run(*flags, cwd=tmp_path).exit_code == 0
+    last = cut(tmp_path / "run", 2)
+    recipe, own = (tmp_path / "run" / "recipe.json").read_text(), (tmp_path / name).read_text()
+    known = json.loads((last / "state.json").read_text())["digests"]
+    (tmp_path / name).write_text(own.replace("lion", "boar"))
+    refused = run(*flags, "--resume", cwd=tmp_path)
+    assert refused.exit_code == 1
+    what = {"texts.jsonl": "documents", "questions.jsonl": "questions"}[name]
+    *_, line = refused.stderr.splitlines()
+    assert line.startswith(f"Error: run/checkpoints/step-0000002 has read other {what} ({known[what]}; these are ")
+    assert line.endswith("). Put back what the run began with, or start a new one in another folder from --adapter.")
+    assert (tmp_path / "run" / "recipe.json").read_text() == recipe
+    (tmp_path / name).write_text(own)
+    (tmp_path / "dev.jsonl").write_text((files / "texts.jsonl").read_text().replace("lion", "boar"))
+    resumed = run(*flags, "--resume", cwd=tmp_path)
+    assert resumed.exit_code == 0, resumed.output
+    assert "Going on after step 2 of 4." in resumed.stderr
+
+
+def test_a_checkpoint_without_digests_is_resumed_and_the_next_one_has_them(files, tmp_path):
+    flags = texts_of_ones_own(files, tmp_path)
+    assert run(*flags, cwd=tmp_path).exit_code == 0
+    weights = load_adapter_tensors(tmp_path / "run" / "adapter")
+    state = cut(tmp_path / "run", 3) / "state.json"
+    values = json.loads(state.read_text())
+    digests = values.pop("digests")
+    assert digests.keys() == {"documents", "questions"}
+    state.write_text(json.dumps(values))
+    assert run(*flags, "--resume", cwd=tmp_path).exit_code == 0
+    [*_, last] = checkpoints(tmp_path / "run" / "checkpoints")
+    values = json.loads((last / "state.json").read_text())
+    assert (values["step"], values["digests"]) == (4, digests)
+    after = load_adapter_tensors(tmp_path / "run" / "adapter")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights.items())
+
+
+def test_a_run_that_is_resumed_under_another_recipe_is_refused_and_its_own_recipe_stays(files, tmp_path):
+    flags = [*arguments(files), "-o", "run", "--steps", "1"]
+    assert run(*flags, cwd=tmp_path).exit_code == 0
+    recipe = (tmp_path / "run" / "recipe.json").read_text()
+    refused = run(*flags, "--seed", "1", "--resume", cwd=tmp_path)
+    assert refused.exit_code == 1
+    assert "was made under other settings" in refused.stderr
+    assert (tmp_path / "run" / "recipe.json").read_text() == recipe
+
+
+def test_a_run_without_a_checkpoint_to_resume_begins_and_says_so(files, tmp_path):
+    flags = [*arguments(files), "-o", "run", "--steps", "1"]
+    told = "run holds no checkpoint to resume: a new run begins there."
+    first = run(*flags, "--resume", cwd=tmp_path)
+    assert first.exit_code == 0, first.output
+    assert first.stderr.splitlines()[0] == told
+    again = run(*flags, "--resume", cwd=tmp_path)
+    assert again.exit_code == 0, again.output
+    assert "Going on after step 1 of 1." in again.stderr
+    assert told not in again.stderr
+    assert told not in run(*flags[:-4], "-o", "other", "--steps", "1", cwd=tmp_path).stderr
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,19 @@ def sources(tmp_path) -> list[Path]:
     return [put(tmp_path / "b.jsonl", texts[:25]), put(tmp_path / "a.jsonl", texts[25:], start=25)]
 
 
+def test_a_digest_is_of_tokens_and_bounds_and_of_nothing_else(tmp_path):
+    def digest(texts, name="a.jsonl", **options):
+        return build_token_store(put(tmp_path / name, texts), tokenizer_of(), tmp_path / "stores", **options).digest
+
+    known = digest(["one two three", "four"])
+    assert len(known) == 16
+    assert digest(["one two three", "four"], name="b.jsonl", exclude=["none"]) == known
+    assert digest(["one  two three", "four", "one"], name="c.jsonl", max_tokens=4) == known
+    others = [["one two", "three four"], ["one two three four"], ["four", "one two three"], ["one two three", "five"]]
+    digests = {digest(texts, name=f"{number}.jsonl") for number, texts in enumerate(others)}
+    assert len(digests | {known}) == 5
+
+
 def test_a_store_holds_what_the_tokenizer_says_in_the_order_of_the_sources(tmp_path, sources):
     tokenizer = tokenizer_of()
     store = build_token_store(sources, tokenizer, tmp_path / "stores")

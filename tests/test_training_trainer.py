@@ -203,6 +203,24 @@ def test_a_run_is_not_continued_under_other_settings(tmp_path):
         trainer(tmp_path, seed=1).resume()
 
 
+def test_a_run_is_not_continued_on_something_else_to_read(tmp_path):
+    run = settings(tmp_path)
+
+    def resumed(**digests):
+        return Trainer(attach(tiny("llama"), run.config), run, [Texts()], digests=digests).resume().digests
+
+    Trainer(attach(tiny("llama"), run.config), run, [Texts()], digests={"documents": "a1"}).run()
+    assert resumed(documents="a1") == {"documents": "a1"}
+    assert resumed() == {"documents": "a1"}
+    assert resumed(documents="a1", questions="b1") == {"documents": "a1", "questions": "b1"}
+    with pytest.raises(MismatchError) as caught:
+        resumed(documents="a2", questions="b1")
+    assert str(caught.value) == (
+        f"{tmp_path}/checkpoints/step-0000006 has read other documents (a1; these are a2). Put back what the run began with, "
+        "or start a new one in another folder from --adapter."
+    )
+
+
 @pytest.mark.parametrize(
     ("poison", "text"),
     [(math.nan, r"The loss of step 4 is nan"), (math.inf, r"The loss of step 4 is (inf|nan)")],

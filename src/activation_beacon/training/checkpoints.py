@@ -6,7 +6,7 @@ A checkpoint is an adapter in float32 (so that it can be used as one), the optim
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Progress:
         targets: tokens whose prediction counted.
         seconds: spent training, over all calls.
         fingerprint: of the settings.
+        digests: of what the run reads, by name; none in a checkpoint from before they were kept.
     """
 
     step: int = 0
@@ -44,6 +45,7 @@ class Progress:
     targets: int = 0
     seconds: float = 0.0
     fingerprint: str = ""
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -94,12 +96,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(PATTERN) if (path / STATE_FILE).is_file())
 
 
-def read_progress(checkpoint: Path, fingerprint: str) -> Progress:
+def read_progress(checkpoint: Path, fingerprint: str, digests: Mapping[str, str]) -> Progress:
     """How far a checkpoint has come.
+
+    Args:
+        checkpoint: its folder.
+        fingerprint: of the settings under which the run is to go on.
+        digests: of what it is to read, by name. What the checkpoint has no digest of is not compared.
 
     Raises:
         FileFormatError: if it is damaged.
-        MismatchError: if it was made under other settings.
+        MismatchError: if it was made under other settings, or has read something else.
     """
     try:
         progress = Progress(**json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
@@ -112,7 +119,13 @@ def read_progress(checkpoint: Path, fingerprint: str) -> Progress:
             f"{checkpoint} was made under other settings ({progress.fingerprint}; these are {fingerprint}). "
             "Resume with the recipe that began the run, or start a new one in another folder from --adapter."
         )
-    return progress
+    for name, digest in digests.items():
+        if (known := progress.digests.get(name, digest)) != digest:
+            raise MismatchError(
+                f"{checkpoint} has read other {name} ({known}; these are {digest}). Put back what the run began with, or "
+                "start a new one in another folder from --adapter."
+            )
+    return replace(progress, digests={**progress.digests, **digests})
 
 
 def read_tensors(checkpoint: Path, name: str, *, is_needed: bool = False) -> dict[str, torch.Tensor]:

@@ -1,6 +1,8 @@
 """Questions on long contexts: many passages packed into one document, asked about in several turns at its end."""
 
+import hashlib
 import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -50,6 +52,14 @@ def read_groups(
     numbered = enumerate(found)  # no two questions without context are neighbours
     groups = itertools.groupby(numbered, key=lambda pair: (pair[1].context, 0 if pair[1].context else pair[0]))
     return [_group(context, (question for _, question in members)) for (context, _), members in groups]
+
+
+def digest_of(groups: Sequence[QuestionGroup]) -> str:
+    """Sixteen hexadecimal digits for all contexts, questions and answers, and their order."""
+    digest = hashlib.sha256()
+    for group in groups:
+        digest.update(json.dumps([group.context, *group.questions]).encode())
+    return digest.hexdigest()[:16]
 
 
 def _group(context: str, members: Iterable[Question]) -> QuestionGroup:

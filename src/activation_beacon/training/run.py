@@ -74,7 +74,9 @@ def train(
     start = time.monotonic()
     tell = notice or logger.info
     check_sources(settings)
-    _check_output(Path(settings.output), resume=resume)
+    found = _check_output(Path(settings.output), resume=resume)
+    if resume and not found:
+        tell(f"{settings.output} holds no checkpoint to resume: a new run begins there.")
     with processes(device) as group:
         return _run(
             settings,
@@ -106,13 +108,13 @@ def _run(
     samplers = stage_samplers(settings, data, tokenizer, tell)
     trainer = Trainer(
         model, settings, samplers, dev=dev_samplers(settings, data, tokenizer, tell), group=group,
-        report=report if group.is_first else None,
+        digests=data.digests, report=report if group.is_first else None,
     )  # fmt: skip
     tell_of_waiting(settings, group.count, tell)
-    if group.is_first:
-        write_text(folder / SETTINGS_FILE, json.dumps(settings.to_dict(), indent=2) + "\n")
     if resume and (progress := trainer.resume()).step:
         tell(f"Going on after step {progress.step:,} of {settings.num_steps:,}.")
+    if group.is_first:  # a run that is not resumed keeps the recipe that began it
+        write_text(folder / SETTINGS_FILE, json.dumps(settings.to_dict(), indent=2) + "\n")
     with _signals(trainer), _tracked(trainer):
         outcome = trainer.run(max_minutes=max_minutes, since=since)
     tensors = trainer.adapter_tensors()
@@ -173,7 +175,12 @@ def draw_if_possible(metrics: Path, target: Path) -> None:
     draw_curves(list(read_metrics(metrics)), target)
 
 
-def _check_output(folder: Path, *, resume: bool) -> None:
+def _check_output(folder: Path, *, resume: bool) -> list[Path]:
+    """Checkpoints of the run that is to go on, or none; the folder is made.
+
+    Raises:
+        StorageError: if there are some and it is not to go on, or the folder cannot be made.
+    """
     found = checkpoints(folder / "checkpoints") if folder.exists() else []
     if found and not resume:
         raise StorageError(
@@ -184,6 +191,7 @@ def _check_output(folder: Path, *, resume: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{folder} cannot be made: {error.strerror}. Choose another --output.") from error
+    return found
 
 
 def _model(settings: TrainingSettings, group: Processes, device: str | None) -> tuple[Any, Any]:

@@ -31,6 +31,16 @@ class RunData:
     questions: "list[QuestionGroup]"
     dev_questions: "list[QuestionGroup]"
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of what is trained on, by its name in the settings."""
+        found = {} if self.documents is None else {"documents": self.documents.digest}
+        if self.questions:
+            from activation_beacon.training.questions import digest_of
+
+            found["questions"] = digest_of(self.questions)
+        return found
+
 
 def check_sources(settings: TrainingSettings) -> None:
     """Look whether what the settings name is there, before anything is loaded.

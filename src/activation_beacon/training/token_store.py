@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -95,6 +96,13 @@ class TokenStore:
     def summary(self) -> str:
         """One line on what was read and what was left out when the store was made."""
         return self.header["summary"]
+
+    @cached_property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits for all tokens and the bounds of documents, whatever they were made from."""
+        digest = hashlib.sha256(self._offsets.data)
+        digest.update(self._tokens.data)
+        return digest.hexdigest()[:NAME_DIGITS]
 
     def document(self, index: int) -> Tokens:
         """Tokens of one document, as they lie on disk.

@@ -87,6 +87,7 @@ class Trainer:
         samplers: one for each stage: what it reads.
         dev: samplers of texts nobody trains on, by what their losses are called in the metrics.
         group: the processes that train together.
+        digests: of what the samplers read, by name: a run is continued on the same only.
         report: is called with each line of the metrics.
 
     Raises:
@@ -102,6 +103,7 @@ class Trainer:
         *,
         dev: Mapping[str, Sampler] | None = None,
         group: Processes | None = None,
+        digests: Mapping[str, str] | None = None,
         report: Report | None = None,
     ) -> None:
         self.model, self.settings, self.samplers, self.dev = model, settings, samplers, dev or {}
@@ -122,7 +124,7 @@ class Trainer:
         self.parameters = dict(self.low_rank.parameters() if self.low_rank else model.beacon_parameters())
         self.optimizers = make_optimizers(settings.optimizer, self.parameters)
         self.average = Average(self.parameters, settings.average_decay) if settings.average_decay else None
-        self.progress = Progress(fingerprint=settings.fingerprint)
+        self.progress = Progress(fingerprint=settings.fingerprint, digests=dict(digests or {}))
         self.stopping: str | None = None
         self.smoothed = self.best = math.inf
 
@@ -133,10 +135,16 @@ class Trainer:
         self.stopping = why
 
     def resume(self) -> Progress:
-        """Go on from the last checkpoint of the run, if there is one."""
+        """Go on from the last checkpoint of the run, if there is one.
+
+        Raises:
+            MismatchError: if it was made under other settings, or has read something else.
+            FileFormatError: if it is damaged.
+        """
         found = checkpoints.checkpoints(self.folder / "checkpoints")
         if found:
-            self.progress = checkpoints.read_progress(found[-1], self.settings.fingerprint)
+            began = self.progress
+            self.progress = checkpoints.read_progress(found[-1], began.fingerprint, began.digests)
             own = checkpoints.read_tensors(found[-1], checkpoints.WEIGHTS_FILE)
             tensors = own or checkpoints.read_adapter(found[-1])
             for name, parameter in self.parameters.items():
