@@ -11,6 +11,7 @@ import typer
 
 from activation_beacon.cli import options
 from activation_beacon.cli.console import bytes_text, notice, print_json, seconds_text
+from activation_beacon.cli.models import quiet_libraries
 from activation_beacon.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def train(
     settings = _settings(sources or [], _given(flags), _given(config), _given(stage))
     from activation_beacon.training.run import train as run
 
-    with _Bar(settings.num_steps, max_minutes) as bar:
+    with quiet_libraries(), _Bar(settings.num_steps, max_minutes) as bar:
         outcome = run(settings, resume=resume, max_minutes=max_minutes, device=device, report=bar, notice=bar.notice)
     if int(os.environ.get("RANK", "0")):
         return
