@@ -1,14 +1,20 @@
 """Needles: hidden where they should be, asked without the compressor's knowledge, scored so that the harness can fail."""
 
 import random
+from pathlib import Path
 
 import pytest
 
+from activation_beacon.answer_scores import SCORES
 from activation_beacon.errors import InputError
 from activation_beacon.evaluation import samples as samples_module
 from activation_beacon.evaluation.multi_turn import multi_turn_samples
 from activation_beacon.evaluation.needles import DEPTHS, KINDS, make_needle, needle_samples, window
+from activation_beacon.evaluation.results import Results
 from activation_beacon.evaluation.samples import TooShort, answer_sample
+from activation_beacon.evaluation.summary import lengths_of, select
+from activation_beacon.evaluation.tasks import multi_turn
+from activation_beacon.evaluation.tasks import needles as needles_task
 from evaluation_models import STORY, beacon_model, byte_prompt, ids_of
 
 PROMPT = byte_prompt()
@@ -182,6 +188,41 @@ def test_a_perfect_reader_finds_every_needle_and_with_shuffled_contexts_none(nee
     ]
     assert set(own) == {1.0}
     assert set(others) == {0.0}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "passkey", "fact"])
+def test_a_needle_counts_only_where_it_stands_whole(kind):
+    for seed in range(50):
+        question = make_needle(kind, random.Random(seed)).question
+        [needle] = question.references
+        score = SCORES[question.score]
+        assert score(f"It is {needle.upper()}.", question.references) == 1.0
+        assert score(f"It is {needle}, I think", question.references) == 1.0
+        for wrong in (f"1{needle}", f"{needle}0", f"x{needle}", needle[:-1]):
+            assert score(f"It is {wrong}.", question.references) == 0.0
+
+
+def test_published_scores_are_what_the_stored_answers_get():
+    published = Results(Path(__file__).parents[1] / "docs/results")
+    for task in (
+        needles_task(PROMPT, BACKGROUND),
+        multi_turn(PROMPT, BACKGROUND),
+    ):  # needles do not depend on the tokenizer
+        assert published.run["tasks"][task.name]["settings"]["score"] == task.settings["score"]
+        records = [record for record in published.of_task(task.name) if "answers" in record]
+        assert records
+        for length in lengths_of(records):
+            questions = {sample.id: sample.questions for sample in task.samples(length)}
+            for record in select(records, length=length):
+                pairs = zip(record["answers"], questions[record["sample"]], strict=True)
+                assert record["scores"] == [SCORES[each.score](answer, each.references) for answer, each in pairs]
+
+
+def test_results_of_a_looser_score_are_not_mixed_in():
+    tasks = (needles_task(PROMPT, BACKGROUND), multi_turn(PROMPT, BACKGROUND))
+    assert {task.settings["score"] for task in tasks} == {"contains_whole"}
+    for task in tasks:
+        assert {each.score for each in next(task.samples(1200)).questions} == {"contains_whole"}
 
 
 def test_the_question_is_not_read_with_the_context(needles, parrots):

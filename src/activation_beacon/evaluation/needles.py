@@ -13,6 +13,7 @@ from activation_beacon.prompts import ChatPrompt
 KINDS = ("sentence", "number", "uuid")  # by default
 DEPTHS = 10
 STRIDE = 7  # of ten depths it takes 0, 3, 6, 9, 2, 5, 8, 1, 4, 7
+SCORE = "contains_whole"  # 28 does not stand in 128
 MAX_NEW_TOKENS = {"sentence": 40, "number": 24, "uuid": 48, "passkey": 24, "fact": 40}  # of all kinds
 
 CITIES = ("Lisbon", "Kyoto", "Oslo", "Quito", "Dakar", "Perth", "Riga", "Tunis", "Hanoi", "Lima", "Split", "Cork")
@@ -80,7 +81,7 @@ def make_needle(kind: str, rng: random.Random) -> Needle:
         statement, asked, answer = (form.format(**values) for form in rng.choice(FACTS))
     else:
         raise InputError(f"There is no needle of kind {kind!r}. Use some of {', '.join(MAX_NEW_TOKENS)}.")
-    return Needle(statement, Question(asked, (answer,), max_new_tokens=MAX_NEW_TOKENS[kind]))
+    return Needle(statement, Question(asked, (answer,), SCORE, MAX_NEW_TOKENS[kind]))
 
 
 def _fact_values(rng: random.Random, thing: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from activation_beacon.evaluation import language_modelling
 from activation_beacon.evaluation.documents import Text, digests, prefix_ids, read_documents, texts, told_apart
 from activation_beacon.evaluation.methods import METHODS
 from activation_beacon.evaluation.multi_turn import multi_turn_samples
-from activation_beacon.evaluation.needles import KINDS, needle_samples
+from activation_beacon.evaluation.needles import KINDS, SCORE, needle_samples
 from activation_beacon.evaluation.packed_qa import packed_samples, read_passages
 from activation_beacon.evaluation.peers import PEERS
 from activation_beacon.evaluation.reconstruction import reconstruction_samples
@@ -192,7 +192,7 @@ def needles(
         return needle_samples(prompt, background, length, kinds=kinds, depths=depths, repeats=repeats, seed=seed)
 
     known = depths if isinstance(depths, int) else list(depths)
-    settings = {**source.settings, "kinds": list(kinds), "depths": known, "seed": seed}
+    settings = {**source.settings, "kinds": list(kinds), "depths": known, "seed": seed, "score": SCORE}
     return Answering("needles", prompt, make, settings)
 
 
@@ -204,7 +204,7 @@ def multi_turn(
     def make(length: int) -> Iterator[Sample]:
         return multi_turn_samples(prompt, background, length, count=count, seed=seed)
 
-    return Answering("multi-turn", prompt, make, {**source.settings, "seed": seed})
+    return Answering("multi-turn", prompt, make, {**source.settings, "seed": seed, "score": SCORE})
 
 
 def reconstruction(
