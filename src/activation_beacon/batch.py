@@ -1,6 +1,7 @@
 """Batches of token ids as callers hand them over: ragged, padded, with labels; and the losses of their tokens."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from activation_beacon.entries import take
 from activation_beacon.errors import InputError
+from activation_beacon.files import reason
 
 # B batch · N new tokens (columns) · V vocabulary
 
@@ -29,6 +31,9 @@ class NewTokens:
     starts: list[int]
     counts: list[int]
 
+    def __post_init__(self) -> None:
+        self.ids = as_ids(self.ids)
+
     @property
     def columns(self) -> int:
         """N."""
@@ -41,7 +46,7 @@ class NewTokens:
 
 
 def left_padded(
-    texts: Sequence[Sequence[int]], *, device: torch.device | str | None = None
+    texts: Sequence[Sequence[int] | torch.Tensor], *, device: torch.device | str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask (B, T) of texts of any length, padded on the left as tokenizers do for decoders."""
     width = max(len(text) for text in texts)
@@ -53,22 +58,79 @@ def left_padded(
     return ids, mask
 
 
-def as_batch(texts: Sequence[Any] | Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Ids and mask of one list of ids, of several of any length, or of what a tokenizer returns."""
-    if isinstance(texts, Mapping):
-        ids, mask = texts["input_ids"], texts.get("attention_mask")
-        if mask is None and not isinstance(ids, torch.Tensor):
-            return as_batch(ids)
-        return torch.as_tensor(ids), None if mask is None else torch.atleast_2d(torch.as_tensor(mask))
-    if isinstance(texts, str) or (len(texts) and isinstance(texts[0], str)):
-        raise InputError("Texts are read as token ids; got a string. Give tokenizer(text), or its input_ids.")
+def as_batch(texts: Sequence[Any] | torch.Tensor | Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids and mask of one list of ids, of several of any length, of an array or tensor, or of what a tokenizer returns.
+
+    Raises:
+        InputError: if they are no integers, or a text of several is empty.
+    """
+    if not isinstance(texts, Mapping):
+        return _padded(_rows(texts))
+    if "input_ids" not in texts:
+        raise InputError(f"A mapping must have input_ids; this one has {', '.join(map(str, texts)) or 'nothing'}.")
+    rows, mask = _rows(texts["input_ids"]), texts.get("attention_mask")
+    return _padded(rows) if mask is None else _with_mask(rows, mask)
+
+
+def _rows(texts: Any) -> torch.Tensor | list[torch.Tensor]:
+    """Texts as ids: a tensor of what is one text, or has a shape; a list of rows (N,) of several."""
+    if hasattr(texts, "ndim"):
+        return as_ids(texts)
+    is_list = hasattr(texts, "__len__") and hasattr(texts, "__getitem__") and not isinstance(texts, str)
+    if not is_list or (len(texts) and isinstance(texts[0], str)):
+        got = "a string" if is_list or isinstance(texts, str) else type(texts).__name__
+        raise InputError(f"Texts are read as token ids; got {got}. Give tokenizer(text), or its input_ids.")
     if not len(texts):
         raise InputError("The text is empty: there is no token to read. Give at least one.")
-    if isinstance(texts[0], int):
-        return torch.tensor([list(texts)], dtype=torch.long), None
-    if any(len(text) == 0 for text in texts):
+    if isinstance(texts[0], int | float) or getattr(texts[0], "ndim", None) == 0:
+        return as_ids(list(texts))[None]
+    rows = [as_ids(text) for text in texts]
+    if strange := [tuple(row.shape) for row in rows if row.dim() != 1]:
+        raise InputError(f"Each text of a batch must be one list of ids (N,); got one of {strange[0]}.")
+    if any(row.shape[0] == 0 for row in rows):
         raise InputError("A text of the batch is empty. Give each row at least one token.")
-    return left_padded(texts)
+    return rows
+
+
+def as_ids(values: Any) -> torch.Tensor:
+    """Token ids of any kind of integer as torch's embeddings take them.
+
+    Raises:
+        InputError: for anything but integers.
+    """
+    with _refusing("input_ids must be integers, in one list for each text; these are not"):
+        ids = torch.as_tensor(values)
+    if ids.numel() and (ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex()):
+        raise InputError(f"input_ids must be integers; got {ids.dtype}.")
+    return ids.long()
+
+
+def _padded(rows: torch.Tensor | list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return (rows, None) if isinstance(rows, torch.Tensor) else left_padded(rows)
+
+
+def _with_mask(rows: torch.Tensor | list[torch.Tensor], mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask where the caller has one: what is added to ragged rows is padding, as is what they have as zeros."""
+    with _refusing("attention_mask must have one value for each id; this one has not"):
+        if isinstance(rows, torch.Tensor) or len({len(row) for row in rows}) == 1:
+            ids = rows if isinstance(rows, torch.Tensor) else torch.stack(rows)
+            return ids, torch.atleast_2d(torch.as_tensor(mask))
+        masks = [torch.as_tensor(row) for row in mask]
+    if [row.shape for row in masks] != [row.shape for row in rows]:
+        lengths = [[row.numel() for row in each] for each in (rows, masks)]
+        raise InputError(
+            f"attention_mask must have one value for each id; texts of {lengths[0]} ids have masks of {lengths[1]}."
+        )
+    return left_padded(rows)[0], left_padded(masks)[0]
+
+
+@contextlib.contextmanager
+def _refusing(rule: str) -> Iterator[None]:
+    """Turns what torch says of something that is no tensor into an error that begins with the rule."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{rule} ({reason(error)}).") from error
 
 
 def runs(mask: torch.Tensor) -> tuple[list[int], list[int]]:
