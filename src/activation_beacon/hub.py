@@ -103,7 +103,8 @@ def _download_adapter(repo_id: str, revision: str | None) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=["beacon*", "base/*"]))
     except Exception as error:
         raise StorageError(
-            f"The adapter {repo_id} is neither a folder here nor to be had from the hub ({reason(error)}). Check the name, or the network."
+            f"The adapter {repo_id} is neither a folder here nor to be had from the hub ({reason(error)}). "
+            "Check the name, or the network."
         ) from error
 
 
