@@ -1,8 +1,10 @@
 """Adapters on disk: there and back, in any dtype and any number of files; nothing damaged is read."""
 
+import contextlib
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,10 +127,47 @@ def test_saving_over_an_adapter_leaves_the_new_one_only(tmp_path, sizes):
     assert files_of(tmp_path) == files_of(tmp_path / "fresh")
 
 
+def test_an_adapter_of_links_is_written_where_they_lead_to(tmp_path, model):
+    here, there = tmp_path / "here", tmp_path / "there"
+    with_beacons("llama", replace(CONFIG, training=None), seed=1).save_pretrained(there)
+    here.mkdir()
+    for name in files_of(there):
+        (here / name).symlink_to(there / name)
+    model.save_pretrained(here)
+    assert all(path.is_symlink() for path in here.iterdir())
+    for folder in (here, there):
+        assert load_adapter_config(folder) == model.beacon_config
+        assert (folder / CARD_FILE).read_text() == model_card(model.beacon_config)
+    (there / "kept").write_text("another's")
+    (here / INDEX_FILE).symlink_to(there / "kept")
+    model.save_pretrained(here)
+    assert not (here / INDEX_FILE).exists()
+    assert (there / "kept").exists()
+
+
 def test_a_model_card_of_ones_own_is_kept(tmp_path, model):
     (tmp_path / CARD_FILE).write_text("mine")
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / CARD_FILE).read_text() == "mine"
+
+
+def test_a_card_that_was_changed_is_ones_own(tmp_path, model):
+    untrained = replace(CONFIG, training=None)
+    with_beacons("llama", untrained).save_pretrained(tmp_path)
+    changed = (tmp_path / CARD_FILE).read_text() + "\nMy own words.\n"
+    for card in (changed.encode(), b"\xff no text"):
+        (tmp_path / CARD_FILE).write_bytes(card)
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / CARD_FILE).read_bytes() == card
+
+
+def test_the_card_of_an_untrained_adapter_goes_once_it_is_trained(tmp_path, model):
+    with_beacons("llama", replace(CONFIG, training=None)).save_pretrained(tmp_path)
+    assert "**Untrained**" in (tmp_path / CARD_FILE).read_text()
     model.save_pretrained(tmp_path)
-    assert (tmp_path / CARD_FILE).read_text() == "mine"
+    assert (tmp_path / CARD_FILE).read_text() == model_card(model.beacon_config)
+    assert "**Untrained**" not in (tmp_path / CARD_FILE).read_text()
 
 
 def test_the_options_of_transformers_own_saving_do_no_harm(tmp_path, model):
@@ -320,11 +359,62 @@ def test_a_full_disk_is_reported_and_leaves_no_half_file(tmp_path, model, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_config_is_there_only_once_the_weights_are(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(persistence, "write_text", lambda path, text: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        model.save_pretrained(tmp_path)
-    assert CONFIG_FILE not in files_of(tmp_path)
+@contextlib.contextmanager
+def failing_at(monkeypatch, owner: object, name: str, call: int, error: BaseException):
+    """The `call`-th use of a function raises instead."""
+    left, real = [call], getattr(owner, name)
+
+    def failing(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        yield
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("size", ["5GB", "16KB"])
+@pytest.mark.parametrize(("owner", "name"), [(persistence, "save_file"), (persistence, "flush"), (Path, "write_text")])
+def test_an_adapter_that_cannot_be_written_leaves_the_old_one_whole(
+    tmp_path, model, monkeypatch, owner, name, size, error
+):
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    new = with_beacons("llama", CONFIG, seed=1)
+    expected = StorageError if isinstance(error, OSError) else KeyboardInterrupt
+    for call in (1, 2) if size == "16KB" or name != "save_file" else (1,):
+        with failing_at(monkeypatch, owner, name, call, error), pytest.raises(expected):
+            new.save_pretrained(tmp_path, max_shard_size=size)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("sizes", [("5GB", "5GB"), ("8KB", "5GB"), ("5GB", "8KB"), ("8KB", "16KB")])
+def test_a_folder_with_a_config_is_one_adapter_wherever_writing_ends(tmp_path, monkeypatch, sizes):
+    old, new = with_beacons("llama", CONFIG), with_beacons("llama", replace(CONFIG, num_sinks=2), seed=1)
+    is_whole = []
+    for call in range(1, 40):
+        folder = tmp_path / str(call)
+        old.save_pretrained(folder, max_shard_size=sizes[0])
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            failing_at(monkeypatch, os, "replace", call, KeyboardInterrupt()),
+        ):
+            new.save_pretrained(folder, max_shard_size=sizes[1])
+        is_whole.append((folder / CONFIG_FILE).exists())
+        if is_whole[-1]:
+            tensors, expected = load_adapter_tensors(folder), beacon_tensors(new)
+            assert load_adapter_config(folder) == new.beacon_config
+            assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+            break
+        with pytest.raises(StorageError, match=r"holds no adapter: beacon_config\.json is missing"):
+            load_adapter_config(folder)
+        new.save_pretrained(folder, max_shard_size=sizes[1])
+        assert (folder / CARD_FILE).read_text() == model_card(new.beacon_config)
+    assert is_whole[-1]
+    assert len(is_whole) >= 4  # weights, card and config each had their turn
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, model):

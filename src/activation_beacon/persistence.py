@@ -1,5 +1,6 @@
 """Adapters on disk: `beacon_config.json`, `beacon.safetensors` (or shards of it) and a model card."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from activation_beacon.config import BeaconConfig
-from activation_beacon.errors import ConfigError, FileFormatError, MismatchError, StorageError
-from activation_beacon.files import reason, whole_file, write_text
+from activation_beacon.errors import BeaconError, ConfigError, FileFormatError, MismatchError, StorageError
+from activation_beacon.files import flush, reason, whole_file
 
 CONFIG_FILE = "beacon_config.json"
 WEIGHTS_FILE = "beacon.safetensors"
@@ -24,6 +25,9 @@ def save_adapter(
     folder: str | Path, config: BeaconConfig, tensors: Mapping[str, torch.Tensor], *, max_shard_size: str | int = "5GB"
 ) -> None:
     """Write an adapter: config last, so that a folder with a config is complete.
+
+    What is to replace an older adapter is on the disk before anything of that one goes. Its card goes with it, unless it is
+    another than was written here.
 
     Args:
         folder: made if missing.
@@ -39,27 +43,54 @@ def save_adapter(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{folder} cannot be made: {reason(error)}. Choose another place.") from error
+    outdated = [folder / CONFIG_FILE, *([folder / CARD_FILE] if _has_card_of_its_own_config(folder) else [])]
+    with contextlib.ExitStack() as stack:  # files take their places in the opposite order: the config last
+        _write_aside(stack, folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+        if folder / CARD_FILE in outdated or not (folder / CARD_FILE).exists():
+            _write_aside(stack, folder / CARD_FILE, model_card(config))
+        written = _write_weights_aside(stack, folder, tensors, max_shard_size)
+        for path in outdated:
+            path.resolve().unlink(missing_ok=True)  # a link stays: the new file goes where it leads to
+        for path in _older_weights(folder, written):
+            path.unlink(missing_ok=True)
+
+
+def _write_aside(stack: contextlib.ExitStack, path: Path, text: str) -> None:
+    temporary = stack.enter_context(whole_file(path))
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+
+
+def _write_weights_aside(
+    stack: contextlib.ExitStack, folder: Path, tensors: Mapping[str, torch.Tensor], max_shard_size: str | int
+) -> set[str]:
+    """Write weights into files that take their places when the stack is left; returns the names of these."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     split = split_torch_state_dict_into_shards(
         tensors, max_shard_size=max_shard_size, filename_pattern="beacon{suffix}.safetensors"
     )
-    for filename, names in split.filename_to_tensors.items():
-        with whole_file(folder / filename) as temporary:
-            save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_text(folder / INDEX_FILE, json.dumps(index, indent=2))
-    _remove_older(folder, {*split.filename_to_tensors, *([INDEX_FILE] if split.is_sharded else [])})
-    if not (folder / CARD_FILE).exists():
-        write_text(folder / CARD_FILE, model_card(config))
-    write_text(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+        _write_aside(stack, folder / INDEX_FILE, json.dumps(index, indent=2))
+    for filename, names in split.filename_to_tensors.items():
+        temporary = stack.enter_context(whole_file(folder / filename))
+        save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
+        flush(temporary)
+    return {*split.filename_to_tensors, *([INDEX_FILE] if split.is_sharded else [])}
 
 
-def _remove_older(folder: Path, written: set[str]) -> None:
-    """Weights of an earlier adapter in the folder would be read instead of, or beside, those just written."""
-    for path in (folder / INDEX_FILE, folder / WEIGHTS_FILE, *folder.glob(SHARD_FILES)):
-        if path.name not in written:
-            path.unlink(missing_ok=True)
+def _older_weights(folder: Path, written: set[str]) -> list[Path]:
+    """Weights of an earlier adapter in the folder, which would be read instead of, or beside, those just written."""
+    paths = (folder / INDEX_FILE, folder / WEIGHTS_FILE, *folder.glob(SHARD_FILES))
+    return [path for path in paths if path.name not in written]
+
+
+def _has_card_of_its_own_config(folder: Path) -> bool:
+    """Whether a folder's card is what was written beside its config, and nobody's own."""
+    try:
+        return (folder / CARD_FILE).read_text(encoding="utf-8") == model_card(load_adapter_config(folder))
+    except (BeaconError, OSError, UnicodeDecodeError):
+        return False
 
 
 def model_card(config: BeaconConfig) -> str:
