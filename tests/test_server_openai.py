@@ -336,3 +336,9 @@ def test_comments_of_progress_do_not_disturb_clients(server):
     assert data[-1] == "[DONE]"
     assert all(json.loads(each)["object"] == "chat.completion.chunk" for each in data[:-1])
     assert "".join(c.choices[0].delta.content or "" for c in server.openai.chat.completions.create(**body))
+
+
+def test_without_a_temperature_answers_are_written_as_generate_does(server, model):
+    likeliest = chat(server).choices[0].message.content
+    assert chat(server, temperature=None).choices[0].message.content == likeliest
+    assert len({choice.message.content for choice in chat(server, temperature=None, n=3, seed=0).choices}) == 3

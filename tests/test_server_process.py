@@ -163,14 +163,10 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(adapter, tmp_pa
     )
 
 
-@pytest.mark.parametrize(
-    ("host", "message"),
-    [("no.such.host.invalid", "is no address of this machine"), ("192.0.2.1", "cannot be listened on")],
-)
-def test_an_address_that_is_not_ours_is_told_in_one_line(host, message, adapter):
-    result = CliRunner().invoke(app, ["serve", "--model", str(adapter), "--host", host])
+def test_an_address_that_is_none_is_told_in_one_line():
+    result = CliRunner().invoke(app, ["serve", "--model", "never/loaded", "--host", "no.such.host.invalid"])
     assert result.exit_code == 1
-    assert message in result.stderr
+    assert result.stderr.startswith("Error: --host no.such.host.invalid is no address of this machine: ")
     assert result.stderr.count("\n") == 1
 
 

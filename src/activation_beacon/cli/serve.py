@@ -113,16 +113,18 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         **sizes,
     )
-    bound = bound_socket(host, port)
-    loaded = load_model(model, base=base, device=device, dtype=dtype)
-    warn_untrained(loaded.config)
-    app = create_app(loaded.model, loaded.tokenizer, settings)
-    if host not in LOOPBACK and settings.api_key is None:
-        notice(f"Listening on {host} without a key: whoever reaches the port can use and delete contexts (--api-key).")
-    log_to_stderr()
-    notice(f"http://{host}:{port} serves {settings.model_name}; contexts in {folder}")
-    server = HttpServer(app, log_config=None, access_log=False, server_header=False)
-    server.run(sockets=[bound])
+    with bound_socket(host, port) as bound:
+        loaded = load_model(model, base=base, device=device, dtype=dtype)
+        warn_untrained(loaded.config)
+        app = create_app(loaded.model, loaded.tokenizer, settings)
+        if host not in LOOPBACK and settings.api_key is None:
+            notice(
+                f"Listening on {host} without a key: whoever reaches the port can use and delete contexts (--api-key)."
+            )
+        log_to_stderr()
+        notice(f"http://{host}:{port} serves {settings.model_name}; contexts in {folder}")
+        server = HttpServer(app, log_config=None, access_log=False, server_header=False)
+        server.run(sockets=[bound])
     if not server.started:
         raise typer.Exit(1)  # the log says why
 

@@ -164,6 +164,11 @@ class _Request(BaseModel):
             known = "is not supported" if name in HARMLESS else "is not a field of this request"
             raise UnsupportedError(f"{name[:100]} {known}. Leave it out.")
 
+    def _usual_temperature(self, defaults: Any) -> float:
+        """As `generate` does: the likeliest token, unless the model's generation config draws; several answers are to differ."""
+        draws = defaults.do_sample or (self.n or 1) > 1
+        return _first(defaults.temperature, 1.0) if draws else 0.0
+
     def sampling(self, model: Any, max_tokens: int) -> Sampling:
         """How answers are to be written; what is not asked for is as the model's generation config has it."""
         defaults = model.generation_config
@@ -173,7 +178,7 @@ class _Request(BaseModel):
             raise UnsupportedError(f"logit_bias names tokens that the model does not have; it has 0..{size - 1}.")
         return Sampling(
             max_tokens=self.limit or max_tokens,
-            temperature=_first(self.temperature, defaults.temperature, 1.0),
+            temperature=_first(self.temperature, self._usual_temperature(defaults)),
             top_p=_first(self.top_p, defaults.top_p, 1.0),
             top_k=self.top_k,
             seed=self.seed,
