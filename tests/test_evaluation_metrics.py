@@ -78,13 +78,69 @@ def test_a_gap_of_nothing_has_no_value():
     assert (found.low, found.high) == (None, None)
 
 
-def test_one_sample_has_no_interval():
-    assert metrics.mean([2.5]) == metrics.Estimate(2.5, None, None, 1)
+def turned(values):
+    """Each beside the next one."""
+    return [*values[1:], values[0]]
+
+
+ESTIMATES = {
+    "mean": metrics.mean,
+    "difference": lambda values: metrics.mean_difference(values, turned(values)),
+    "share": lambda values: metrics.share(values, [value + 1 for value in turned(values)]),
+    "gap": lambda values: metrics.gap_closed([value + 2 for value in values], turned(values), values),
+}
+
+
+@pytest.mark.parametrize("values", [[0.3, 0.5, 1.7], [0.0, 1.0, 1.0]], ids=["real", "binary"])
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_fewer_than_eight_samples_have_no_interval(name, values):
+    for count in range(1, 12):
+        found = ESTIMATES[name]((values * 4)[:count])
+        assert found.count == count
+        has_bounds = (found.low is not None, found.high is not None)
+        assert has_bounds == (count >= metrics.MIN_SAMPLES == 8,) * 2
     assert str(metrics.mean([2.5])) == "2.500 (n=1)"
 
 
+@pytest.mark.parametrize("count", [8, 10, 30, 100])
+def test_the_bounds_of_scores_of_0_and_1_are_wilson_s(count):
+    for ones in range(count + 1):
+        found = metrics.mean([1.0] * ones + [0.0] * (count - ones))
+        assert (found.value, found.count) == (ones / count, count)
+        assert 0 <= found.low <= found.value <= found.high <= 1
+        assert found.low < found.high
+        for bound in (
+            found.low,
+            found.high,
+        ):  # a share from which the observed one lies 1.96 of its own deviations away
+            deviation = math.sqrt(bound * (1 - bound) / count)
+            assert abs(found.value - bound) == pytest.approx(1.959964 * deviation, abs=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("count", [8, 10, 30])
+def test_wilson_s_interval_holds_the_share_in_some_95_of_100_cases(share, count):
+    chances = [math.comb(count, ones) * share**ones * (1 - share) ** (count - ones) for ones in range(count + 1)]
+    held = [metrics.mean([1.0] * ones + [0.0] * (count - ones)) for ones in range(count + 1)]
+    assert sum(chance for chance, found in zip(chances, held, strict=True) if found.low <= share <= found.high) > 0.9
+
+
+def test_samples_that_are_all_alike_have_no_interval_of_no_width():
+    for value in (0.1, 1 / 3, 2.7):
+        assert metrics.mean([value] * 9) == metrics.Estimate(pytest.approx(value), None, None, 9)
+    assert metrics.mean_difference([0.3] * 9, [0.1] * 9).low is None
+    assert metrics.share([1.0] * 9, [1.0] * 9).high is None
+
+
+def test_one_score_between_0_and_1_makes_it_a_bootstrap():
+    values = [0.0] * 7 + [0.5]
+    found = metrics.mean(values)
+    assert (found.low, found.high) == pytest.approx(slow_interval(values, average), abs=0.01)
+    assert found.low == 0.0 < metrics.mean([0.0] * 7 + [1.0]).low  # which no bootstrap would give
+
+
 def test_the_same_samples_give_the_same_interval():
-    values = [0.0, 1.0, 1.0, 0.0, 1.0]
+    values = [0.0, 1.0, 1.0, 0.5, 1.0, 0.2, 0.4, 0.3]
     assert metrics.mean(values) == metrics.mean(values)
 
 

@@ -10,7 +10,7 @@ import pytest
 from activation_beacon.errors import InputError, StorageError
 from activation_beacon.evaluation import plots, summary
 from activation_beacon.evaluation.blocks import Heading, Paragraph, Picture, Table, markdown_of, page_of
-from activation_beacon.evaluation.metrics import mean
+from activation_beacon.evaluation.metrics import FEW, mean
 from activation_beacon.evaluation.report import rows_as_json, tables, write_report
 from activation_beacon.evaluation.results import Key, Results
 from activation_beacon.evaluation.summary import Way
@@ -156,10 +156,10 @@ def test_the_report_has_every_task_length_method_and_picture(folder):
         "## lm", "### 96 tokens", "## needles", "### 64 tokens", "### 128 tokens", "## multi-turn", "### 64 tokens"
     ]  # fmt: skip
     assert "| beacons x8 |" in text
-    assert "| beacons x4 | 1.000 [1.000, 1.000] | 0.000 [0.000, 0.000] |" in text
+    assert "| beacons x4 | 1.000 | 0.000 |" in text
     assert "| score by kind | number, n=2 | uuid, n=2 |" in text
-    one, none = "1.000 [1.000, 1.000]", "0.000 [0.000, 0.000]"
-    assert f"| beacons x4 | 2 | {one} / 2.50 s | {none} / 0.25 s | {one} / 0.75 s |" in text
+    assert "| beacons x4 | 2 | 1.000 / 2.50 s | 0.000 / 0.25 s | 1.000 / 0.75 s |" in text
+    assert text.count(FEW) == 5  # of the overview, and of each task and length
     assert "Do not fit: Too long: use ratio 8." in text
     pictures = re.findall(r"\]\(plots/(.*?)\)", text)
     assert pictures == [
@@ -192,7 +192,7 @@ def test_a_count_that_is_not_that_of_the_column_stands_in_the_cell(folder):
         folder
     )
     assert header == ["score by kind", "number, n=2", "uuid, n=2"]
-    assert cells["full"][1] == "1.000 [1.000, 1.000]"
+    assert cells["full"][1] == "1.000"
     assert cells["beacons x4"][1] == "0.000 (n=1)"
     assert cells["shuffled"][1] == "-"
 
@@ -202,14 +202,66 @@ def test_a_comparison_over_fewer_samples_says_so(folder):
     del results.records[Key("needles", "full", None, 64, "uuid-0")]
     [_, table, *_] = tables(results, "needles")
     row = next(row for row in table.rows if row[0] == "beacons x4")
-    assert row[1:4] == ["0.500 [0.000, 1.000]", "4", "-0.333 [-1.000, 0.000] (n=3)"]
+    assert row[1:4] == ["0.500", "4", "-0.333 (n=3)"]
+
+
+def many_needles(count):
+    """The needles of one length, each so many times."""
+    return [
+        {**record, "sample": f"{record['sample']}-{number}"}
+        for number in range(count)
+        for record in needle_records((64,))
+    ]
+
+
+def blocks_of(folder, records):
+    results = Results(folder, MODEL)
+    results.open_task("needles", {"seed": 0}, "score")
+    for record in records:
+        results.add(Key(*(record[name] for name in Key._fields)), record)
+    return tables(results)
+
+
+def test_scores_of_0_and_1_have_wilson_s_intervals_and_differences_a_bootstrap_s(tmp_path):
+    _, table, kinds = blocks_of(tmp_path, many_needles(8))
+    rows = {row[0]: row for row in table.rows}
+    assert rows["full"][1:5] == ["1.000 [0.893, 1.000]", "32", "-", "-"]
+    assert re.fullmatch(r"0\.500 \[0\.336, 0\.664\]", rows["beacons x4"][1])
+    assert re.fullmatch(r"-0\.500 \[-0\.6.., -0\.3..\]", rows["beacons x4"][3])
+    assert rows["shuffled"][1:5] == ["0.000 [0.000, 0.107]", "32", "-1.000", "0.000"]
+    assert [row[1:] for row in kinds.rows if row[0] == "full"] == [["1.000 [0.806, 1.000]"] * 2]
+
+
+@pytest.mark.parametrize(("count", "is_said"), [(3, True), (4, False)])
+def test_why_there_is_no_interval_stands_below_the_tables(tmp_path, count, is_said):
+    found = blocks_of(tmp_path, many_needles(count))
+    by_kind = next(row for row in found[2].rows if row[0] == "full")
+    assert ("[" in by_kind[1]) is not is_said  # 6 or 8 of each kind; 12 or 16 in all
+    assert "[" in found[1].rows[0][1]
+    assert (found[-1] == Paragraph(FEW)) is is_said
+
+
+def test_a_point_without_an_interval_has_no_bar(monkeypatch, tmp_path):
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure_class, "savefig", lambda self, path, format: drawn.append(self) or path.touch())
+    points = [plots.Point(4, mean([0.0, 1.0] * 4)), plots.Point(8, mean([0.0, 1.0]))]
+    panel = plots.Panel("", {"beacons": points}, {"full": mean([1.0, 1.0]), "alone": mean([0.0] * 8)})
+    plots.draw_lines(tmp_path / "lines.png", [panel], x_label="", y_label="")
+    [axis] = drawn[0].axes
+    [container] = axis.containers
+    _, caps, [bars] = container
+    lengths = [[segment[0][1], segment[1][1]] for segment in bars.get_segments() if len(segment)]
+    assert lengths == [pytest.approx([points[0].quality.low, points[0].quality.high])]
+    assert [sum(not math.isnan(y) for y in cap.get_ydata()) for cap in caps] == [1, 1]
+    assert len(axis.patches) == 1  # the level that has an interval
 
 
 def test_json_rows_have_what_the_tables_of_kinds_and_turns_have(folder):
     rows = {(row["task"], row["length"], row["method"], row["ratio"]): row for row in rows_as_json(Results(folder))}
-    certain = {"value": 1.0, "low": 1.0, "high": 1.0, "count": 2}
+    certain = {"value": 1.0, "low": None, "high": None, "count": 2}
     assert rows["needles", 64, "beacons", 4]["kinds"] == {
-        "number": certain, "uuid": {"value": 0.0, "low": 0.0, "high": 0.0, "count": 2}
+        "number": certain, "uuid": {"value": 0.0, "low": None, "high": None, "count": 2}
     }  # fmt: skip
     turns = rows["multi-turn", 64, "beacons", 4]["turns"]
     assert (turns[0], [turn["seconds"] for turn in turns]) == ({"score": certain, "seconds": 2.5}, [2.5, 0.25, 0.75])

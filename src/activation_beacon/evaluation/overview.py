@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from activation_beacon.evaluation.blocks import Block, Heading, Paragraph, Table
-from activation_beacon.evaluation.metrics import Estimate, mean
+from activation_beacon.evaluation.metrics import FEW, MIN_SAMPLES, Estimate, mean
 from activation_beacon.evaluation.results import Results
 from activation_beacon.evaluation.summary import Record, Way, lengths_of, select, ways_of
 
@@ -28,7 +28,9 @@ def overview(results: Results) -> list[Block]:
             columns[f"{name} {length:,}"] = _column(select(records, length=length), facts["quality"])
     if len(columns) < 2:
         return []
-    return [Heading(2, "Overview"), Paragraph(TEXT), _table(columns, ways_of(results.records.values()))]
+    table = _table(columns, ways_of(results.records.values()))
+    is_few = any(found.count < MIN_SAMPLES for column in columns.values() for found in column.values())
+    return [Heading(2, "Overview"), Paragraph(TEXT), table, *([Paragraph(FEW)] if is_few else [])]
 
 
 def _column(records: Sequence[Record], quality: str) -> Column:

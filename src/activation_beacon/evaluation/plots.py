@@ -182,10 +182,10 @@ def _draw_panel(axis: Any, panel: Panel, names: Sequence[str], *, has_bars: bool
 
 
 def _bars(points: Sequence[Point]) -> list[list[float]]:
-    """Lengths of the bars below and above."""
+    """Lengths of the bars below and above; NaN, which is not drawn, where there is no interval: a bar of no length would be one."""
     estimates = [point.quality for point in points]
-    below = [0.0 if e.low is None else max(0.0, e.value - e.low) for e in estimates]
-    above = [0.0 if e.high is None else max(0.0, e.high - e.value) for e in estimates]
+    below = [math.nan if e.low is None else max(0.0, e.value - e.low) for e in estimates]
+    above = [math.nan if e.high is None else max(0.0, e.high - e.value) for e in estimates]
     return [below, above]
 
 

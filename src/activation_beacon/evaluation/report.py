@@ -1,7 +1,7 @@
 """The report of a folder of results: Markdown and HTML of the same blocks, and the plots beside them."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from activation_beacon.evaluation.blocks import (
     page_of,
 )
 from activation_beacon.evaluation.harness_tasks import HarnessResults
-from activation_beacon.evaluation.metrics import Estimate
+from activation_beacon.evaluation.metrics import FEW, MIN_SAMPLES, Estimate
 from activation_beacon.evaluation.overview import overview
 from activation_beacon.evaluation.results import Results
 from activation_beacon.evaluation.summary import Record, Row
@@ -27,8 +27,8 @@ from activation_beacon.files import write_text
 MARKDOWN, HTML = "report.md", "report.html"
 QUALITIES = {"nats": "nats per token", "score": "score"}
 INTERVALS = (
-    "n counts samples. Intervals are 95% bootstrap percentiles over these; comparisons are paired: they take samples that "
-    "all have, and show their own n where these are fewer."
+    "n counts samples. Intervals are 95% over these: Wilson's where each sample is 0 or 1, elsewhere bootstrap percentiles; "
+    "comparisons are paired: they take samples that all have, and show their own n where these are fewer."
 )
 UNTRAINED = "**Untrained**: the beacons of this adapter have not been trained. Sizes hold; quality is what untrained beacons give."
 
@@ -148,7 +148,16 @@ def _tables_of(records: Sequence[Record], length: int, quality: str) -> list[Blo
         found.append(_kinds_table(rows))
     if any(row.turns for row in rows):
         found.append(_turns_table(rows))
+    if any(estimate.count < MIN_SAMPLES for row in rows for estimate in _estimates(row)):
+        found.append(Paragraph(FEW))
     return found
+
+
+def _estimates(row: Row) -> Iterator[Estimate]:
+    """All that stand in a row's tables."""
+    yield from (each for each in (row.quality, row.against, row.share) if each is not None)
+    yield from row.kinds.values()
+    yield from (score for score, _ in row.turns)
 
 
 LM_TEXT = (
