@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from activation_beacon.entries import BeaconLayer, ChunkLayer, Quantized, merge, take
 
@@ -73,6 +75,51 @@ def test_taking_rows_apart_and_merging_them_is_the_whole():
     for rows in itertools.permutations(range(4)):
         parts = [(chosen, take(tensor, chosen, [6, 6], 6, dim=2)) for chosen in (rows[:2], rows[2:])]
         assert torch.equal(merge(parts, dim=2), tensor)
+
+
+class FromHost(TorchDispatchMode):
+    """Counts what is copied to another device, or indexed with something that is not on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_copies = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        is_index = func is torch.ops.aten.index.Tensor
+        self.num_copies += is_index or any(tensor.device.type == "cpu" for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((3, 7), 1), ((3, 2, 7, 4), 2)])
+def test_indices_are_on_the_device_for_all_layers_but_the_first(shape, dim):
+    """On "meta", which stands for any device that is not the host."""
+    tensor = torch.empty(shape, device="meta")
+
+    def of_one_layer():
+        alike = take(tensor, [2, 0], [7, 7], 4, dim=dim)
+        ragged = take(tensor, [2, 0, 1], [7, 5, 6], 6, dim=dim)
+        return merge([([2, 0], alike), ([1, 3, 4], ragged)], dim=dim)
+
+    assert of_one_layer().shape == (5, *shape[1:dim], 6, *shape[dim + 1 :])
+    with FromHost() as layers:
+        of_one_layer()
+    assert layers.num_copies == 0
+
+
+def test_gradients_flow_through_cutting_and_joining_also_after_inference():
+    tensor = numbered(3, 2, 7, 4)
+
+    def joined(tensor):
+        parts = [([2, 0], take(tensor, [2, 0], [7, 5], 6, dim=2)), ([1], take(tensor, [1], [7], 4, dim=2))]
+        return merge(parts, dim=2)
+
+    with torch.inference_mode():
+        expected = joined(tensor)
+    tensor.requires_grad_()
+    assert torch.equal(joined(tensor), expected)
+    joined(tensor).sum().backward()
+    assert tensor.grad[1].sum() == 2 * 4 * 4
 
 
 # --- quantised -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from activation_beacon.constants import constant
 from activation_beacon.room import Room
 
 # B batch · K kv heads · S slots · P stored slots · T slots of a pass · D head dim · G group of a quantised vector
@@ -24,19 +25,23 @@ def take(tensor: torch.Tensor, rows: Sequence[int], ends: Sequence[int], length:
         One row for each of `rows`, `length` slots along `dim`; a view where all rows are cut alike.
     """
     if len(set(ends)) == 1 and ends[0] >= length:
-        whole = tuple(rows) == tuple(range(tensor.shape[0]))
-        chosen = tensor if whole else tensor[list(rows)]
-        return chosen.narrow(dim, ends[0] - length, length)
+        return _rows_of(tensor, rows).narrow(dim, ends[0] - length, length)
     if tensor.shape[dim] == 0:  # nothing but padding to take
         empty = list(tensor.shape)
         empty[0], empty[dim] = len(rows), length
         return tensor.new_zeros(empty)
-    index = torch.tensor(ends, device=tensor.device)[:, None] + torch.arange(-length, 0, device=tensor.device)
+    index = constant(tuple(ends), tensor.device)[:, None] + torch.arange(-length, 0, device=tensor.device)
     index = index.clamp(min=0)
+    chosen = _rows_of(tensor, rows)
     if dim == 1:
-        return tensor[list(rows)].gather(1, index)
-    shape = (len(rows), tensor.shape[1], length, tensor.shape[3])
-    return tensor[list(rows)].gather(2, index[:, None, :, None].expand(shape))
+        return chosen.gather(1, index)
+    return chosen.gather(2, index[:, None, :, None].expand(len(rows), tensor.shape[1], length, tensor.shape[3]))
+
+
+def _rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """These rows of a batch, a copy unless they are all in their order; the indices are on the device already."""
+    rows = tuple(rows)
+    return tensor if rows == tuple(range(tensor.shape[0])) else tensor.index_select(0, constant(rows, tensor.device))
 
 
 def merge(parts: Sequence[tuple[Sequence[int], torch.Tensor]], *, dim: int) -> torch.Tensor:
@@ -53,7 +58,7 @@ def merge(parts: Sequence[tuple[Sequence[int], torch.Tensor]], *, dim: int) -> t
         pad = [0, 0] * (tensor.dim() - 1 - dim) + [length - tensor.shape[dim], 0]
         padded.append(torch.nn.functional.pad(tensor, pad))
     order = [row for rows, _ in parts for row in rows]
-    return torch.cat(padded)[[order.index(row) for row in range(len(order))]]
+    return _rows_of(torch.cat(padded), [order.index(row) for row in range(len(order))])
 
 
 @dataclass(frozen=True)
