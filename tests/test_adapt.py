@@ -31,6 +31,25 @@ def test_every_layer_of_every_family_is_found(family):
             assert projection.linear in set(module.self_attn.children())
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "glm4", "cohere", "starcoder2", "gemma2", "olmo3"])
+def test_the_shape_of_entries_is_that_of_the_models_own_cache(family):
+    model = tiny(family)
+    cache = model(torch.tensor([[3, 4]]), use_cache=True).past_key_values
+    for shape, layer in zip(find_decoder(model, QKV).entry_shapes, cache.layers, strict=True):
+        assert shape == (layer.keys.shape[1], layer.keys.shape[3])
+        assert shape == (layer.values.shape[1], layer.values.shape[3])
+
+
+def test_the_shape_of_entries_is_not_guessed():
+    site = find_decoder(tiny("llama"), QKV)
+    attention = site.layers[0].attention
+    attention.v_proj = nn.Linear(32, 24)
+    assert site.entry_shapes == (None, (2, 8), (2, 8))
+    del site.layers[1].attention.head_dim
+    attention.k_proj = attention.v_proj = nn.Linear(32, 20)
+    assert site.entry_shapes == (None, None, (2, 8))
+
+
 def test_all_tested_families_are_tested():
     assert set(TESTED) == TESTED_FAMILIES
 

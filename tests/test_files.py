@@ -27,7 +27,7 @@ from activation_beacon.files import (
     write_context_file,
     write_text,
 )
-from families import random_ids, with_beacons
+from families import VOCABULARY, random_ids, with_beacons
 
 CONFIG = BeaconConfig(chunk_size=16, ratios=(2, 4, 8), num_sinks=1)
 
@@ -319,6 +319,190 @@ def test_a_header_that_does_not_fit_its_tensors_is_refused(tmp_path, saved, name
     with pytest.raises(FileFormatError, match=r"bad\.beacon has a header that does not fit its contents \(") as caught:
         BeaconCache.load(tmp_path / "bad.beacon", beacon_model())
     assert str(caught.value).endswith("). Compress the text again.")
+
+
+def row_of(header) -> dict:
+    return header["rows"][0]
+
+
+WRONG_VALUES = {
+    "a base of no name": (
+        lambda h, t: h.update(base_fingerprint=None),
+        "base_fingerprint must be a string; got None",
+    ),
+    "a base that is a number": (
+        lambda h, t: h.update(base_fingerprint=1),
+        "base_fingerprint must be a string; got 1",
+    ),
+    "an adapter that is a list": (
+        lambda h, t: h.update(adapter_fingerprint=[]),
+        "adapter_fingerprint must be a string; got []",
+    ),
+    "no adapter": (lambda h, t: h.pop("adapter_fingerprint"), "adapter_fingerprint is missing"),
+    "settings that are a list": (lambda h, t: h.update(config=[]), "config must be an object; got []"),
+    "a ratio in words": (
+        lambda h, t: row_of(h).update(chunks=[["4", 4, 0]] * 2),
+        "a chunk's ratio must be one of 2, 4, 8; got '4'",
+    ),
+    "a ratio with a fraction": (
+        lambda h, t: row_of(h).update(chunks=[[4.0, 4, 0]] * 2),
+        "a chunk's ratio must be one of 2, 4, 8; got 4.0",
+    ),
+    "no ratio": (
+        lambda h, t: row_of(h).update(chunks=[[None, 4, 0]] * 2),
+        "a chunk's ratio must be one of 2, 4, 8; got None",
+    ),
+    "a ratio of others": (
+        lambda h, t: row_of(h).update(chunks=[[16, 4, 0]] * 2),
+        "a chunk's ratio must be one of 2, 4, 8; got 16",
+    ),
+    "beacons in words": (
+        lambda h, t: row_of(h).update(chunks=[[4, "4", 0]] * 2),
+        "a chunk's number of beacons must be an int within 0..4; got '4'",
+    ),
+    "more beacons than a chunk has": (
+        lambda h, t: row_of(h).update(chunks=[[8, 4, 0]] * 2),
+        "a chunk's number of beacons must be an int within 0..2; got 4",
+    ),
+    "fewer raw entries than none": (
+        lambda h, t: row_of(h).update(chunks=[[4, 4, -1]] * 2),
+        "a chunk's number of raw entries must be an int within 0..16; got -1",
+    ),
+    "a chunk of one number": (
+        lambda h, t: row_of(h).update(chunks=[4, 4]),
+        "a chunk must be its ratio, beacons and raw entries; got 4",
+    ),
+    "chunks by name": (lambda h, t: row_of(h).update(chunks={}), "chunks must be a list; got {}"),
+    "tokens in words": (
+        lambda h, t: row_of(h).update(tokens_seen="38"),
+        "tokens_seen must be an int of at least 0; got '38'",
+    ),
+    "tokens with a fraction": (
+        lambda h, t: row_of(h).update(tokens_seen=38.0),
+        "tokens_seen must be an int of at least 0; got 38.0",
+    ),
+    "tokens that are true": (
+        lambda h, t: row_of(h).update(tokens_seen=True),
+        "tokens_seen must be an int of at least 0; got True",
+    ),
+    "sinks of others": (
+        lambda h, t: row_of(h).update(num_sinks=2, tokens_seen=37),
+        "num_sinks must be an int within 0..1; got 2",
+    ),
+    "sinks below none": (
+        lambda h, t: row_of(h).update(num_sinks=-1),
+        "num_sinks must be an int within 0..1; got -1",
+    ),
+    "an unknown number": (lambda h, t: row_of(h).update(speed=1), "a row has a number 'speed' that is not known"),
+    "bits of 0": (lambda h, t: h.update(quantized_bits=0), "quantized_bits must be 8, 4 or null; got 0"),
+    "bits below 0": (lambda h, t: h.update(quantized_bits=-1), "quantized_bits must be 8, 4 or null; got -1"),
+    "half bits": (lambda h, t: h.update(quantized_bits=3.5), "quantized_bits must be 8, 4 or null; got 3.5"),
+    "eight bits and no int": (
+        lambda h, t: h.update(quantized_bits=8.0),
+        "quantized_bits must be 8, 4 or null; got 8.0",
+    ),
+    "bits in a list": (lambda h, t: h.update(quantized_bits=[8]), "quantized_bits must be 8, 4 or null; got [8]"),
+    "layers without end": (
+        lambda h, t: h.update(num_layers=10**12),
+        "num_layers must be an int within 1..10000; got 1000000000000",
+    ),
+    "no layers": (lambda h, t: h.update(num_layers=0), "num_layers must be an int within 1..10000; got 0"),
+    "lengths in words": (
+        lambda h, t: h.update(context_lengths=["3"]),
+        "a length of a context must be an int of at least 0; got '3'",
+    ),
+    "lengths below none": (
+        lambda h, t: h.update(context_lengths=[-3]),
+        "a length of a context must be an int of at least 0; got -3",
+    ),
+    "more lengths than rows": (
+        lambda h, t: h.update(context_lengths=[3, 3]),
+        "there are not as many policies, or lengths of contexts, as rows",
+    ),
+    "a policy that is a number": (
+        lambda h, t: h.update(policies=[7]),
+        "a policy must be of ratio, budget and spans; got 7",
+    ),
+    "ids below 0": (lambda h, t: t["token_ids"].fill_(-2), "ids must be 0 or more; got -2"),
+    "ids beyond the vocabulary": (
+        lambda h, t: t["token_ids"].fill_(VOCABULARY),
+        f"ids must be within 0..{VOCABULARY - 1}; got {VOCABULARY}",
+    ),
+    "entries that are integers": (
+        lambda h, t: t.update({"layers.1.keys": t["layers.1.keys"].long()}),
+        "a layer holds [(1, 2, 15, 8), (1, 2, 15, 8)] where 15 entries a row are due",
+    ),
+    "other dims": (
+        lambda h, t: t.update({name: x.repeat(1, 1, 1, 2) for name, x in t.items() if "layers.1." in name}),
+        "layer 1 must have (heads, dims) (2, 8) as the model; got (2, 16)",
+    ),
+    "other dims of values": (
+        lambda h, t: t.update({"layers.2.values": t["layers.2.values"][..., :4]}),
+        "layer 2 must have (heads, dims) (2, 8) as the model; got (2, 4)",
+    ),
+    "other heads": (
+        lambda h, t: t.update({name: x[:, :1] for name, x in t.items() if "layers" in name}),
+        "layer 0 must have (heads, dims) (2, 8) as the model; got (1, 8)",
+    ),
+    "fewer layers in all": (
+        lambda h, t: (h.update(num_layers=2), t.pop("layers.2.keys"), t.pop("layers.2.values")),
+        "num_layers must be the model's 3; got 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_values_of_a_header_that_can_not_be_are_named_in_one_line(tmp_path, saved, name):
+    header, tensors = read_context_file(saved)
+    header.pop("version")
+    change, why = WRONG_VALUES[name]
+    change(header, tensors)
+    write_context_file(tmp_path / "bad.beacon", header, tensors)
+    with pytest.raises(FileFormatError) as caught:
+        BeaconCache.load(tmp_path / "bad.beacon", beacon_model())
+    assert str(caught.value) == (
+        f"{tmp_path / 'bad.beacon'} has a header that does not fit its contents ({why}). Compress the text again."
+    )
+
+
+WRONG_CODES = {
+    "codes of another type": lambda t: t.update({"layers.1.keys.codes": t["layers.1.keys.codes"].int()}),
+    "codes of fewer values": lambda t: t.update({"layers.1.keys.codes": t["layers.1.keys.codes"][..., :2]}),
+    "scales of another type": lambda t: t.update({"layers.1.values.scale": t["layers.1.values.scale"].float()}),
+    "groups of other sizes": lambda t: t.update(
+        {name: t[name].repeat(1, 1, 1, 3) for name in ("layers.1.keys.scale", "layers.1.keys.least")}
+    ),
+    "no groups": lambda t: t.update(
+        {name: t[name][..., :0] for name in ("layers.1.keys.scale", "layers.1.keys.least")}
+    ),
+    "a least value for each two scales": lambda t: t.update(
+        {"layers.1.keys.scale": t["layers.1.keys.scale"].repeat(1, 1, 1, 2)}
+    ),
+}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", WRONG_CODES)
+def test_codes_that_cannot_be_unpacked_are_refused(tmp_path, name, bits):
+    context_of().quantize(bits).save(tmp_path / "book.beacon")
+    header, tensors = read_context_file(tmp_path / "book.beacon")
+    header.pop("version")
+    WRONG_CODES[name](tensors)
+    write_context_file(tmp_path / "bad.beacon", header, tensors)
+    with pytest.raises(
+        FileFormatError, match=r"bad\.beacon has a header that does not fit its contents \(a layer holds"
+    ):
+        BeaconCache.load(tmp_path / "bad.beacon")
+
+
+def test_bits_that_are_not_those_of_the_codes_are_refused(tmp_path):
+    context_of().quantize(8).save(tmp_path / "book.beacon")
+    header, tensors = read_context_file(tmp_path / "book.beacon")
+    header.pop("version")
+    header["quantized_bits"] = 4
+    write_context_file(tmp_path / "bad.beacon", header, tensors)
+    with pytest.raises(FileFormatError, match="does not fit its contents"):
+        BeaconCache.load(tmp_path / "bad.beacon")
 
 
 def test_contexts_of_another_maker_are_refused(saved):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from activation_beacon.entries import FLOATS
 from activation_beacon.errors import UnsupportedModelError
 from activation_beacon.rope import LayerRope, rotary_layout
 
@@ -29,7 +30,6 @@ AT_ONCE = "beacon_chunks_with_"  # before the name of the attention that it hand
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
 FUSED_NAMES = {"qkv_proj": "qkv", "query_key_value": "qkv"}
 OUTPUT_NAMES = ("o_proj", "dense", "out_proj")
-FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,13 @@ class LayerSite:
     rope: LayerRope | None
     window: int | None = None
 
+    @property
+    def entry_shape(self) -> tuple[int, int] | None:
+        """Heads and dims of the keys and values that it leaves in a cache; None where its projections do not tell."""
+        dim = getattr(self.attention, "head_dim", None)
+        width = _projected_width(self.attention)
+        return None if type(dim) is not int or not dim or width is None or width % dim else (width // dim, dim)
+
 
 @dataclass(frozen=True)
 class DecoderSite:
@@ -86,6 +93,11 @@ class DecoderSite:
         """As how many heads in a row transformers hands each head of keys and values to attention; 1 where layers differ."""
         counts = {getattr(layer.attention, "num_key_value_groups", 1) for layer in self.layers}
         return counts.pop() if len(counts) == 1 else 1
+
+    @property
+    def entry_shapes(self) -> tuple[tuple[int, int] | None, ...]:
+        """Heads and dims of each layer's keys and values, where they are known."""
+        return tuple(layer.entry_shape for layer in self.layers)
 
     @property
     def ropes(self) -> tuple[LayerRope | None, ...]:
@@ -285,6 +297,16 @@ def _projection_sites(attention: nn.Module, projections: Sequence[str]) -> Itera
         )
         if output is not None:
             yield ProjectionSite("o", output)
+
+
+def _projected_width(attention: nn.Module) -> int | None:
+    """Features that an attention module projects to keys, and as many to values; None where it does not tell."""
+    keys, values = (getattr(attention, name, None) for name in ("k_proj", "v_proj"))
+    if _is_linear(keys) and _is_linear(values):
+        return keys.out_features if keys.out_features == values.out_features else None  # type: ignore[union-attr]
+    fused = next((linear for name in FUSED_NAMES if _is_linear(linear := getattr(attention, name, None))), None)
+    output = next((linear for name in OUTPUT_NAMES if _is_linear(linear := getattr(attention, name, None))), None)
+    return None if fused is None or output is None else (fused.out_features - output.in_features) // 2
 
 
 def _is_linear(module: object) -> bool:

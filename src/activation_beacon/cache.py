@@ -6,8 +6,9 @@ a row's entries are sinks, beacons and tail is kept in integers (`rows`). Slots 
 shares them at no cost.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,17 @@ import torch
 from transformers.cache_utils import Cache
 
 from activation_beacon.config import BeaconConfig, is_same_fingerprint
+from activation_beacon.context_header import BITS, ContextHeader
 from activation_beacon.entries import BeaconLayer, merge
 from activation_beacon.errors import (
     BeaconError,
     FileFormatError,
     InputError,
     MismatchError,
-    RatioError,
     UnsupportedError,
 )
 from activation_beacon.files import read_context_file, reason, write_context_file
-from activation_beacon.plan import ClosedChunk, RatioPolicy, Row, as_policy
+from activation_beacon.plan import RatioPolicy, Row
 
 # B batch · S slots · N tokens seen · L layers
 
@@ -280,11 +281,11 @@ class BeaconCache(Cache):
         whose rows come to differ in length is dense from then on.
 
         Raises:
-            RatioError: if `bits` is neither.
+            InputError: if `bits` is neither.
             UnsupportedError: for a ragged batch (quantise its rows before stacking: they are stacked dense).
         """
-        if bits not in (8, 4):
-            raise RatioError(f"bits must be 8 or 4; got {bits!r}.")
+        if type(bits) is not int or bits not in BITS:
+            raise InputError(f"bits must be 8 or 4; got {bits!r}. Use quantize(8), or 4 for half the bytes.")
         if self.is_ragged or len({row.memory_length for row in self.rows}) > 1:
             raise UnsupportedError("A ragged batch cannot be quantised. Quantise each context before stacking.")
         other = self._like(self.token_ids)
@@ -384,17 +385,16 @@ class BeaconCache(Cache):
             MismatchError: if another base model or adapter made it.
         """
         header, tensors = read_context_file(path)
-        try:
-            context = cls._of(header, tensors)
-        except (BeaconError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise FileFormatError(
-                f"{path} has a header that does not fit its contents ({reason(error)}). Compress the text again."
-            ) from error
+        with _refused_as_a_whole(path):
+            context = cls._of(ContextHeader.of(header), tensors)
         if model is None:
             return context
-        model.check_context(context)
         weight = model.get_input_embeddings().weight  # the model's own dtype is that of beacons that may be in training
-        return context.to(weight.device, weight.dtype)
+        moved = context.to(weight.device, weight.dtype)
+        model.check_context(moved)
+        with _refused_as_a_whole(path):
+            context._check_fits(model)
+        return moved
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {"token_ids": self.token_ids}
@@ -416,38 +416,33 @@ class BeaconCache(Cache):
         }
 
     @classmethod
-    def _of(cls, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "BeaconCache":
-        config = BeaconConfig.from_dict(header["config"])
-        rows = tuple(Row(**{**row, "chunks": tuple(ClosedChunk(*c) for c in row["chunks"])}) for row in header["rows"])
+    def _of(cls, header: ContextHeader, tensors: Mapping[str, torch.Tensor]) -> "BeaconCache":
         context = cls(
-            config,
-            num_layers=header["num_layers"],
-            batch_size=len(rows),
-            policy=as_policy(config, **header["policy"]),
-            base_fingerprint=header["base_fingerprint"],
-            adapter_fingerprint=header["adapter_fingerprint"],
+            header.config,
+            num_layers=header.num_layers,
+            base_fingerprint=header.base_fingerprint,
+            adapter_fingerprint=header.adapter_fingerprint,
         )
-        context.rows, context.token_ids = rows, tensors["token_ids"]
-        if "policies" in header:
-            context.policies = tuple(as_policy(config, **policy) for policy in header["policies"])
-        context.context_lengths = tuple(header.get("context_lengths", context.context_lengths))
-        for index in range(header["num_layers"]):
+        for name in PER_ROW:
+            setattr(context, name, getattr(header, name))
+        if "token_ids" not in tensors:
+            raise FileFormatError("token_ids are missing")
+        context.token_ids = tensors["token_ids"]
+        for index in range(header.num_layers):
             prefix = f"layers.{index}."
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            context.layers[index] = BeaconLayer.of_named(own, header["quantized_bits"])
+            context.layers[index] = BeaconLayer.of_named(own, header.quantized_bits)
         context._check_contents(len(tensors))
         return context
 
     def _check_contents(self, num_tensors: int) -> None:
-        """Refuse what a right hash does not rule out: numbers and tensors that do not belong together."""
-        if {len(self.policies), len(self.context_lengths)} != {self.batch_size}:
-            raise FileFormatError("there are not as many policies, or lengths of contexts, as rows")
+        """Refuse what a right hash does not rule out: tensors that do not belong together, or to the rows."""
         longest = max(row.tokens_seen for row in self.rows)
         shape, dtype = tuple(self.token_ids.shape), self.token_ids.dtype
         if shape != (self.batch_size, longest) or dtype != torch.long:
             raise FileFormatError(f"ids are {shape} of {dtype} where {(self.batch_size, longest)} integers are due")
-        if any(row.tail_length < 0 or row.chunk_size != self.config.chunk_size for row in self.rows):
-            raise FileFormatError("chunks and tokens seen contradict each other")
+        if longest and int(self.token_ids.min()) < 0:
+            raise FileFormatError(f"ids must be 0 or more; got {int(self.token_ids.min())}")
         for layer in self.layers:
             shapes = [tuple(tensor.shape) for _, tensor in layer.named_tensors()]
             num_tensors -= len(shapes)
@@ -457,6 +452,19 @@ class BeaconCache(Cache):
                 raise FileFormatError(f"a layer holds {shapes} where {self.num_slots} entries a row are due")
         if num_tensors != 1:
             raise FileFormatError(f"{num_tensors - 1} tensors belong to no layer")
+
+    def _check_fits(self, model: Any) -> None:
+        """Refuse what no context of this model can hold: other layers, heads, dims or ids."""
+        shapes, size = model._beacon.site.entry_shapes, model.get_input_embeddings().weight.shape[0]
+        if len(self.layers) != len(shapes):
+            raise FileFormatError(f"num_layers must be the model's {len(shapes)}; got {len(self.layers)}")
+        for index, (layer, due) in enumerate(zip(self.layers, shapes, strict=True)):
+            for tensor in (layer.keys, layer.values):
+                found = None if tensor is None else (tensor.shape[1], tensor.shape[3])
+                if due is not None and found not in (None, due):
+                    raise FileFormatError(f"layer {index} must have (heads, dims) {due} as the model; got {found}")
+        if self.token_ids.numel() and int(self.token_ids.max()) >= size:
+            raise FileFormatError(f"ids must be within 0..{size - 1}; got {int(self.token_ids.max())}")
 
     # --- the forward's side ---
 
@@ -493,6 +501,17 @@ def _stacked(tensors: Sequence[torch.Tensor | None], *, dim: int) -> torch.Tenso
     starts = [sum(tensor.shape[0] for tensor in present[:index]) for index in range(len(present))]
     parts = [(range(start, start + tensor.shape[0]), tensor) for start, tensor in zip(starts, present, strict=True)]
     return merge(parts, dim=dim)
+
+
+@contextlib.contextmanager
+def _refused_as_a_whole(path: str | Path) -> Iterator[None]:
+    """Turns what is wrong with a part of a file into an error that names the file."""
+    try:
+        yield
+    except (BeaconError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise FileFormatError(
+            f"{path} has a header that does not fit its contents ({reason(error)}). Compress the text again."
+        ) from error
 
 
 def _row_text(row: Row) -> str:

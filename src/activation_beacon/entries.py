@@ -13,6 +13,7 @@ from activation_beacon.room import Room
 # B batch · K kv heads · S slots · P stored slots · T slots of a pass · D head dim · G group of a quantised vector
 
 GROUP = 32
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def take(tensor: torch.Tensor, rows: Sequence[int], ends: Sequence[int], length: int, *, dim: int) -> torch.Tensor:
@@ -101,6 +102,13 @@ class Quantized:
         grouped = codes.float().unflatten(-1, (self.scale.shape[-1], -1))
         return (grouped * self.scale.float()[..., None] + self.least.float()[..., None]).flatten(-2).to(self.dtype)
 
+    def unpacks_to(self, dim: int) -> bool:
+        """Whether its parts are those of vectors of so many values."""
+        num_groups = self.scale.shape[3]
+        has_codes = self.codes.dtype == torch.uint8 and self.codes.shape[3] * 8 == dim * self.bits
+        has_groups = self.scale.shape == self.least.shape and num_groups > 0 and dim % num_groups == 0
+        return has_codes and has_groups and self.scale.dtype == self.least.dtype == torch.float16
+
     @property
     def length(self) -> int:
         """Slots held."""
@@ -156,12 +164,15 @@ class BeaconLayer(DynamicLayer):
 
     @property
     def is_consistent(self) -> bool:
-        """Whether all tensors have rows, heads and slots in common."""
-        dense = [tensor.shape for tensor in (self.keys, self.values) if tensor is not None]
-        packed = [part.shape for half in self.stored or () for part in (half.codes, half.scale, half.least)]
-        heads = {shape[:2] for shape in dense + packed}
-        slots = [{shape[2:3] for shape in shapes} for shapes in (dense, packed)]
-        return all(len(shape) == 4 for shape in dense + packed) and max(map(len, (heads, *slots))) <= 1
+        """Whether all tensors have rows, heads and slots in common, and what is packed unpacks to floats like the dense ones."""
+        dense = [tensor for tensor in (self.keys, self.values) if tensor is not None]
+        packed = [part for half in self.stored or () for part in (half.codes, half.scale, half.least)]
+        if any(tensor.dim() != 4 for tensor in dense + packed) or any(t.dtype not in FLOATS for t in dense):
+            return False
+        heads = {tensor.shape[:2] for tensor in dense + packed}
+        slots = [{tensor.shape[2] for tensor in tensors} for tensors in (dense, packed)]
+        fits = all(half.unpacks_to(tensor.shape[3]) for half, tensor in zip(self.stored or (), dense, strict=False))
+        return len(heads) <= 1 and all(len(lengths) <= 1 for lengths in slots) and fits
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
