@@ -128,7 +128,7 @@ def test_a_second_run_adds_what_is_new_and_tasks_share_a_report(run, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_write_the_report_of_one(files, run, tmp_path):
-    args = (*ALL, "--tasks", "needles,reconstruction", "--methods", "beacons")
+    args = (*ALL, "--tasks", "needles,reconstruction", "--methods", "beacons", "--length", "600")
     options = [str(each).format(files=files) for each in args]
     alone = json.loads(good(run(*args, "--json")))
     options[options.index("out")] = "together"
@@ -366,8 +366,9 @@ def test_a_length_that_one_of_the_tasks_has_not_is_refused_before_the_first_begi
 
 
 def test_settings_of_another_run_are_refused_before_the_first_task_begins(run, tmp_path):
-    good(run(*ALL, "--tasks", "reconstruction", "--methods", "recent", "--limit", "1"))
+    options = ("--methods", "recent", "--limit", "1", "--length", "600")
+    good(run(*ALL, "--tasks", "reconstruction", *options))
     before = lines_of(tmp_path / "out")
-    result = run(*ALL, "--tasks", "needles,reconstruction", "--methods", "recent", "--limit", "1", "--seed", "1")
+    result = run(*ALL, "--tasks", "needles,reconstruction", *options, "--seed", "1")
     assert "Error: out holds results of reconstruction with seed 0; this run has 1." in result.stderr
     assert lines_of(tmp_path / "out") == before
