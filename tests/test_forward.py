@@ -549,3 +549,16 @@ def test_losses_of_every_token_need_the_last_layer_of_every_chunk():
     layer = model.get_decoder().layers[-1]
     assert calls(layer.mlp, lambda: model(ids, labels=ids, beacon_ratio=4))[1] == 3
     assert calls(layer.mlp, lambda: model(ids, beacon_ratio=4, logits_to_keep=1))[1] == 1
+
+
+def test_a_cache_keeps_what_a_further_call_does_not_name():
+    model, text = attached({}), random_ids(60)
+    cache = model.compress(text[:, :40], ratio=8)
+    model.compress(text[:, 40:], cache=cache, spans=[(40, 44, None)])
+    assert cache.ratios == (8, 8, 8)
+    assert cache.rows[0].chunks[2].num_raw == 4
+    expected = model.compress(text, ratio=8, spans=[(40, 44, None)])
+    same_cache(cache, expected)
+    model.beacon_ratio = 8
+    assert model.compress(text, spans=[(0, 4, None)]).ratios == (8, 8, 8)
+    assert model.compress(text, budget=60).policy.ratio == "auto"

@@ -9,6 +9,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import (
     DynamicCache,
     EosTokenCriteria,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -16,6 +19,7 @@ from transformers import (
     NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerFast,
     RepetitionPenaltyLogitsProcessor,
+    SiglipVisionConfig,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -35,7 +39,7 @@ from activation_beacon.errors import (
     UnsupportedError,
 )
 from activation_beacon.generation import REFUSED_OPTIONS
-from families import EAGER_ONLY, random_ids, tiny, with_beacons
+from families import EAGER_ONLY, SIZES, random_ids, randomize, tiny, with_beacons
 
 CONFIG = BeaconConfig(chunk_size=16, ratios=(2, 4, 8))
 FAMILIES = ("llama", "gemma3_text", "gpt_oss", "phi3")
@@ -470,6 +474,28 @@ def test_past_key_values_grow_in_place_and_chat_on_with_full_ids(model):
     assert_same_cache(cache, alone, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("differs", "message"), [(44, "repeats the first 44 of the 45"), (30, "repeats the first 30 of the 45")]
+)
+def test_a_text_that_is_rendered_anew_is_not_read_twice(model, differs, message):
+    text = random_ids(45, 4)
+    cache = model.compress(text, ratio=4)
+    before = cache.fork()
+    other = torch.cat((text, random_ids(6, 5)), dim=1)
+    other[0, differs] += 1
+    with pytest.raises(InputError, match=f"^Row 0 of the prompt {message} tokens that were read, and then differs"):
+        model.generate(other, past_key_values=cache, **greedy(max_new_tokens=3))
+    with pytest.raises(InputError, match=r"^Row 0 of the prompt repeats the first 40 of the 45 .* and then ends"):
+        model.generate(text[:, :40], past_key_values=cache, **greedy(max_new_tokens=3))
+    assert_same_cache(cache, before)
+    pair = BeaconCache.stack([cache, model.compress(random_ids(45, 6), ratio=4)])
+    rows = torch.cat((torch.cat((text, random_ids(6, 5)), dim=1), random_ids(51, 7)))
+    with pytest.raises(
+        InputError, match=r"^Row 1 of the prompt does not open with the text that was read, and rows before it do"
+    ):
+        model.generate(rows, past_key_values=pair, **greedy(max_new_tokens=3))
+
+
 def test_past_key_values_of_a_ragged_batch_take_the_full_texts(model):
     texts = [random_ids(length, length)[0].tolist() for length in (21, 40, 9)]
     cache = model.compress([text[:-4] for text in texts], ratio=4)
@@ -570,6 +596,16 @@ def test_beacon_ratio_rules_the_chunks_that_are_closed_from_now_on(model, contex
         assert out.past_key_values.ratios == (8, 4, 4)
     finally:
         model.beacon_ratio = "auto"
+
+
+def test_spans_in_the_tail_are_kept_raw_whatever_ratio_goes_on(model):
+    text = random_ids(40, 4)
+    spanned = model.compress(text, ratio=4, spans=[(34, 38, None)])
+    for ratio in (None, 8):
+        options = greedy(max_new_tokens=12, beacon_ratio=ratio, return_dict_in_generate=True)
+        grown = model.generate(QUESTION, context=spanned, **options).past_key_values
+        assert grown.ratios == (4, 4, ratio or 4)
+        assert grown.rows[0].chunks[2].num_raw == 4
 
 
 def test_a_quantised_context_answers_and_stays_quantised(model, context):
@@ -1082,3 +1118,55 @@ def test_compress_takes_what_a_tokenizer_returns(model):
 def test_rows_count_from_the_end_too(model):
     contexts = model.compress([[5, 6, 7], [8, 9]], ratio=4)
     assert contexts.row(-1).token_ids.tolist() == [[8, 9]]
+
+
+# --- what a base takes besides ids -------------------------------------------------------------------------------------
+
+IMAGE = 90  # id of the token in whose place an image is seen
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    """A tiny Gemma 3 with eyes."""
+    kinds = ["sliding_attention", "full_attention"]
+    text = Gemma3TextConfig(**{**SIZES, "num_hidden_layers": 2, "layer_types": kinds, "sliding_window": 20})
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = SiglipVisionConfig(**sizes, image_size=8, patch_size=4)
+    places = {"image_token_id": IMAGE, "boi_token_id": IMAGE + 1, "eoi_token_id": IMAGE + 2}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **places)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    randomize(model.named_parameters(), 0)
+    return attach(model, CONFIG)
+
+
+def picture_prompt(num_words):
+    ids = torch.cat(
+        (random_ids(num_words).clamp(max=IMAGE - 1), torch.tensor([[IMAGE + 1, *[IMAGE] * 4, IMAGE + 2, 7, 8]])), dim=1
+    )
+    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "pixel_values": pixels, "token_type_ids": (ids == IMAGE).long()}
+
+
+def test_up_to_a_chunk_a_picture_is_seen_as_the_base_sees_it(seeing):
+    options = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "eos_token_id": None,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    ours = seeing.generate(**picture_prompt(3), **options)
+    with seeing.beacon_disabled():
+        theirs = seeing.generate(**picture_prompt(3), **options)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert torch.equal(ours.logits[0], theirs.logits[0])
+
+
+def test_a_picture_in_a_text_that_is_compressed_is_refused_by_name(seeing):
+    prompt = picture_prompt(30)
+    for call in (functools.partial(seeing.generate, max_new_tokens=2), seeing):
+        with pytest.raises(
+            UnsupportedError, match=r"^(pixel_values|token_type_ids) cannot go with a text that is compressed"
+        ):
+            call(**prompt, beacon_ratio=4)
+    assert seeing.generate(prompt["input_ids"].clamp(max=IMAGE - 1), beacon_ratio=4, max_new_tokens=2).shape[1] == 40

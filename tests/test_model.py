@@ -1027,3 +1027,31 @@ def test_a_short_text_with_holes_in_its_mask_is_left_to_the_base():
             assert torch.equal(output.logits, model(ids, attention_mask=mask).logits)
     with pytest.raises(InputError, match="attention_mask has holes"):
         model(ids[:1], attention_mask=mask[:1], beacon_ratio=2)
+
+
+# --- other dtypes, and torch.compile --------------------------------------------------------------------------------------
+
+
+def test_a_context_of_another_dtype_is_refused_with_the_way_out():
+    model = with_beacons("llama", CONFIG)
+    context = model.compress(random_ids(40), ratio=4)
+    model.bfloat16()
+    with pytest.raises(
+        MismatchError,
+        match=r"^The context is held in torch.float32 on cpu, the model in torch.bfloat16 on cpu\. Use context\.to",
+    ):
+        model.generate(random_ids(3), context=context, max_new_tokens=2)
+    moved = context.to(model.device, model.dtype)
+    moved.adapter_fingerprint, moved.base_fingerprint = model.adapter_fingerprint, model.base_fingerprint
+    assert model.generate(random_ids(3), context=moved, max_new_tokens=2).shape == (1, 5)
+
+
+@pytest.mark.parametrize("how", [torch.compile, lambda model, backend: model.compile(backend=backend) or model])
+def test_a_compiled_model_gives_what_it_gives_uncompiled(how):
+    model, text = with_beacons("llama", CONFIG), random_ids(60)
+    with torch.no_grad():
+        expected = model(text, beacon_ratio=4).logits
+        answer = model.generate(text, beacon_ratio=4, max_new_tokens=20, do_sample=False)
+        compiled = how(model, backend="eager")
+        assert torch.equal(compiled(text, beacon_ratio=4).logits, expected)
+    assert torch.equal(compiled.generate(text, beacon_ratio=4, max_new_tokens=20, do_sample=False), answer)

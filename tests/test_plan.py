@@ -21,6 +21,7 @@ from activation_beacon.plan import (
     check_ratio,
     chunk_layout,
     closing_rounds,
+    revised,
 )
 
 CONFIG = BeaconConfig(chunk_size=16, ratios=(2, 4, 8))
@@ -124,7 +125,13 @@ def test_good_ratios(ratio, expected):
         (b"4", "ratio (52) must not exceed chunk_size (16). " + KNOWN),
         ([2, 7], "ratio (7) must divide chunk_size (16). " + KNOWN),
         ([2, "auto"], NOT_A_RATIO.format("'auto'")),
-        ([[2]], NOT_A_RATIO.format("[2]")),
+        (
+            [[2]],
+            (
+                "ratio names one for each chunk of a text, and the same ones for each text of a batch; got [2] among them. "
+                "For ratios of their own compress texts one by one, and join them with BeaconCache.stack."
+            ),
+        ),
     ],
 )
 def test_bad_ratios_are_refused_with_the_known_ones(ratio, message):
@@ -133,6 +140,32 @@ def test_bad_ratios_are_refused_with_the_known_ones(ratio, message):
     assert str(caught.value) == message
     assert isinstance(caught.value, BeaconError)
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("named", "ratio", "budget", "spans"),
+    [
+        ({}, 8, None, ((0, 4, None),)),
+        ({"ratio": 4}, 4, None, ((0, 4, None),)),
+        ({"ratio": "auto"}, "auto", None, ((0, 4, None),)),
+        ({"budget": 60}, "auto", 60, ((0, 4, None),)),
+        ({"spans": [(0, 4, None), (8, 9, 2)]}, 8, None, ((0, 4, None), (8, 9, 2))),
+    ],
+)
+def test_a_policy_keeps_what_is_not_named(named, ratio, budget, spans):
+    config = BeaconConfig(chunk_size=16, ratios=(2, 4, 8))
+    policy = revised(config, as_policy(config, 8, spans=[(0, 4, None)]), **named)
+    assert (policy.ratio, policy.budget, policy.spans) == (ratio, budget, spans)
+
+
+def test_a_budget_stays_with_auto_and_ends_with_a_ratio():
+    config = BeaconConfig(chunk_size=16, ratios=(2, 4, 8))
+    policy = as_policy(config, budget=60)
+    assert revised(config, policy, spans=[(0, 4, None)]).budget == 60
+    assert revised(config, policy, ratio="auto").budget == 60
+    assert revised(config, policy, ratio=8) == RatioPolicy(8)
+    with pytest.raises(RatioError, match=r'A budget .60. chooses the ratio by itself and needs ratio="auto"; got 8'):
+        revised(config, policy, ratio=8, budget=60)
 
 
 def test_a_ratio_is_an_int_afterwards():

@@ -6,6 +6,7 @@ step reads from Python is what it was when it was recorded.
 
 import copy
 import dataclasses
+import gc
 import io
 import weakref
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from activation_beacon import BeaconConfig, recorded
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import UnsupportedError
+from activation_beacon.room import Room
 from families import EAGER_ONLY, FAMILIES, random_ids, widths, with_beacons
 
 CHUNK = 16
@@ -130,6 +132,21 @@ def test_replayed_steps_are_those_of_passes_across_chunks(family, recordings):
     go_on(model, cache, 2 * CHUNK + 5)
     assert recordings.made == 3  # for the tail, and for each of the two that chunks left
     assert recordings.replayed == 2 * CHUNK + 5 - 3  # all but the first, which makes room, and those that close a chunk
+
+
+@torch.no_grad()
+def test_rooms_of_recordings_are_free_without_a_search_for_circles(recordings, monkeypatch):
+    alive, make = weakref.WeakSet(), Room.__init__
+    monkeypatch.setattr(Room, "__init__", lambda room, *values: alive.add(room) or make(room, *values))
+    model = graphed()
+    gc.collect()
+    gc.disable()
+    try:
+        model.generate(random_ids(3 * CHUNK + 2), beacon_ratio=4, max_new_tokens=2 * CHUNK, do_sample=False)
+        assert recordings.made > 1
+        assert not alive
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

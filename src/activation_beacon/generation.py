@@ -13,7 +13,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import InputError, UnsupportedError
-from activation_beacon.plan import Ratio, TextPlanner
+from activation_beacon.plan import Ratio, TextPlanner, revised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Host
@@ -31,6 +31,7 @@ REFUSED_OPTIONS = {
     "use_mtp": "multi-token prediction takes back tokens that may be in closed chunks",
 }
 LATER_ARGUMENTS = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:]  # after generation_config
+LEAST_REPEATED = 16  # tokens: what templates put before every message is shorter than most texts
 DEFAULT_ANSWER = 20  # new tokens where nobody says how many
 
 Option = Callable[[str], Any]
@@ -138,13 +139,13 @@ class BeaconGeneration(Host):
         held = given if context is None else context
         if held is None:
             return self.new_cache(input_ids.shape[0], ratio=ratio)
-        self.check_context(held)
+        self.check_can_read_on(held)
         cache = held.fork()
         cache.is_continued = given is not None
         if context is not None:
             cache.context_lengths = tuple(row.tokens_seen for row in cache.rows)
         if ratio is not None:
-            cache.policy = self.ratio_policy(ratio)
+            cache.policies = tuple(revised(cache.config, policy, ratio=ratio) for policy in cache.policies)
         if cache.batch_size == 1 and input_ids.shape[0] > 1:
             cache.batch_repeat_interleave(input_ids.shape[0])
         if cache.batch_size != input_ids.shape[0]:
@@ -204,6 +205,9 @@ class BeaconGeneration(Host):
         new_ids, new_mask = input_ids[::copies], None if mask is None else mask[::copies]
         if cache.is_continued:
             new_ids, new_mask = _unread(new_ids, new_mask, cache)
+        others = {name: value for name, value in model_kwargs.items() if name not in OURS and value is not None}
+        if not is_short:
+            refuse_other_inputs(others)
         outputs = self(
             input_ids=new_ids,
             attention_mask=new_mask,
@@ -212,7 +216,7 @@ class BeaconGeneration(Host):
             use_cache=True,
             logits_to_keep=1,
             return_dict=True,
-            **{name: model_kwargs[name] for name in PASSED_ON if name in model_kwargs},
+            **others,
         )
         if copies > 1:
             cache.batch_repeat_interleave(copies)
@@ -254,7 +258,32 @@ class BeaconGeneration(Host):
         return super().generate_batch(*args, **kwargs)
 
 
-PASSED_ON = ("output_attentions", "output_hidden_states")
+# What a prompt's pass is given by us, or follows from the cache; everything else is the base's.
+OURS = frozenset(
+    {
+        "attention_mask",
+        "position_ids",
+        "cache_position",
+        "past_key_values",
+        "use_cache",
+        "logits_to_keep",
+        "return_dict",
+    }
+)
+
+
+def refuse_other_inputs(others: dict[str, Any]) -> None:
+    """Refuse what a base takes besides ids where a text is compressed: chunks are of ids, and it would be lost.
+
+    Raises:
+        UnsupportedError: naming one of them.
+    """
+    for name, value in others.items():
+        if isinstance(value, torch.Tensor):
+            raise UnsupportedError(
+                f"{name} cannot go with a text that is compressed: beacons stand for tokens. "
+                "Leave it out, keep the text within a chunk, or use beacon_disabled()."
+            )
 
 
 def _brought_up_to(given: BeaconCache, planned: BeaconCache) -> BeaconCache:
@@ -285,10 +314,32 @@ def _unread(
             if len(columns) > num_seen and torch.equal(prompt[b, columns[:num_seen]], seen):
                 unread[b, columns[:num_seen]] = 0
                 break
+            _refuse_another_beginning(b, prompt[b, columns], seen)
         else:
+            if b > 0:
+                raise InputError(
+                    f"Row {b} of the prompt does not open with the text that was read, and rows before it do. "
+                    "Give the whole text in each row, or only what follows it in each."
+                )
             return prompt, mask
     first = int(unread.any(dim=0).nonzero()[0])
     return prompt[:, first:], unread[:, first:]
+
+
+def _refuse_another_beginning(row: int, prompt: torch.Tensor, seen: torch.Tensor) -> None:
+    """Refuse a prompt that repeats most of what was read and then differs, such as a chat rendered anew: it would be read twice.
+
+    Raises:
+        InputError: saying where they part.
+    """
+    length = min(len(prompt), len(seen))
+    differs = (prompt[:length] != seen[:length]).nonzero()
+    num_same = int(differs[0]) if len(differs) else length
+    if 2 * num_same > len(seen) and num_same >= LEAST_REPEATED:
+        raise InputError(
+            f"Row {row} of the prompt repeats the first {num_same} of the {len(seen)} tokens that were read, and then "
+            f"{'differs' if num_same < len(prompt) else 'ends'}. Give the text as it was read and what follows it, or only that."
+        )
 
 
 def _inferred_mask(input_ids: torch.Tensor, pad_token: int | None) -> tuple[torch.Tensor, bool]:

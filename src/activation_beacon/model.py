@@ -35,10 +35,10 @@ from activation_beacon.entries import take
 from activation_beacon.errors import AttachError, ConfigError, InputError, MismatchError, UnsupportedError
 from activation_beacon.fingerprint import fingerprint
 from activation_beacon.forward import Progress, read
-from activation_beacon.generation import BeaconGeneration
+from activation_beacon.generation import BeaconGeneration, refuse_other_inputs
 from activation_beacon.matmul import CHOICES, is_chosen, is_offered
 from activation_beacon.persistence import save_adapter
-from activation_beacon.plan import Ratio, RatioPolicy, Row, TextPlanner, as_policy
+from activation_beacon.plan import Ratio, RatioPolicy, Row, TextPlanner, as_policy, revised
 from activation_beacon.projection import BeaconProjection, PassState, products_of
 from activation_beacon.ragged import read_next
 from activation_beacon.readout import Wanted
@@ -177,6 +177,19 @@ class BeaconModel(BeaconGeneration):
         """A checked ratio policy; see `compress` for the arguments."""
         return as_policy(self._beacon.config, ratio, budget=budget, spans=spans)
 
+    def _revised(
+        self,
+        cache: BeaconCache,
+        ratio: Ratio | None,
+        budget: int | None = None,
+        spans: Sequence[Sequence[int | None]] = (),
+    ) -> tuple[RatioPolicy, ...]:
+        """The policies of a cache with what a call names, if it names anything."""
+        if ratio is None and budget is None and not len(spans):
+            return cache.policies
+        config = cache.config
+        return tuple(revised(config, policy, ratio=ratio, budget=budget, spans=spans) for policy in cache.policies)
+
     def new_cache(self, batch_size: int = 1, *, ratio: Ratio | None = None) -> BeaconCache:
         """An empty cache of this model and adapter."""
         return BeaconCache(
@@ -205,6 +218,22 @@ class BeaconModel(BeaconGeneration):
                     "Compress the text again with this model, or load the one that made it."
                 )
 
+    def check_can_read_on(self, context: BeaconCache) -> None:
+        """Refuse a context that is not this model's, or whose tensors are of another dtype or on another kind of device.
+
+        Raises:
+            MismatchError: with both values.
+        """
+        self.check_context(context)
+        keys, weight = context.layers[0].keys, self.get_input_embeddings().weight
+        if keys is None or torch.is_autocast_enabled(weight.device.type):
+            return
+        if (keys.device.type, keys.dtype) != (weight.device.type, weight.dtype):
+            raise MismatchError(
+                f"The context is held in {keys.dtype} on {keys.device}, the model in {weight.dtype} on {weight.device}. "
+                "Use context.to(model.device, model.dtype)."
+            )
+
     @torch.no_grad()
     def compress(
         self,
@@ -228,8 +257,8 @@ class BeaconModel(BeaconGeneration):
             attention_mask: (B, N), 1 where there is a token; padding on either side.
             budget: with "auto", cache entries that a text may hold at most.
             spans: (start, stop, ratio) in tokens of the text: chunks there get at most that ratio; with None for ratio
-                those tokens' keys and values are kept raw.
-            cache: go on where this one stands, in place; it keeps its policy unless a ratio is given.
+                those tokens' keys and values are kept raw. They are added to those that the cache has.
+            cache: go on where this one stands, in place; of its policy stays what is not named here.
             progress: True for a bar, or a function that is called with the chunks closed and to be closed.
 
         Returns:
@@ -246,14 +275,12 @@ class BeaconModel(BeaconGeneration):
             attention_mask = own_mask if attention_mask is None else attention_mask
         if input_ids.dim() == 1:
             input_ids = input_ids[None]
-        policy = None
-        if ratio is not None or budget is not None or spans:
-            policy = self.ratio_policy("auto" if ratio is None else ratio, budget=budget, spans=spans)
         self._refuse_checkpointing()
         cache = self._opened(cache, input_ids)
+        policies = self._revised(cache, ratio, budget, spans)
         new = self._new_tokens(input_ids, attention_mask)
         self._check_vocabulary(new.ids)
-        with _under_policy(cache, policy), _progress_bar(progress) as report:
+        with _under_policies(cache, policies), _progress_bar(progress) as report:
             self._check_names_every_chunk(cache, new)
             read(self, self._beacon.site, cache, new, Wanted(), progress=report)
         return cache
@@ -296,8 +323,8 @@ class BeaconModel(BeaconGeneration):
             raise InputError(f"input_ids must be (B, N) with at least one row; got {tuple(input_ids.shape)}.")
         if cache is None:
             cache = self.new_cache(input_ids.shape[0])
-        if input_ids.shape[1] > 1 or cache.checked_by != self._beacon.token:  # not again at every decode step
-            self.check_context(cache)
+        elif input_ids.shape[1] > 1 or cache.checked_by != self._beacon.token:  # not again at every decode step
+            self.check_can_read_on(cache)
             cache.checked_by = self._beacon.token
         if cache.batch_size != input_ids.shape[0]:
             raise InputError(
@@ -402,14 +429,13 @@ class BeaconModel(BeaconGeneration):
             return self.base_forward(input_ids, **given, **kwargs)
         if cache is None and beacon_ratio is None and self._is_short_with_holes(input_ids, attention_mask):
             return self.base_forward(input_ids, **given, **kwargs)
-        policy = None if beacon_ratio is None else self.ratio_policy(beacon_ratio)
         keep_cache = cache is not None or self._keeps_cache(use_cache)
         cache = self._opened(cache, input_ids)
         new = self._new_tokens(input_ids, attention_mask)
         is_short = cache.num_slots == 0 and max(new.counts) <= self.untouched_length
         if keep_cache or not is_short:
             self._refuse_checkpointing()
-        with _under_policy(cache, policy):
+        with _under_policies(cache, self._revised(cache, beacon_ratio)):
             if beacon_ratio is not None:
                 self._check_names_every_chunk(cache, new)
             if is_short:
@@ -521,6 +547,7 @@ class BeaconModel(BeaconGeneration):
     def _forward_long(
         self, cache: BeaconCache, new: NewTokens, given: dict[str, Any], kwargs: dict[str, Any], *, keep_cache: bool
     ) -> BeaconOutput:
+        refuse_other_inputs({name: value for name, value in kwargs.items() if name != "num_items_in_batch"})
         keep, labels = given["logits_to_keep"], given["labels"]
         if isinstance(keep, torch.Tensor):
             raise UnsupportedError("logits_to_keep must be an int for texts that are compressed; got a tensor.")
@@ -660,8 +687,10 @@ def _beacon_class(base_class: Any) -> type:
     parameters = [p for p in base_signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
 
+    own_forward = torch.compiler.disable(BeaconModel.forward)  # what plans in integers is nothing to trace
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return BeaconModel.forward(self, *args, **kwargs)
+        return own_forward(self, *args, **kwargs)
 
     forward.__doc__ = BeaconModel.forward.__doc__
     forward.__signature__ = base_signature.replace(parameters=[*parameters, ours, *rest])  # type: ignore[attr-defined]
@@ -698,11 +727,9 @@ def _refuse_packed(position_ids: torch.Tensor | None, new: NewTokens) -> None:
 
 
 @contextlib.contextmanager
-def _under_policy(cache: BeaconCache, policy: RatioPolicy | None) -> Iterator[None]:
-    """A reading of `cache` under the policy asked for, if one is; on an error the cache has its own again."""
-    before = cache.policies
-    if policy is not None:
-        cache.policy = policy
+def _under_policies(cache: BeaconCache, policies: tuple[RatioPolicy, ...]) -> Iterator[None]:
+    """A reading of `cache` under these policies, which it keeps; on an error it has its own again."""
+    before, cache.policies = cache.policies, policies
     try:
         yield
     except BaseException:

@@ -73,6 +73,29 @@ def as_policy(
     return RatioPolicy(checked, _check_budget(config, budget, checked), tuple(_check_span(config, s) for s in spans))
 
 
+def revised(
+    config: BeaconConfig,
+    policy: RatioPolicy,
+    *,
+    ratio: Ratio | None = None,
+    budget: int | None = None,
+    spans: Sequence[Sequence[int | None]] = (),
+) -> RatioPolicy:
+    """A policy with what a caller names in place of what it says; spans are added to those that it has.
+
+    A budget asks for "auto", and a ratio of its own ends it.
+
+    Raises:
+        RatioError: as `as_policy`.
+    """
+    if ratio is None:
+        ratio = policy.ratio if budget is None else "auto"
+    if budget is None and isinstance(ratio, str):
+        budget = policy.budget
+    new = [span for span in map(tuple, spans) if span not in policy.spans]
+    return as_policy(config, ratio, budget=budget, spans=(*policy.spans, *new))
+
+
 def check_ratio(config: BeaconConfig, ratio: Any) -> int:
     """One of the adapter's ratios, as an int.
 
@@ -80,6 +103,11 @@ def check_ratio(config: BeaconConfig, ratio: Any) -> int:
         RatioError: if it is something else; the message lists the adapter's ratios.
     """
     known = ", ".join(map(str, config.ratios))
+    if isinstance(ratio, list | tuple):
+        raise RatioError(
+            f"ratio names one for each chunk of a text, and the same ones for each text of a batch; got {ratio!r} among them. "
+            "For ratios of their own compress texts one by one, and join them with BeaconCache.stack."
+        )
     if isinstance(ratio, bool) or not hasattr(ratio, "__index__"):
         raise RatioError(
             f"A compression ratio is an int of at least 2 (raw tokens per beacon); got {ratio!r}. Use {known}."
@@ -391,7 +419,7 @@ class TextPlanner:
         needed, ratio = self.num_closed(num_tokens), self.policy.ratio
         if isinstance(ratio, tuple) and len(ratio) < needed:
             raise RatioError(
-                f"ratio names {len(ratio)} chunks, but the text of {num_tokens} tokens closes {needed}. "
+                f"ratio names {len(ratio)} chunks, but the text of {num_tokens:,} tokens closes {needed}. "
                 "Give one ratio for each chunk of the whole text, or one int for all."
             )
 

@@ -6,6 +6,7 @@ written into two tensors before; keys and values stand in the cache's room, all 
 is filled. So a recording serves until the room is full or a chunk is closed, and then another one is made.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import ToldEntries
 from activation_beacon.chunk_inputs import BaseModel
 from activation_beacon.errors import UnsupportedError
+from activation_beacon.files import reason
 from activation_beacon.room import Room
 
 # B batch · H query heads · K kv heads · C slots of the room · D head dim · V vocabulary
@@ -117,6 +119,10 @@ class RecordedStep:
         places = torch.arange(size, device=device)[None]
         windows = [layer.window for layer in site.layers]
 
+        rooms = (
+            self.rooms
+        )  # not through `self`, which keeps the step: a circle would hold the rooms until Python looks for it
+
         def step() -> torch.Tensor:
             seen = (places >= first) & (places <= slot)
             filled = {
@@ -124,9 +130,7 @@ class RecordedStep:
                 for window in set(windows)
             }
             mask = FilledEntries.on(device)
-            layers = [
-                StepLayer(room, slot, filled[window], mask) for room, window in zip(self.rooms, windows, strict=True)
-            ]
+            layers = [StepLayer(room, slot, filled[window], mask) for room, window in zip(rooms, windows, strict=True)]
             return model.base_forward(
                 input_ids=ids,
                 position_ids=slot - first,
@@ -139,10 +143,11 @@ class RecordedStep:
         self.ids, self.slot = ids, slot
         self._step = step  # a replay reads what this closes over: it has to stay where it is
         try:
-            self._replay, self._logits = RECORDERS[device.type](step)
+            with _on(device):
+                self._replay, self._logits = RECORDERS[device.type](step)
         except RuntimeError as error:
             raise UnsupportedError(
-                f"A step of this model cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}). "
+                f"A step of this model cannot be recorded as a CUDA graph ({reason(error)}). "
                 "Set model.cuda_graphs = False."
             ) from error
 
@@ -167,7 +172,8 @@ class RecordedStep:
         """
         self.ids.copy_(ids)
         self.slot.fill_(cache.num_slots)
-        self._replay()
+        with _on(self.ids.device):
+            self._replay()
         for layer in cache.layers:
             layer.fill_next()
         return self._logits.clone()
@@ -189,6 +195,11 @@ def recorded_step(model: BaseModel, site: DecoderSite, cache: BeaconCache) -> Re
     if held is None:
         held = cache.recorded = RecordedStep(model, site, cache)
     return held
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A block in which streams and graphs are those of the model's GPU, whichever is the current one outside."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _can_be_recorded(model: BaseModel, site: DecoderSite, cache: BeaconCache) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from activation_beacon.data.data_files import Source, data_files, list_sources
+from activation_beacon.data.data_files import Source, list_sources, source_entries
 from activation_beacon.data.sources import OnError, ReadReport, documents
 from activation_beacon.errors import ConfigError, FileFormatError, InputError, StorageError
 from activation_beacon.files import build_folder, reason
@@ -163,7 +163,7 @@ def build_token_store(
         "text_field": text_field,
         **({} if max_tokens is None else {"max_tokens": max_tokens}),
     }
-    entries = [entry for source in list_sources(sources) for entry in _source_entries(source)]
+    entries = [entry for source in list_sources(sources) for entry in source_entries(source)]
     origin = {"sources": entries, "tokenizer": tokenizer_fingerprint(tokenizer), "settings": settings}
     target = Path(folder) / _digest(origin)[:NAME_DIGITS]
     if (target / HEADER_FILE).exists():
@@ -310,21 +310,6 @@ def _tokenise(tokenizer: Any, dtype: type[np.unsignedinteger[Any]], texts: list[
 
 
 # --- what a store was made from ---------------------------------------------------------------------------------------
-
-
-def _source_entries(source: Source) -> list[dict[str, Any]]:
-    files = data_files(source)
-    if not files:
-        return [{"hub": str(source)}]
-    return [{"file": path.name, "bytes": path.stat().st_size, "sha256": _file_digest(path)} for path in files]
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read: {reason(error)}.") from error
 
 
 def _bytes_total(entries: Sequence[Mapping[str, Any]]) -> int:
