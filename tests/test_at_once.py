@@ -105,7 +105,7 @@ def test_within_the_block_everything_else_stays_as_it_was(attention):
 def test_the_block_is_left_as_it_was_found_after_an_error_too():
     model = with_beacons("llama", CONFIG)
     with (
-        pytest.raises(RatioError, match="ratio names 1 chunks, but the text of 40 tokens closes 2"),
+        pytest.raises(RatioError, match="ratio names 1 chunk, but the text of 40 tokens closes 2"),
         chunks_at_once(model),
     ):
         model.hidden_states(random_ids(40), (4,))

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import activation_beacon
 from activation_beacon import BeaconCache, ChatPrompt, load
 from activation_beacon.cli import app
+from activation_beacon.cli.answering import is_circle
 from saved_models import CHUNK, byte_tokenizer, save_adapter, save_base
 
 torch.set_num_threads(1)  # threads that wait for one another make models as small as these slower
@@ -25,6 +26,7 @@ BEACON = [sys.executable, "-m", "activation_beacon"]
 ROOT = Path(__file__).parents[1]
 TEXT = "The lion said nothing at all to the tiger, and went to sleep under a tree.\n" * 12
 UNTRAINED = "untrained: this adapter's beacons have not been trained; do not trust what is said of a compressed text."
+USUAL = '"auto" chose ratio 2, the smallest that fits the model\'s positions. --ratio 8 would hold 29.5 KiB and read faster.'
 
 
 @pytest.fixture(scope="session")
@@ -328,6 +330,51 @@ def test_a_saved_chat_goes_on_as_if_it_had_not_ended(run):
     assert good(run("ask", "talk.beacon", "Where?", *args)).splitlines() == whole[-1:]
 
 
+def test_what_ratio_8_would_hold_is_what_it_holds(run):
+    for ratio, hints in (("auto", [USUAL]), ("2", []), ("8", [])):
+        result = run(
+            "compress", "{files}/text.txt", "-o", f"{ratio}.beacon", "--model", "{files}/adapter", "--ratio", ratio
+        )
+        assert [line for line in result.stderr.splitlines() if "auto" in line and "would" in line] == hints
+    assert "29.5 KiB" in good(result)
+
+
+def test_a_chat_replaces_a_file_when_it_is_told_to(run):
+    args = ("chat", "{files}/adapter.beacon", "--model", "{files}/adapter", "--max-new-tokens", "3")
+    result = run(*args, stdin="/save talk.beacon\nWho?\n/save talk.beacon\n/save! talk.beacon\n")
+    good(result)
+    assert "Error: talk.beacon exists already. Choose another name, or replace it: /save! talk.beacon" in result.stderr
+    assert len(re.findall(r"^talk\.beacon: [\d,]+ bytes$", result.stderr, re.MULTILINE)) == 2
+
+
+def test_an_answer_that_goes_round_in_a_circle_is_ended(run, monkeypatch):
+    monkeypatch.setattr("activation_beacon.cli.answering.is_circle", lambda ids: len(ids) == 5)
+    args = ("ask", "{files}/adapter.beacon", "Who?", "--model", "{files}/adapter", "--max-new-tokens", "40")
+    result = run(*args)
+    assert re.search(r"^5 tokens in [\d.]+ s; ended, since it repeats itself$", result.stderr, re.MULTILINE)
+    values = loaded_json(run(*args, "--json"))
+    assert (values["answer_tokens"], values["is_complete"], values["is_repeating"]) == (5, False, True)
+    assert loaded_json(run(*args, "--json", "--temperature", "1"))["answer_tokens"] > 5
+
+
+@pytest.mark.parametrize(
+    ("ids", "is_one"),
+    [
+        ([7] * 32, True),
+        ([7] * 31, False),
+        ([1, 2, *range(3, 19), *range(3, 19), *range(3, 19)], True),
+        ([1, 2, *range(3, 19), *range(3, 19), *range(3, 18)], False),
+        (list(range(60)) * 3, True),
+        (list(range(60)) * 2, False),
+        ([1, 2, 3] * 10, False),
+        ([1, 2, 3] * 11, True),
+        ([], False),
+    ],
+)
+def test_a_circle_is_the_same_three_times_and_at_some_length(ids, is_one):
+    assert is_circle(ids) is is_one
+
+
 def test_reset_goes_back_to_the_loaded_context(run):
     args = ("chat", "{files}/adapter.beacon", "--model", "{files}/adapter", "--max-new-tokens", "6")
     answers = good(run(*args, stdin="Who?\nWhy?\n/reset\nWho?\nWhy?\n")).splitlines()
@@ -575,7 +622,7 @@ BAD_INPUT = {
     "budget too small": (
         None,
         (*COMPRESS, "--budget", "10"),
-        "budget (10) must be an int of at least 36 cache entries: sinks, one raw chunk and its beacons.",
+        "budget must be at least 36 cache entries (0 sinks, 32 raw tokens, 4 beacons of one chunk at ratio 8); got 10.",
     ),
     "adapter without config": (
         empty_adapter,
@@ -667,8 +714,13 @@ BAD_INPUT = {
     ),
     "answer that cannot fit": (
         None,
-        ("ask", "{files}/adapter.beacon", "Who?", "--model", "{files}/adapter", "--max-new-tokens", "99999"),
+        ("ask", "{files}/adapter.beacon", "Who?", "--model", "{files}/adapter", "--max-new-tokens", "3000"),
         r"A text of \d+ tokens needs \d+ positions at ratio 4; the base model has 640\. .*",
+    ),
+    "answer longer than any ratio allows": (
+        None,
+        ("ask", "{files}/adapter.beacon", "Who?", "--model", "{files}/adapter", "--max-new-tokens", "2147483647"),
+        r"A text of \d+ tokens needs \d+ cache entries at ratio 8, the largest .* has 640\. Read at most 4896 tokens\.",
     ),
     "unknown architecture": (
         unknown_architecture,
@@ -907,7 +959,7 @@ def test_the_output_of_a_process_is_clean(files, tmp_path):
     with process(*args, cwd=tmp_path) as running:
         out, err = running.communicate(timeout=60)
     assert json.loads(out)["tokens"] == 902
-    assert err.splitlines() == [UNTRAINED, "compressing at ratio auto: 902 tokens"]
+    assert err.splitlines() == [UNTRAINED, "compressing at ratio auto: 902 tokens", USUAL]
     args = ("ask", "out.beacon", "Who?", "--model", str(files / "adapter"), "--max-new-tokens", "2")
     with process(*args, cwd=tmp_path) as running:
         out, err = running.communicate(timeout=60)

@@ -100,7 +100,8 @@ def _load_tokenizer(source: str, *, revision: str | None) -> PreTrainedTokenizer
     # Without this look AutoTokenizer may build an empty tokenizer from the model's type alone.
     if not any(has_file(source, file, revision=revision) for file in TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(source, revision=revision or "main")
+    # Prompts of a batch are padded on the left.
+    return AutoTokenizer.from_pretrained(source, revision=revision or "main", padding_side="left")
 
 
 def _explain_failed_load(name: str, source: str, error: Exception) -> str:

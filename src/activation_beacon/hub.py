@@ -38,7 +38,8 @@ def load(
         revision: of the adapter on the hub.
 
     Returns:
-        The model with beacons attached, in eval mode, and its tokenizer (None where the base's folder has none).
+        The model with beacons attached, in eval mode, and its tokenizer, which pads on the left (None where the base's
+        folder has none).
 
     Raises:
         StorageError: if there is no adapter of that name.

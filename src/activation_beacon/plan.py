@@ -126,15 +126,21 @@ def check_ratio(config: BeaconConfig, ratio: Any) -> int:
     return ratio
 
 
+def _chunks(count: int) -> str:
+    return f"{count} chunk" if count == 1 else f"{count} chunks"
+
+
 def _check_budget(config: BeaconConfig, budget: int | None, ratio: object) -> int | None:
     if budget is None:
         return None
     if ratio != "auto":
         raise RatioError(f'A budget ({budget}) chooses the ratio by itself and needs ratio="auto"; got {ratio!r}.')
-    least = config.num_sinks + config.chunk_size + config.local_tokens + config.num_beacons(config.ratios[-1])
+    num_beacons, tail = config.num_beacons(config.ratios[-1]), config.chunk_size + config.local_tokens
+    least = config.num_sinks + tail + num_beacons
     if not isinstance(budget, int) or budget < least:
         raise RatioError(
-            f"budget ({budget!r}) must be an int of at least {least} cache entries: sinks, one raw chunk and its beacons."
+            f"budget must be at least {least} cache entries ({config.num_sinks} sinks, {tail} raw tokens, {num_beacons} beacons "
+            f"of one chunk at ratio {config.ratios[-1]}); got {budget!r}."
         )
     return budget
 
@@ -419,7 +425,7 @@ class TextPlanner:
         needed, ratio = self.num_closed(num_tokens), self.policy.ratio
         if isinstance(ratio, tuple) and len(ratio) < needed:
             raise RatioError(
-                f"ratio names {len(ratio)} chunks, but the text of {num_tokens:,} tokens closes {needed}. "
+                f"ratio names {_chunks(len(ratio))}, but the text of {num_tokens:,} tokens closes {needed}. "
                 "Give one ratio for each chunk of the whole text, or one int for all."
             )
 

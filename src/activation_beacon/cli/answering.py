@@ -10,6 +10,7 @@ from activation_beacon.cli.models import Loaded
 if TYPE_CHECKING:
     from activation_beacon.cache import BeaconCache
 
+LEAST_REPEATED = 32  # tokens
 Write = Callable[[str], None]
 ShouldStop = Callable[[], bool]
 
@@ -40,6 +41,7 @@ class Answer:
         is_complete: whether the model ended it, rather than a limit or the user.
         context: the context, grown by the question and the answer.
         unread: ids at the answer's end that the context has not seen yet; an end-of-text token is left out.
+        is_repeating: whether it was ended because it had begun to say the same again and again.
     """
 
     text: str
@@ -48,6 +50,7 @@ class Answer:
     is_complete: bool
     context: "BeaconCache"
     unread: list[int]
+    is_repeating: bool = False
 
 
 def answer(
@@ -81,8 +84,10 @@ def answer(
     options = sampling.options()
     if write is not None:
         options["streamer"] = _streamer(loaded.tokenizer, write)
-    if should_stop is not None:
-        options["stopping_criteria"] = transformers.StoppingCriteriaList([_stopping(should_stop)])
+    repetition = Repetition(len(ids))
+    criteria = [repetition] if sampling.temperature == 0 else []
+    criteria += [] if should_stop is None else [_stopping(should_stop)]
+    options["stopping_criteria"] = transformers.StoppingCriteriaList(criteria)
     prompt = torch.tensor([list(ids)], device=model.device)
     start = time.perf_counter()
     output = model.generate(
@@ -100,7 +105,39 @@ def answer(
         is_complete=is_complete,
         context=grown,
         unread=written[num_read : len(written) - is_complete],
+        is_repeating=repetition.is_found,
     )
+
+
+class Repetition:
+    """A stopping criterion for the likeliest tokens: once they go round in a circle, they do not leave it.
+
+    Args:
+        start: tokens before the answer.
+
+    Attributes:
+        is_found: whether the answer has ended in a circle.
+    """
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.is_found = False
+
+    def __call__(self, input_ids: Any, _scores: Any, **_: Any) -> Any:
+        """Whether to stop, for each row."""
+        import torch
+
+        self.is_found = is_circle(input_ids[0, self.start :].tolist())
+        return torch.full((input_ids.shape[0],), self.is_found, device=input_ids.device)
+
+
+def is_circle(ids: Sequence[int]) -> bool:
+    """Whether ids end with the same run three times over, and with enough tokens of it to be no list or rhyme."""
+    for period in range(1, len(ids) // 3 + 1):
+        length = max(3 * period, LEAST_REPEATED)
+        if length <= len(ids) and all(ids[-place] == ids[-place - period] for place in range(1, length - period + 1)):
+            return True
+    return False
 
 
 def _end_ids(loaded: Loaded) -> set[int]:

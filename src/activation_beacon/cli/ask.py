@@ -40,7 +40,8 @@ def ask(
     reply = answer(loaded, context, ids, sampling, write=None if json else _write)
     if not json:
         typer.echo()
-        notice(f"{reply.num_tokens} tokens in {seconds_text(reply.seconds)}")
+        end = "; ended, since it repeats itself" if reply.is_repeating else ""
+        notice(f"{reply.num_tokens} tokens in {seconds_text(reply.seconds)}{end}")
         return
     print_json(
         {
@@ -50,6 +51,7 @@ def ask(
             "question_tokens": len(ids),
             "answer_tokens": reply.num_tokens,
             "is_complete": reply.is_complete,
+            "is_repeating": reply.is_repeating,
             "seconds": round(reply.seconds, 3),
             **trained_fields(loaded.config),
         }

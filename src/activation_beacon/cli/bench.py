@@ -139,7 +139,11 @@ PLAN_EPILOG = options.examples(
 @bench.command("plan", epilog=PLAN_EPILOG)
 def plan(
     shape: Annotated[
-        str | None, typer.Option("--shape", help="Sizes of a known model; smollm2-135m, if no --model is named.")
+        str | None,
+        typer.Option(
+            "--shape",
+            help="Sizes of a known model: smollm2-135m (if no --model is named), llama-2-7b, llama-3-8b or qwen2-7b.",
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -168,8 +172,8 @@ def plan(
 ) -> None:
     """Compute on paper what beacons save: operations and bytes, break-even, and which ratio fits.
 
-    For each text: operations of reading (prefill) and of writing --new-tokens (decode), bytes read to write a token, the cache
-    after reading, the memory at the peak, and what reading and writing is too long for: the base's positions, or the GPU's
+    For each text: operations of reading (prefill) and of writing --new-tokens (decode, with the chunks that they fill), bytes
+    read per token written, the cache after reading, the memory at the peak, and what reading and writing is too long for: the base's positions, or the GPU's
     memory. Operations and bytes are those of the whole batch. Only matrix products are counted, attention as causal. No weights
     are loaded, nothing is measured.
     """
@@ -196,7 +200,7 @@ def plan(
 
 
 PLAN_HEAD = (
-    *("tokens", "ratio", "prefill TFLOP", "fewer", "decode TFLOP", "in all fewer", "a token reads", "less"),
+    *("tokens", "ratio", "prefill TFLOP", "fewer", "decode TFLOP", "total fewer", "read per token", "fewer"),
     *("cache", "smaller", "peak", "too long for"),
 )
 PLAN_WIDTHS = (9, 7, 15, 9, 14, 14, 15, 8, 13, 9, 13, 14)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "/info": "what the context holds now",
     "/save FILE": "write the context, this conversation included; `beacon chat FILE` goes on with it",
+    "/save! FILE": "the same, in place of an older file",
     "/reset": "back to where the conversation began",
     "/quit": "end (as Ctrl-D does)",
 }
@@ -106,16 +107,16 @@ class Conversation:
     def _first(self, text: str) -> list[int]:
         return question_ids(self.loaded, self.context, text)
 
-    def save(self, path: Path) -> int:
+    def save(self, path: Path, *, force: bool = False) -> int:
         """Write the context with all that has been said; bytes written.
 
         Raises:
             InputError: if nothing has been said or read.
             StorageError: if the file exists or cannot be written.
         """
-        if path.exists():
-            raise StorageError(f"{path} exists already. Choose another name.")
-        check_output(path, force=False)
+        if path.exists() and not force:
+            raise StorageError(f"{path} exists already. Choose another name, or replace it: /save! {path}")
+        check_output(path, force=force)
         if not self.context.token_ids.numel():
             raise InputError("There is nothing to save yet: no text was read, and nothing was said.")
         context = self.context.fork()
@@ -173,11 +174,13 @@ class Terminal:
         with _first_interrupt_stops() as should_stop:
             typer.echo(self.label, nl=not self.is_interactive, err=True)
             try:
-                self.conversation.say(line, lambda piece: typer.echo(piece, nl=False), should_stop)
+                reply = self.conversation.say(line, lambda piece: typer.echo(piece, nl=False), should_stop)
             finally:
                 typer.echo()
             if should_stop():
                 notice("(stopped)")
+            elif reply.is_repeating:
+                notice("(ended, since it repeats itself)")
 
     def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
@@ -186,9 +189,9 @@ class Terminal:
         elif name == "/reset":
             self.conversation.reset()
             notice("Back at the start.")
-        elif name == "/save" and argument.strip():
+        elif name in ("/save", "/save!") and argument.strip():
             path = Path(argument.strip()).expanduser()
-            notice(f"{path}: {self.conversation.save(path):,} bytes")
+            notice(f"{path}: {self.conversation.save(path, force=name == '/save!'):,} bytes")
         else:
             notice(f"{line} is not a command. Commands are:\n{HELP}")
 

@@ -24,6 +24,8 @@ from activation_beacon.cli.texts import check_output, read_texts
 if TYPE_CHECKING:
     from activation_beacon.cache import BeaconCache
 
+USUAL_RATIO = 8
+
 
 def compress(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="UTF-8 text files, or - for standard input.")],
@@ -68,12 +70,29 @@ def compress(
     file_bytes = context.save(output)
     if not context.ratios:
         notice(f"The text fits one chunk of {loaded.config.chunk_size:,} tokens: it is kept raw, without beacons.")
+    elif wanted == "auto" and budget is None:
+        _suggest_usual_ratio(context)
     if json:
         print_json(
             {"file": str(output), **numbers(context), **_result(file_bytes, seconds), **trained_fields(loaded.config)}
         )
     else:
         typer.echo(_summary(output, context, file_bytes, seconds))
+
+
+def _suggest_usual_ratio(context: "BeaconCache") -> None:
+    """Say what the ratio that most texts are compressed at would hold, where "auto" has found room for a smaller one."""
+    chosen = max(context.ratios)
+    if chosen >= USUAL_RATIO or USUAL_RATIO not in context.config.ratios:
+        return
+    from activation_beacon.plan import entries_held
+
+    entry_bytes = context.uncompressed_bytes / context.tokens_seen
+    held = entry_bytes * entries_held(context.config, context.tokens_seen, USUAL_RATIO)
+    notice(
+        f'"auto" chose ratio {chosen}, the smallest that fits the model\'s positions. --ratio {USUAL_RATIO} would hold '
+        f"{bytes_text(round(held))} and read faster."
+    )
 
 
 def compress_ids(

@@ -36,7 +36,7 @@ STATUSES: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (FileFormatError, 422, "invalid_request_error", "context_damaged"),
     (UnsupportedError, 400, "invalid_request_error", "unsupported"),
     (StorageError, 507, "insufficient_storage_error", "storage"),
-    (BeaconError, 400, "invalid_request_error", None),
+    (BeaconError, 400, "invalid_request_error", "invalid_value"),
 )
 
 
