@@ -172,10 +172,10 @@ def plan(
 ) -> None:
     """Compute on paper what beacons save: operations and bytes, break-even, and which ratio fits.
 
-    For each text: operations of reading (prefill) and of writing --new-tokens (decode, with the chunks that they fill), bytes
-    read per token written, the cache after reading, the memory at the peak, and what reading and writing is too long for: the base's positions, or the GPU's
-    memory. Operations and bytes are those of the whole batch. Only matrix products are counted, attention as causal. No weights
-    are loaded, nothing is measured.
+    For each text: operations of reading (prefill) and of writing --new-tokens (decode, with the chunks that they fill),
+    bytes read per token written, the cache after reading, the memory at the peak, and what reading and writing is too long
+    for: the base's positions, or the GPU's memory. Operations and bytes are those of the whole batch. Only matrix products
+    are counted, attention as causal. No weights are loaded, nothing is measured.
     """
     from activation_beacon.bench.cost import Compression
 
