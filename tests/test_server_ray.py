@@ -88,3 +88,43 @@ def test_replicas_share_contexts_and_requests_find_the_one_that_holds_theirs(clu
             assert client.get("/v1/contexts/ctx_none").status_code == 404
     finally:
         serve.shutdown()
+
+
+def test_the_key_is_the_environments_where_none_is_named(monkeypatch):
+    from activation_beacon.server.ray_serve import build
+
+    def settings(**arguments):
+        return build(arguments)._bound_deployment.init_args[1]
+
+    monkeypatch.delenv("BEACON_API_KEY", raising=False)
+    assert settings().api_key is None
+    monkeypatch.setenv("BEACON_API_KEY", "")
+    assert settings().api_key is None
+    monkeypatch.setenv("BEACON_API_KEY", "sesame")
+    assert settings().api_key == "sesame"
+    assert settings(api_key="open").api_key == "open"
+
+
+def test_what_is_refused_at_the_gate_loads_no_context(cluster, adapter, tmp_path):
+    from ray import serve
+
+    from activation_beacon.server.ray_serve import build
+
+    model, tokenizer = load(adapter)
+    context = model.compress([ChatPrompt(tokenizer).opening(BOOK)], ratio=4)
+    (tmp_path / "contexts").mkdir()
+    context.save(tmp_path / "contexts" / "book.beacon")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    arguments = {"model": str(adapter), "name": "tiny", "folder": str(tmp_path / "contexts"), "api_key": "sesame"}
+    try:
+        serve.run(build(arguments), name="beacon", route_prefix="/")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            header, key = {"serve_multiplexed_model_id": "book"}, {"authorization": "Bearer sesame"}
+            assert client.get("/v1/contexts/book", headers=header).status_code == 401
+            assert client.get("/v1/contexts/book", headers=key).json()["in_memory"] is False
+            assert client.get("/v1/contexts/book", headers={**header, **key}).json()["in_memory"] is True
+    finally:
+        serve.shutdown()
