@@ -41,3 +41,47 @@ def test_scores(score, answer, references, expected):
     if score == "rouge_l":
         pytest.importorskip("rouge_score")
     assert answer_scores.SCORES[score](answer, references) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "is_whole"),
+    [
+        ("Platform 28.", "28", True),
+        ("Platform 28", "28", True),
+        ("28, 29 and 30", "28", True),
+        ("27, 28, 29", "28", True),
+        ("27,28,29", "28", True),
+        ("(28)", "28", True),
+        ("28% of them", "28", True),
+        ("**28**.", "28", True),
+        ("28. It leaves at 9.", "28", True),
+        ("28.It leaves at 9.", "28", True),
+        ("Not 28.5 but 28.", "28", True),
+        ("28.5", "28", False),
+        ("28.5 metres", "5", False),
+        ("128.5", "28.5", False),
+        ("It is 28.5.", "28.5", True),
+        ("28.50", "28.5", False),
+        ("version 1.28.3", "28", False),
+        ("version 1.28.3", "1.28", False),
+        ("version 1.28.3.", "1.28.3", True),
+        ("1,280", "28", False),
+        ("1,280", "280", False),
+        ("1,280", "1", False),
+        ("1,280", "1,280", True),
+        ("28,000 people", "28", False),
+        ("28,000.5 people", "28,000", False),
+        ("1,128,280", "128", False),
+        ("28,0001", "28", True),  # no thousands
+        ("$28.50", "$28", False),
+        ("$28.", "$28", True),
+        ("561aba22-eb54-4f11", "561aba22-eb54-4f11", True),
+        ("561aba22-eb54-4f11.5", "561aba22-eb54-4f11", False),
+        ("on 12.03.1884", "1884", False),
+        ("on 12.03.1884", "12.03.1884", True),
+        ("", "28", False),
+    ],
+)
+def test_a_number_stands_whole_where_it_is_no_part_of_a_longer_one(answer, reference, is_whole):
+    assert answer_scores.contains_whole(answer, [reference]) == is_whole
+    assert answer_scores.contains_whole(f"It is {answer}", ["no such", reference]) == is_whole

@@ -10,6 +10,8 @@ from activation_beacon.errors import InputError
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
+# A comma belongs to a number only where it sets off thousands: 27,28 is a list. A point does where a digit follows.
+NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)*")
 
 Score = Callable[[str, Sequence[str]], float]
 
@@ -31,10 +33,15 @@ def contains(answer: str, references: Sequence[str]) -> float:
 
 
 def contains_whole(answer: str, references: Sequence[str]) -> float:
-    """1 where a reference stands in the answer as no part of a longer word or number; scripts without blanks have no such bounds."""
+    """1 where a reference stands in the answer as no part of a longer word or number: 28 is not in 128, 28.5 or 28,000.
+
+    Scripts without blanks have no such bounds.
+    """
     folded = _folded(answer)
+    inside = {place for number in NUMBER.finditer(folded) for place in range(number.start() + 1, number.end())}
     bounded = (rf"(?<![a-z0-9]){re.escape(_folded(reference))}(?![a-z0-9])" for reference in references)
-    return float(any(re.search(pattern, folded) for pattern in bounded))
+    found = (match for pattern in bounded for match in re.finditer(pattern, folded))
+    return float(any(inside.isdisjoint(match.span()) for match in found))
 
 
 def contains_share(answer: str, references: Sequence[str]) -> float:
