@@ -159,6 +159,36 @@ def test_report_writes_it_anew(run, tmp_path):
     assert (tmp_path / "out" / "report.md").read_text() == first
 
 
+def test_an_adapter_is_compared_with_another_one(files, run, tmp_path):
+    good(run(*NEEDLES))
+    other = list(NEEDLES)
+    other[other.index("out")] = "other"
+    good(run(*other, "--limit", "3", "--methods", "full,beacons", "--seed", "0"))
+    found = json.loads(good(run("compare", "out", "other", "--json")))
+    assert [(row["method"], row["samples"]) for row in found["rows"]] == [("full", 2), ("beacons", 2)]
+    assert found["unshared"] == [{"folders": ["other"], "what": ["1 sample of needles 400"]}]
+    assert [each["origin"]["models"] for each in found["folders"]] == [[str(files / "adapter")]] * 2
+    result = run("compare", "out", "other")
+    assert "**One adapter**" in good(result)
+    other[other.index("other")] = "third"
+    good(run(*other, "--seed", "1"))
+    result = run("compare", "out", "third")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: out and third did not measure the same needles: seed is 0 in out, 1 in third. Run it anew with the same settings, or "
+        "name other tasks with --tasks.\n"
+    )
+
+
+def test_the_report_and_run_json_say_which_model_was_asked_for(files, run, tmp_path):
+    found = json.loads(good(run(*NEEDLES, "--json")))
+    origin = json.loads((tmp_path / "out" / "run.json").read_text())["origin"]
+    assert found["origin"] == origin
+    assert (origin["models"], origin["versions"]) == ([str(files / "adapter")], [activation_beacon.__version__])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", origin["first"])
+    assert f"Model {files / 'adapter'}, activation-beacon " in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_multi_turn_shows_every_turn(run):
     out = good(run("multi-turn", "--model", "{files}/adapter", "-o", "out", *SMALL, "--length", "900"))
     assert re.search(r"^\| beacons x4 \| 2 \| \d\.\d{3}.* / \d+\.\d\d s \| .* s \| .* s \|$", out, re.M)
@@ -243,7 +273,7 @@ def test_results_of_a_file_are_not_taken_for_those_of_another_one_of_its_name(ru
     assert lines_of(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("command", ["all", "lm", "needles", "multi-turn", "report"])
+@pytest.mark.parametrize("command", ["all", "lm", "needles", "multi-turn", "report", "compare"])
 def test_every_command_has_an_example(run, command):
     assert re.search(rf"Examples?:\n\n    .*beacon eval {command}\b", good(run(command, "--help")))
 

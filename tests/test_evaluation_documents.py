@@ -139,6 +139,35 @@ def test_nothing_is_told_where_nothing_was_skipped_or_the_caller_tells_it(tmp_pa
     assert caplog.messages == []
 
 
+@pytest.mark.parametrize(
+    ("name", "is_other"),
+    [
+        ("a.yaml", True),
+        ("deep/utils.py", True),
+        ("new.txt", True),
+        (".cache/x", False),
+        ("deep/.hidden", False),
+        ("deep/__pycache__/utils.pyc", False),
+    ],
+)
+def test_a_folder_is_known_by_all_that_lies_in_it_but_hidden_and_compiled_files(tmp_path, name, is_other):
+    for folder in ("here", "there"):
+        for file, text in (("a.yaml", "task: a"), ("deep/utils.py", "x = 1")):
+            (tmp_path / folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / file).write_text(text)
+    assert docs.folder_digest(tmp_path / "here") == docs.folder_digest(tmp_path / "there")
+    (tmp_path / "there" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "there" / name).write_text("another")
+    assert (docs.folder_digest(tmp_path / "here") != docs.folder_digest(tmp_path / "there")) is is_other
+
+
+def test_a_file_of_a_folder_that_was_moved_within_it_makes_another_folder(tmp_path):
+    (tmp_path / "a.yaml").write_text("task: a")
+    before = docs.folder_digest(tmp_path)
+    (tmp_path / "a.yaml").rename(tmp_path / "b.yaml")
+    assert docs.folder_digest(tmp_path) != before
+
+
 def test_texts_are_the_first_tokens_of_documents_that_are_long_enough():
     given = [docs.Document(str(count), "word " * count) for count in (9, 10, 5000, 3, 11)]
     found = list(docs.texts(iter(given), Words(), length=10, limit=2))

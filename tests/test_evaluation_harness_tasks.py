@@ -2,6 +2,8 @@
 
 import functools
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from typer.testing import CliRunner
 
 from activation_beacon.cli import app
 from activation_beacon.errors import FileFormatError, MismatchError
-from activation_beacon.evaluation.harness_tasks import FILE, HarnessResults
+from activation_beacon.evaluation.harness_tasks import HarnessResults, include_facts
+from activation_beacon.evaluation.results import HARNESS
 from saved_models import CHUNK, save_adapter, save_base
 
 pytest.importorskip("lm_eval")
@@ -54,7 +57,7 @@ def run(files, monkeypatch, tmp_path):
     # lm-eval reads its own fifteen thousand task files each time, and none of them is needed here.
     monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
     options = ["--model", str(files / "adapter"), "--base", str(files / "base"), "--include", str(files / "tasks")]
-    return lambda *args: CliRunner().invoke(app, ["eval", "harness", *args, *options])
+    return lambda *args: CliRunner().invoke(app, ["eval", "harness", *options, *args])  # the last --include counts
 
 
 def test_short_prompts_are_the_base_s_own_and_long_ones_are_compressed(run, tmp_path):
@@ -75,7 +78,7 @@ def test_short_prompts_are_the_base_s_own_and_long_ones_are_compressed(run, tmp_
 def test_what_is_finished_is_not_run_again(run, tmp_path):
     first = run("short_zoo", "--ratios", "none", "-o", "out", "--json")
     assert first.exit_code == 0, first.output
-    path = tmp_path / "out" / FILE
+    path = tmp_path / "out" / HARNESS
     kept = path.read_bytes()
     path.write_bytes(kept + b'{"asked": "lo')  # cut short by a crash
     again = run("short_zoo", "--ratios", "none,4", "-o", "out", "--json")
@@ -108,10 +111,47 @@ def test_lines_of_other_settings_and_damaged_ones_are_refused(tmp_path):
     HarnessResults(tmp_path, {"limit": 5}).add([{**LINE, "ratio": "4"}])
     with pytest.raises(MismatchError, match=r"holds results with limit 5; this run has 6\."):
         HarnessResults(tmp_path, {"limit": 6})
-    path = tmp_path / FILE
+    path = tmp_path / HARNESS
     path.write_bytes(b"{\n" + path.read_bytes())
     with pytest.raises(FileFormatError, match=r"line 1 is not JSON"):
         HarnessResults(tmp_path)
+
+
+def test_results_of_a_folder_of_tasks_are_not_taken_for_those_of_another_one_of_its_name(run, files, tmp_path):
+    for parent in ("one", "other"):
+        shutil.copytree(files / "tasks", tmp_path / parent / "tasks")
+    args = ("short_zoo", "--ratios", "none", "-o", "out", "--include")
+    assert run(*args, "one/tasks").exit_code == 0
+    kept = (tmp_path / "out" / HARNESS).read_bytes()
+    assert run(*args, "other/tasks").exit_code == 0  # the same tasks, elsewhere
+    with (tmp_path / "other" / "tasks" / "short_zoo.yaml").open("a") as file:
+        file.write("num_fewshot: 1\n")
+    result = run(*args, "other/tasks")
+    assert result.exit_code == 1
+    assert re.search(
+        r"^Error: out/harness.jsonl holds results of an --include folder of this name with other contents \(SHA-256 \w{16}; this one "
+        r"has \w{16}\)\. Choose another folder of results, or the tasks that it was begun with\.$",
+        result.stderr,
+        re.M,
+    )
+    assert (tmp_path / "out" / HARNESS).read_bytes() == kept
+    assert "include tasks, sha256" in (tmp_path / "out" / "report.md").read_text()
+    run_json = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run_json["origin"]["models"] == [str(files / "adapter")]
+
+
+def test_lines_from_before_the_contents_of_a_folder_were_noted_are_refused_with_what_to_add(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    HarnessResults(tmp_path, {"limit": 5}).add([{**LINE, "ratio": "4"}])
+    with pytest.raises(MismatchError) as error:
+        HarnessResults(tmp_path, {"limit": 5, **include_facts(tmp_path / "tasks")})
+    digest = include_facts(tmp_path / "tasks")["sha256"]
+    assert f'add "include": "tasks", "sha256": "{digest}" to the "facts" of each of its lines.' in str(error.value)
+
+
+def test_without_include_old_lines_go_on(tmp_path):
+    HarnessResults(tmp_path, {"limit": 5}).add([{**LINE, "ratio": "4"}])
+    assert len(HarnessResults(tmp_path, {"limit": 5, **include_facts(None)}).lines) == 1
 
 
 def test_the_table_has_a_row_for_each_metric_and_a_column_for_each_ratio(tmp_path):

@@ -1,5 +1,6 @@
 """Summaries against plain sums, and reports that say what the records hold."""
 
+import json
 import math
 import random
 import re
@@ -11,7 +12,7 @@ from activation_beacon.errors import InputError, StorageError
 from activation_beacon.evaluation import plots, summary
 from activation_beacon.evaluation.blocks import Heading, Paragraph, Picture, Table, markdown_of, page_of
 from activation_beacon.evaluation.metrics import FEW, mean
-from activation_beacon.evaluation.report import rows_as_json, tables, write_report
+from activation_beacon.evaluation.report import INTERVALS, rows_as_json, tables, write_report
 from activation_beacon.evaluation.results import Key, Results
 from activation_beacon.evaluation.summary import Way
 
@@ -304,6 +305,32 @@ def test_an_untrained_adapter_is_named_one(tmp_path, is_trained):
     results.open_task("lm", {}, "nats")
     results.add(Key("lm", "full", None, 96, "a"), {"nats": 2.0, "cache_length": 1, "cache_bytes": 1, "seconds": 1.0})
     assert ("**Untrained**" in write_report(tmp_path)[0].read_text()) is not is_trained
+
+
+@pytest.mark.parametrize(
+    ("origin", "text"),
+    [
+        ({}, "Model mine, runs/mine, activation-beacon 0.1.0; samples of 2026-05-01 to 2026-05-03."),
+        ({"models": []}, "activation-beacon 0.1.0; samples of 2026-05-01 to 2026-05-03."),
+        ({"last": "2026-05-01"}, "Model mine, runs/mine, activation-beacon 0.1.0; samples of 2026-05-01."),
+        ({"first": None}, "0.1.0; samples of up to 2026-05-03, the first from before dates were noted."),
+        (None, None),
+    ],
+)
+def test_a_report_says_who_ran_the_samples_and_when_where_that_is_known(folder, origin, text):
+    pytest.importorskip("matplotlib")
+    run = json.loads((folder / "run.json").read_text())
+    known = {"models": ["mine", "runs/mine"], "versions": ["0.1.0"], "first": "2026-05-01", "last": "2026-05-03"}
+    run["origin"] = known | (origin or {})
+    if origin is None:
+        del run["origin"]
+    (folder / "run.json").write_text(json.dumps(run))
+    second, third = write_report(folder)[0].read_text().split("\n\n")[2:4]
+    if text is None:
+        assert second == INTERVALS
+    else:
+        assert second.endswith(text)
+        assert third == INTERVALS
 
 
 def test_a_folder_without_results_has_no_report(tmp_path):

@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
 
+from activation_beacon import __version__
 from activation_beacon.errors import FileFormatError, InputError, MismatchError, StorageError
 from activation_beacon.evaluation import contexts, language_modelling, methods, samples
 from activation_beacon.evaluation.results import Key, Results
@@ -366,6 +369,80 @@ def test_another_setting_is_named_before_other_contents(tmp_path):
     opened(tmp_path / "out", LanguageModelling(byte_tokenizer(), [first], field="text"))
     with pytest.raises(MismatchError, match=r"holds results of lm with on_error 'stop'; this run has 'skip'\."):
         opened(tmp_path / "out", LanguageModelling(byte_tokenizer(), [other], on_error="skip"))
+
+
+# --- who ran it, and when --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def days(monkeypatch):
+    """Sets the day that it is."""
+    from activation_beacon.evaluation import results
+
+    class Clock(datetime):
+        today = "2026-05-01"
+
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.fromisoformat(cls.today).replace(hour=23, tzinfo=tz)
+
+    monkeypatch.setattr(results, "datetime", Clock)
+    return Clock
+
+
+def add_sample(folder, sample, **options):
+    Results(folder, MODEL, **options).add(Key("lm", "full", None, 96, sample), {"nats": 1.0})
+
+
+def origin_of(folder):
+    return json.loads((folder / "run.json").read_text()).get("origin")
+
+
+def test_a_folder_knows_the_model_by_name_the_version_and_the_first_and_last_day(tmp_path, days):
+    Results(tmp_path, MODEL, name="mine")
+    assert origin_of(tmp_path) is None, "no sample has been run"
+    add_sample(tmp_path, "a", name="mine")
+    expected = {"models": ["mine"], "versions": [__version__], "first": "2026-05-01", "last": "2026-05-01"}
+    assert origin_of(tmp_path) == Results(tmp_path).origin == expected
+    days.today = "2026-05-03"
+    Results(tmp_path, MODEL, name="mine")
+    assert origin_of(tmp_path) == expected, "nothing was run"
+    add_sample(tmp_path, "b", name="runs/mine")
+    assert origin_of(tmp_path) == expected | {"models": ["mine", "runs/mine"], "last": "2026-05-03"}
+
+
+def test_every_version_that_ran_samples_is_noted(tmp_path, monkeypatch):
+    from activation_beacon.evaluation import results
+
+    add_sample(tmp_path, "a")
+    monkeypatch.setattr(results, "__version__", "9.0")
+    add_sample(tmp_path, "b")
+    assert origin_of(tmp_path)["versions"] == [__version__, "9.0"]
+    assert origin_of(tmp_path)["models"] == []
+
+
+def test_the_first_process_notes_what_the_others_ran(tmp_path, days):
+    Results(tmp_path, MODEL, name="mine")
+    add_sample(tmp_path, "a", rank=1)
+    assert origin_of(tmp_path) is None, "only the first process writes the file"
+    os.utime(tmp_path / "results-1.jsonl", (86400, 86400))
+    Results(tmp_path, MODEL, name="mine")
+    assert origin_of(tmp_path)["first"] == origin_of(tmp_path)["last"] == "1970-01-02"
+    add_sample(tmp_path, "b", name="mine")
+    assert (origin_of(tmp_path)["first"], origin_of(tmp_path)["last"]) == ("1970-01-02", "2026-05-01")
+
+
+def test_a_folder_from_before_dates_goes_on_and_says_that_its_first_is_not_known(tmp_path, days):
+    add_sample(tmp_path, "a")
+    run = json.loads((tmp_path / "run.json").read_text())
+    del run["origin"]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    assert Results(tmp_path).origin is None
+    add_sample(tmp_path, "b", name="mine")
+    assert (origin_of(tmp_path)["first"], origin_of(tmp_path)["last"]) == (None, "2026-05-01")
+    days.today = "2026-05-02"
+    add_sample(tmp_path, "c", name="mine")
+    assert (origin_of(tmp_path)["first"], origin_of(tmp_path)["last"]) == (None, "2026-05-02")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from activation_beacon.cli import eval_all, eval_tasks, options
+from activation_beacon.cli import eval_all, eval_compare, eval_tasks, options
 from activation_beacon.cli.console import trained_fields, warn_untrained
 from activation_beacon.cli.eval_run import (
     Job,
@@ -244,15 +244,20 @@ def harness(
         check_ratio(model, ratio)
     if wrong := [each for each in chosen if not each.isdecimal() and each not in ("none", "auto")]:
         raise InputError(f'--ratios must be ints, "auto" or "none", such as none,4,8; got {wrong[0]!r}.')
-    from activation_beacon.evaluation.harness_tasks import HarnessResults, find_tasks, run_tasks
+    from activation_beacon.evaluation.harness_tasks import HarnessResults, find_tasks, include_facts, run_tasks
     from activation_beacon.evaluation.results import Results
 
     manager = find_tasks(tasks, include)
     loaded = load_model(model, base=base, device=device, dtype=dtype)
     warn_untrained(loaded.config)
-    results = Results(out, model_facts(loaded))
-    settings = {"limit": limit, "num_fewshot": num_fewshot, "lm_eval": importlib.metadata.version("lm-eval")}
-    lines = HarnessResults(out, settings)
+    results = Results(out, model_facts(loaded), name=loaded.name)
+    settings = {
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "lm_eval": importlib.metadata.version("lm-eval"),
+        **include_facts(include),
+    }
+    lines = HarnessResults(out, settings, note=results.note_run)
     with progress_shown() as progress:
         run_tasks(
             loaded.model, loaded.tokenizer, tasks, chosen, lines, manager=manager, limit=limit,
@@ -309,12 +314,18 @@ for command, lines in (
     ),
     (reconstruction, ("beacon eval reconstruction --ratios 2,4,8 -o out",)),
     (report, ("beacon eval report out",)),
+    (eval_compare.compare, eval_compare.EXAMPLES),
 ):
     app.command(name=command.__name__.replace("_", "-"), epilog=options.examples(*lines))(command)
 
 
 @app.callback(
-    epilog=options.examples("beacon eval all -o out", "beacon eval lm docs.jsonl -o out", "beacon eval report out")
+    epilog=options.examples(
+        "beacon eval all -o out",
+        "beacon eval lm docs.jsonl -o out",
+        "beacon eval report out",
+        "beacon eval compare out-default out-mine",
+    )
 )
 def evaluate() -> None:
     """Measure what compression loses: at which ratio, on which task, against what else.

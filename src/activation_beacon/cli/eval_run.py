@@ -122,7 +122,7 @@ def run_jobs(
         if group.is_first:
             warn_untrained(loaded.config)
         with group.first_before_others():
-            results = Results(wanted.out, model_facts(loaded), rank=group.rank)
+            results = Results(wanted.out, model_facts(loaded), name=loaded.name, rank=group.rank)
             for task, _ in planned:
                 results.open_task(task.name, task.settings, task.quality)
         with progress_shown(is_shown=group.is_first) as progress:
@@ -160,7 +160,7 @@ def finish(results: "Results", *, as_json: bool, task: str | None = None, facts:
     markdown, page = write_report(results.folder)
     if as_json:
         files = {"results": str(results.path), "report": str(markdown), "page": str(page)}
-        print_json({**files, "rows": rows_as_json(results, task), **(facts or {})})
+        print_json({**files, "origin": results.origin, "rows": rows_as_json(results, task), **(facts or {})})
         return
     typer.echo(markdown_of([*(overview(results) if task is None else []), *tables(results, task)]))
     typer.echo(f"Report: {markdown}, {page}")

@@ -82,13 +82,22 @@ def source_entries(source: Source) -> list[dict[str, Any]]:
     files = data_files(source)
     if not files:
         return [{"hub": str(source)}]
-    return [{"file": path.name, "bytes": path.stat().st_size, "sha256": _file_digest(path)} for path in files]
+    return [file_entry(path, path.name) for path in files]
 
 
-def _file_digest(path: Path) -> str:
+def file_entry(path: Path, name: str) -> dict[str, Any]:
+    """What a file of any format is known again by: its name, bytes and SHA-256.
+
+    Raises:
+        StorageError: if it cannot be read.
+    """
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return {
+                "file": name,
+                "bytes": path.stat().st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {reason(error)}.") from error
 

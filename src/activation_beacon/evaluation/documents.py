@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from activation_beacon.data.data_files import source_entries
+from activation_beacon.data.data_files import file_entry, source_entries
 from activation_beacon.data.sources import OnError, ReadReport, documents
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,18 @@ def digests(sources: Iterable[str | Path]) -> list[str | None]:
         FileFormatError: for an unknown kind of file.
     """
     return [_digest(source_entries(source)) for source in sources]
+
+
+def folder_digest(folder: Path) -> str:
+    """The first digits of one SHA-256 over all that lies in a folder, but for what is hidden and what Python makes there.
+
+    Raises:
+        StorageError: if a file cannot be read.
+    """
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    names = sorted(name for name in files if not any(part == "__pycache__" or part[0] == "." for part in name.parts))
+    entries = [file_entry(files[name], name.as_posix()) for name in names]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:DIGITS]
 
 
 def _digest(entries: Sequence[Mapping[str, Any]]) -> str | None:

@@ -13,10 +13,11 @@ from typing import Any
 
 from activation_beacon.errors import InputError, MismatchError, StorageError
 from activation_beacon.evaluation.blocks import Table
+from activation_beacon.evaluation.documents import folder_digest
+from activation_beacon.evaluation.results import CONTENTS, HARNESS, first_difference
 from activation_beacon.files import reason
 from activation_beacon.json_lines import append_lines, lines_from, read_lines
 
-FILE = "harness.jsonl"
 BASE = "none"  # the ratio that stands for the base model alone
 
 Progress = Callable[[int, int, str], None]
@@ -29,24 +30,28 @@ class HarnessResults:
     Args:
         folder: made when the first line is written.
         facts: the settings; lines made with others are not mixed with these. None to read only.
+        note: called before a line is written.
 
     Raises:
         FileFormatError: if a line is damaged.
         MismatchError: if the folder holds lines made with other settings.
     """
 
-    def __init__(self, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
-        self.path = Path(folder) / FILE
+    def __init__(
+        self,
+        folder: str | Path,
+        facts: Mapping[str, Any] | None = None,
+        *,
+        note: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.note = note
+        self.path = Path(folder) / HARNESS
         self.facts = None if facts is None else json.loads(json.dumps(facts))
         self.lines = lines_from(self.path, 0)[0] if facts is None else read_lines(self.path)
         for line in self.lines:
             theirs = line["facts"]
             if self.facts is not None and theirs != self.facts:
-                name = next(key for key in sorted({*theirs, *self.facts}) if theirs.get(key) != self.facts.get(key))
-                raise MismatchError(
-                    f"{self.path} holds results with {name} {theirs.get(name)!r}; this run has {self.facts.get(name)!r}. "
-                    "Choose another folder, or the same settings."
-                )
+                raise MismatchError(f"{self.path} holds results {_difference(theirs, self.facts)}")
 
     def has(self, name: str, ratio: str) -> bool:
         """Whether a task is finished at a ratio."""
@@ -63,6 +68,7 @@ class HarnessResults:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{self.path.parent} cannot be made: {reason(error)}. Choose another folder.") from error
+        self.note()
         append_lines(self.path, found)
         self.lines += found
 
@@ -85,6 +91,32 @@ class HarnessResults:
                 for (task, metric, count), row in rows.items()
             ],
         )
+
+
+def include_facts(folder: Path | None) -> dict[str, str]:
+    """What a folder of further tasks is known by: its name and contents; nothing without one.
+
+    Raises:
+        StorageError: if a file in it cannot be read.
+    """
+    return {} if folder is None else {"include": folder.resolve().name, CONTENTS: folder_digest(folder)}
+
+
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What keeps lines from being gone on with, and the way out."""
+    name = first_difference(theirs, ours) or ""
+    if name == CONTENTS:
+        return (
+            f"of an --include folder of this name with other contents (SHA-256 {theirs[name]}; this one has {ours[name]}). "
+            "Choose another folder of results, or the tasks that it was begun with."
+        )
+    if name == "include" and name not in theirs:
+        return (
+            "without --include, or from before the contents of its folder were noted. Choose another folder; or, if you know "
+            f"that they are of these tasks, add {json.dumps({each: ours[each] for each in ('include', CONTENTS)})[1:-1]} to "
+            'the "facts" of each of its lines.'
+        )
+    return f"with {name} {theirs.get(name)!r}; this run has {ours.get(name)!r}. Choose another folder, or the same settings."
 
 
 def find_tasks(names: Sequence[str], include: Path | None = None) -> Any:

@@ -106,6 +106,8 @@ def _blocks(results: Results, pictures: Path) -> list[Block]:
     model = results.model
     facts = [f"{name.replace('_', ' ')} {value}" for name, value in model.items() if name != "is_trained"]
     blocks: list[Block] = [Heading(1, "Evaluation"), Paragraph(", ".join(facts) + ".")]
+    if results.origin is not None:
+        blocks.append(Paragraph(_origin_text(results.origin)))
     if not model.get("is_trained", True):
         blocks.append(Paragraph(UNTRAINED))
     blocks += [Paragraph(INTERVALS), *overview(results)]
@@ -114,6 +116,12 @@ def _blocks(results: Results, pictures: Path) -> list[Block]:
         if records:
             blocks += _task_blocks(name, task, records, pictures)
     return blocks + _harness_blocks(results.folder)
+
+
+def _origin_text(origin: Mapping[str, Any]) -> str:
+    """Such as "Model my-adapter, activation-beacon 0.1.0; samples of 2026-05-01 to 2026-05-02."."""
+    model = f"Model {', '.join(origin['models'])}, " if origin["models"] else ""
+    return f"{model}activation-beacon {', '.join(origin['versions'])}; samples {summary.dates_text(origin)}."
 
 
 def _harness_blocks(folder: Path) -> list[Block]:

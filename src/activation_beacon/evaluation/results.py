@@ -6,14 +6,16 @@ processes run together, each but the first appends to a file of its own, which t
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from activation_beacon import __version__
 from activation_beacon.errors import FileFormatError, MismatchError, StorageError
 from activation_beacon.files import reason, write_text
 from activation_beacon.json_lines import append_lines, lines_from, read_lines
 
-RESULTS, RUN = "results.jsonl", "run.json"
+RESULTS, HARNESS, RUN = "results.jsonl", "harness.jsonl", "run.json"
 CONTENTS = "sha256"  # the setting that tells files of one name apart
 PART = "results-{}.jsonl"  # what a process that is not the first has finished
 FORMAT_VERSION = 1
@@ -35,6 +37,7 @@ class Results:
     Args:
         folder: made if it is missing.
         model: what is measured, in plain values; None to read only.
+        name: of the model, as it was asked for; noted, and not compared.
         rank: of the process, which must not write where another one does. The first must have opened the folder before the others.
 
     Raises:
@@ -43,9 +46,11 @@ class Results:
         FileFormatError: if a file in it is damaged.
     """
 
-    def __init__(self, folder: str | Path, model: Mapping[str, Any] | None = None, *, rank: int = 0) -> None:
+    def __init__(
+        self, folder: str | Path, model: Mapping[str, Any] | None = None, *, name: str | None = None, rank: int = 0
+    ) -> None:
         self.folder = Path(folder)
-        self.rank = rank
+        self.name, self.rank = name, rank
         if model is None and not (self.folder / RUN).is_file():
             raise StorageError(f"{self.folder} holds no results ({RUN} is missing). Name a folder of `beacon eval`.")
         self.records: dict[Key, dict[str, Any]] = {}
@@ -75,6 +80,8 @@ class Results:
         known = {key_of(record) for record in read_lines(self.path)} if parts else set()
         for path in parts:
             others = {key_of(record): record for record in lines_from(path, 0)[0]}
+            if others.keys() - known:
+                self._note_origin(datetime.fromtimestamp(path.stat().st_mtime, UTC))
             append_lines(self.path, [record for key, record in others.items() if key not in known])
             known |= others.keys()
             self.records |= others
@@ -89,6 +96,20 @@ class Results:
     def model(self) -> dict[str, Any]:
         """What was measured."""
         return self.run["model"]
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """Who ran the samples, and when; None for a folder from before this was noted.
+
+        `models` and `versions` are those of the model and the package, in the order in which they came; `first` and `last` the
+        dates of samples, in UTC; `first` is None where there are samples from before dates were noted.
+        """
+        return self.run.get("origin")
+
+    def note_run(self) -> None:
+        """Take note of who runs a sample now; on disk when this returns. Of several processes the first one does."""
+        if self.rank == 0:
+            self._note_origin(datetime.now(UTC))
 
     def open_task(self, name: str, settings: Mapping[str, Any], quality: str) -> None:
         """Begin or continue a task.
@@ -106,11 +127,7 @@ class Results:
 
     def _difference(self, name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
         """What keeps a task from being gone on with, and the way out."""
-        differing = sorted(
-            (key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key)),
-            key=lambda key: (key == CONTENTS, key),
-        )
-        first = differing[0] if differing else "quality"
+        first = first_difference(theirs, ours) or "quality"
         if first == CONTENTS and CONTENTS in ours:
             return self._other_contents(name, theirs.get(CONTENTS), ours[CONTENTS])
         return (
@@ -136,6 +153,7 @@ class Results:
         Raises:
             StorageError: if it cannot be written.
         """
+        self.note_run()
         record = json.loads(json.dumps({**key._asdict(), **fields}))
         append_lines(self.path, [record])
         self.records[key] = record
@@ -144,6 +162,25 @@ class Results:
         """All records of a task, in an order that does not depend on when each was finished."""
         keys = sorted((key for key in self.records if key.task == name), key=lambda key: tuple(map(str, key)))
         return [self.records[key] for key in keys]
+
+    def _note_origin(self, time: datetime) -> None:
+        """Once for each model, version and day."""
+        day = time.date().isoformat()
+        known = self.origin or {"models": [], "versions": [], "first": None if self._has_older() else day, "last": day}
+        names = [] if self.name is None else [self.name]
+        origin = {
+            "models": list(dict.fromkeys([*known["models"], *names])),
+            "versions": list(dict.fromkeys([*known["versions"], __version__])),
+            "first": known["first"] and min(known["first"], day),
+            "last": max(known["last"], day),
+        }
+        if origin != self.origin:
+            self.run["origin"] = origin
+            self._write_run()
+
+    def _has_older(self) -> bool:
+        """Whether there are results of which nothing is noted."""
+        return any(path.is_file() and path.stat().st_size for path in map(self.folder.joinpath, (RESULTS, HARNESS)))
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob(PART.format("*")))
@@ -185,6 +222,12 @@ class Results:
 
 def _listed(digests: Sequence[str | None]) -> str:
     return ", ".join(map(str, digests))
+
+
+def first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    """The first setting that differs, contents of files last; None where none does."""
+    differing = (key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+    return min(differing, key=lambda key: (key == CONTENTS, key), default=None)
 
 
 def key_of(record: Mapping[str, Any]) -> Key:

@@ -60,6 +60,14 @@ class Row:
     only_masks: bool
 
 
+def dates_text(origin: Mapping[str, Any]) -> str:
+    """When the samples of a folder were run, such as "of 2026-05-01 to 2026-05-02"."""
+    first, last = origin["first"], origin["last"]
+    if first is None:
+        return f"of up to {last}, the first from before dates were noted"
+    return f"of {first}" if first == last else f"of {first} to {last}"
+
+
 def ways_of(records: Iterable[Record]) -> list[Way]:
     """The ways that records are of: those without a ratio first, then method by method, small ratios first."""
     found = {Way(record["method"], record["ratio"]) for record in records}
