@@ -40,7 +40,7 @@ class Attachment:
     cpu_matmul: str = "auto"
     linears: list[nn.Linear] = field(default_factory=list)  # of the base, which have become a class of ours
     token: str = field(default_factory=lambda: secrets.token_hex(8))  # names this attaching, for caches to remember
-    fingerprints: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    known_base: tuple[int, str] | None = None  # fingerprint of the base, and a name for the state of its tensors
 
 
 def put_on(model: nn.Module, attachment: Attachment) -> None:

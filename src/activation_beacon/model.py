@@ -143,20 +143,21 @@ class BeaconModel(BeaconGeneration):
 
     @property
     def adapter_fingerprint(self) -> str:
-        """Fingerprint of the beacon weights and of the settings that a compressed context depends on."""
-        return self._fingerprint("adapter", list(self.beacon_parameters()), self._beacon.config.fingerprint_settings)
+        """Fingerprint of the beacon weights and of the settings that a compressed context depends on.
+
+        Made anew each time, in milliseconds: fused optimisers change weights without a trace.
+        """
+        return fingerprint(self.beacon_parameters(), self._beacon.config.fingerprint_settings)
 
     @property
     def base_fingerprint(self) -> str:
-        """Fingerprint of the base model's weights."""
-        return self._fingerprint("base", list(base_parameters(self)), "")
-
-    def _fingerprint(self, name: str, tensors: list[tuple[str, nn.Parameter]], settings: str) -> str:
+        """Fingerprint of the base model's weights, made anew when torch has noted a change of these; they are frozen."""
+        tensors = list(base_parameters(self))
         # Which tensors, not only how often they changed: a copied model and load_state_dict(assign=True) bring others.
         version = hash(tuple((id(t), 0 if t.is_inference() else t._version) for _, t in tensors))
-        known = self._beacon.fingerprints.get(name)
+        known = self._beacon.known_base
         if known is None or known[0] != version:
-            known = self._beacon.fingerprints[name] = (version, fingerprint(tensors, settings))
+            known = self._beacon.known_base = (version, fingerprint(tensors))
         return known[1]
 
     @contextlib.contextmanager

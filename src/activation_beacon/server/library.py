@@ -45,6 +45,7 @@ class Library:
         self.settings = settings
         self.folder = Folder(settings.folder)
         self.memory: Memory[BeaconCache] = Memory(settings.memory_bytes)
+        self._fingerprints = {kind: getattr(model, f"{kind}_fingerprint") for kind in ("base", "adapter")}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="beacon-files")
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._num_kept = 0
@@ -83,8 +84,8 @@ class Library:
     def _checked(self, record: Record) -> Record:
         """The record, saying so if the context is another model's."""
         for kind in ("base", "adapter"):
-            made_by, ours = getattr(record, f"{kind}_fingerprint"), getattr(self.model, f"{kind}_fingerprint")
-            if record.error is None and made_by and not is_same_fingerprint(made_by, ours):
+            made_by = getattr(record, f"{kind}_fingerprint")
+            if record.error is None and made_by and not is_same_fingerprint(made_by, self._fingerprints[kind]):
                 return dataclasses.replace(record, error="The context was made with another model or adapter.")
         return record
 
