@@ -177,7 +177,11 @@ def test_a_ratio_is_an_int_afterwards():
     [
         (4, 100, 'A budget (100) chooses the ratio by itself and needs ratio="auto"; got 4.'),
         ((2, 4), 100, 'A budget (100) chooses the ratio by itself and needs ratio="auto"; got (2, 4).'),
-        ("auto", 20, "budget must be at least 21 cache entries (1 sinks, 18 raw tokens, 2 beacons of one chunk at ratio 8); got 20."),
+        (
+            "auto",
+            20,
+            "budget must be at least 21 cache entries (1 sinks, 18 raw tokens, 2 beacons of one chunk at ratio 8); got 20.",
+        ),
         (
             "auto",
             99.5,
