@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from activation_beacon.data import data_files
+from activation_beacon.data.data_files import RECORD_FORMATS, left_out
 from activation_beacon.data.sources import Question, ReadReport, documents, questions, read_records
 from activation_beacon.errors import ConfigError, FileFormatError, InputError, StorageError, UnsupportedError
 
@@ -94,10 +95,13 @@ def test_a_json_file_is_read_if_it_is_named_and_not_for_lying_among_texts(tmp_pa
     assert [text for _, text in documents(f"{tmp_path}/*.json")] == ["x"]
 
 
-@pytest.mark.parametrize(("name", "pack"), [("book.txt", bytes), ("book.txt.gz", gzip.compress), ("book.txt.zst", zst)])
+@pytest.mark.parametrize("pack", [("", bytes), (".gz", gzip.compress), (".zst", zst)], ids=lambda pack: pack[0])
+@pytest.mark.parametrize("name", ["book.txt", "handbook.md"])
 def test_a_text_file_is_one_document(tmp_path, name, pack):
-    path = put(tmp_path, name, pack("\ufeffOne.\n\nTwo, größer.\n".encode()))
-    assert list(documents(path)) == [(f"{name}:1", "One.\n\nTwo, größer.\n")]
+    ending, packed = pack
+    name += ending
+    path = put(tmp_path, name, packed("\ufeffOne.\n\nTwo, größer.\n".encode()))
+    assert list(documents(path)) == list(documents(tmp_path)) == [(f"{name}:1", "One.\n\nTwo, größer.\n")]
     assert list(documents(path, text_field="body")) == list(documents(path))
 
 
@@ -117,10 +121,34 @@ def test_folders_and_globs_are_read_in_the_order_of_their_names(tmp_path):
     def ids(source):
         return [name for name, _ in documents(source, on_error="stop")]
 
-    assert ids(tmp_path) == ids(str(tmp_path)) == ids(tmp_path / "*") == ["a.jsonl.gz", "b.jsonl"]
+    assert ids(tmp_path) == ids(str(tmp_path)) == ids(tmp_path / "*") == ["README.md:1", "a.jsonl.gz", "b.jsonl"]
     assert ids(f"{tmp_path}/**/*.jsonl") == ["b.jsonl", "sub/c.jsonl"]
     assert ids(tmp_path / "[b]*.jsonl") == ["b.jsonl"]
     assert ids([tmp_path / "sub", tmp_path / "b.jsonl"]) == ["sub/c.jsonl", "b.jsonl"]
+
+
+def test_markdown_in_a_folder_of_questions_is_about_them(tmp_path):
+    put(tmp_path, "README.md", b"# Questions")
+    record = put(tmp_path, "a.jsonl", b'{"question": "Who?", "answer": "I"}\n')
+    for source in (tmp_path, f"{tmp_path}/*"):
+        assert [each.question for each in questions(source, on_error="stop")] == ["Who?"]
+    with pytest.raises(InputError, match=r"README\.md, line 1"):
+        list(questions([record, f"{tmp_path}/*.md"], on_error="stop"))
+
+
+def test_what_is_left_out_of_a_folder_or_a_glob_is_named(tmp_path):
+    for name in ("a.txt", "b.md", "notes.docx", "c.json", ".hidden", "sub/d.txt"):
+        put(tmp_path, name, b"x")
+    rest = "Read are .txt, .md, .jsonl, .parquet; name a .json file, or a subfolder, by itself."
+    assert left_out(tmp_path) == f"{tmp_path}: 3 left out (c.json, notes.docx, sub/). {rest}"
+    assert left_out(f"{tmp_path}/*") == f"{tmp_path}/*: 2 left out (c.json, notes.docx). {rest}"
+    put(tmp_path, "e.pdf", b"x")
+    assert left_out(tmp_path) == f"{tmp_path}: 4 left out (c.json, e.pdf, notes.docx, ...). {rest}"
+    assert left_out(tmp_path, RECORD_FORMATS).startswith(
+        f"{tmp_path}: 5 left out (b.md, c.json, e.pdf, ...). Read are .txt, .jsonl"
+    )
+    for source in (tmp_path / "sub", tmp_path / "c.json", f"{tmp_path}/*.json", "owner/name", f"{tmp_path}/none"):
+        assert left_out(source) is None
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):

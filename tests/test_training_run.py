@@ -1,11 +1,13 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +15,14 @@ from typer.testing import CliRunner
 
 from activation_beacon import digit_ids, load
 from activation_beacon.cli import app
-from activation_beacon.persistence import load_adapter_tensors
+from activation_beacon.cli.train import _Bar
+from activation_beacon.errors import ConfigError
+from activation_beacon.hub import default_adapter_folder
+from activation_beacon.persistence import load_adapter_config, load_adapter_tensors
 from activation_beacon.training.checkpoints import checkpoints
 from activation_beacon.training.run import tell_of_waiting
 from activation_beacon.training.settings import CONFIG_FIELDS, Stage, TrainingSettings
-from saved_models import CHUNK, save_base
+from saved_models import CHUNK, save_adapter, save_base
 
 BEACON = [sys.executable, "-m", "activation_beacon"]
 TEXT = "The lion said nothing at all to the tiger, and went to sleep under a tree. " * 20
@@ -64,6 +69,7 @@ def test_a_recipe_makes_an_adapter_with_its_card_curves_and_recipe(files, tmp_pa
     values = json.loads(result.stdout)
     assert values["steps"] == 6
     assert values["is_finished"] is True
+    assert result.stderr.count("step 0: dev nats x2 ") == result.stderr.count("step 0: answers' nats x2 ") == 1
     assert "step 6: dev nats x2 " in result.stderr
     assert "step 6: answers' nats x2 " in result.stderr
     folder = tmp_path / "run" / "adapter"
@@ -73,7 +79,10 @@ def test_a_recipe_makes_an_adapter_with_its_card_curves_and_recipe(files, tmp_pa
     assert tokenizer is not None
     card = (folder / "README.md").read_text()
     assert "6 of 6 updates" in card
-    assert "Nats per token of answers, to questions that nobody trained on:\n\n| after step | x2 | x4 |" in card
+    assert (
+        "Nats per token of answers, to questions that nobody trained on:\n\n| after step | x2 | x4 |\n|--:|--:|--:|\n| 0 |"
+        in card
+    )
     assert model.beacon_config.training["dev_answers_nats"].keys() == {"2", "4"}
     assert "| 2 | 2 | 2 | 128 | 16 | documents 1 | cross_entropy 1 | 0.001 |" in card
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -197,8 +206,8 @@ def test_a_broken_record_is_skipped_and_counted_or_stops_the_run(files, tmp_path
     assert "line 2" in stopped.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_the_run_and_resume_finishes_it(files, tmp_path, number):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 1), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends_the_run_and_resume_finishes_it(files, tmp_path, number, status):
     command = [*BEACON, "train", *arguments(files), "-o", "run", "--steps", "400", "--save-every", "1000"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -210,15 +219,14 @@ def test_a_signal_saves_and_ends_the_run_and_resume_finishes_it(files, tmp_path,
         time.sleep(0.05)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 1, err
+    assert process.returncode == status, err
     assert f"asked to stop by {signal.Signals(number).name}" in out
-    assert "beacon train run/recipe.json --output run --resume" in out
+    assert "  go on   beacon train --output run --resume" in out
     assert "%|" not in err  # bars are for terminals
     assert len(checkpoints(tmp_path / "run" / "checkpoints")) == 1
     load(tmp_path / "run" / "adapter")
     step = metrics.read_text().count("\n")
-    again = run(*arguments(files), "-o", "run", "--steps", "400", "--save-every", "1000", "--resume", "--max-minutes", "0.1",
-                cwd=tmp_path)  # fmt: skip
+    again = run("-o", "run", "--resume", "--max-minutes", "0.1", cwd=tmp_path)
     assert again.exit_code == 0, again.output
     assert f"Going on after step {step} of 400." in again.stderr
 
@@ -320,9 +328,219 @@ def test_processes_that_must_wait_are_told_of_with_the_way_out(batch_size, micro
     assert notices == ([] if way_out is None else [told])
 
 
+PAPERS = {"anchored": False, "placement": "interleave", "exact_ids": [], "num_sinks": 0}
+DEFAULTS = {"anchored": True, "placement": "append", "exact_ids": "digits", "num_sinks": 4}
+KINDS = [
+    ([], DEFAULTS),
+    (["--paper"], PAPERS),
+    (["--no-exact"], DEFAULTS | {"exact_ids": []}),
+    (["--not-anchored"], DEFAULTS | {"exact_ids": [], "anchored": False}),
+    (["--placement", "interleave"], DEFAULTS | {"exact_ids": [], "placement": "interleave"}),
+    (["--set", "config.placement=interleave"], DEFAULTS | {"exact_ids": [], "placement": "interleave"}),
+    (["--sinks", "0"], DEFAULTS | {"num_sinks": 0}),
+    (["--anchored"], DEFAULTS),
+    (["--exact", "--sinks", "2"], DEFAULTS | {"num_sinks": 2}),
+    (["--paper", "--anchored", "--sinks", "1"], PAPERS | {"anchored": True, "num_sinks": 1}),
+    (["--paper", "--placement", "append"], PAPERS | {"placement": "append"}),
+    (["--paper", "--exact"], DEFAULTS | {"num_sinks": 0}),
+]
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """Runs as far as to their settings, which are kept."""
+    found = []
+
+    def train(settings, **_):
+        found.append(settings)
+        raise ConfigError("begun")
+
+    monkeypatch.setattr("activation_beacon.training.run.train", train)
+
+    def settings_of(*args, cwd):
+        result = run(*args, cwd=cwd)
+        assert result.stderr.splitlines()[-1] == "Error: begun", result.output
+        return found[-1], result
+
+    return settings_of
+
+
+def kind_of(settings) -> dict:
+    return {name: settings.to_dict()["config"][name] for name in DEFAULTS}
+
+
+@pytest.mark.parametrize(("options", "kind"), KINDS, ids=[" ".join(options) for options, _ in KINDS])
+def test_without_a_recipe_beacons_are_of_the_default_adapters_kind_unless_said(files, tmp_path, begun, options, kind):
+    assert kind_of(begun(str(files / "texts.jsonl"), "-o", "run", *options, cwd=tmp_path)[0]) == kind
+
+
+def test_the_kind_without_a_recipe_is_that_of_the_adapter_that_ships():
+    config = load_adapter_config(default_adapter_folder())
+    assert {name: getattr(config, name) for name in DEFAULTS} == {**DEFAULTS, "exact_ids": config.exact_ids}
+    assert config.exact_ids
+
+
+def test_recipes_and_adapters_keep_their_kind_and_paper_changes_it(files, tmp_path, begun):
+    assert kind_of(begun(str(files / "recipe.yaml"), "-o", "run", cwd=tmp_path)[0]) == PAPERS
+    save_adapter(tmp_path / "adapter", files / "base", seed=1, anchored=True)
+    going_on = [str(files / "texts.jsonl"), "--adapter", "adapter", "-o", "run", "--length", "128"]
+    assert kind_of(begun(*going_on, cwd=tmp_path)[0]) == PAPERS | {"anchored": True}
+    assert kind_of(begun(*going_on, "--paper", cwd=tmp_path)[0]) == PAPERS
+
+
+def test_a_tokenizer_without_digits_is_refused_with_the_way_out(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("activation_beacon.training.run.digit_ids", lambda tokenizer: ())
+    refused = run(*arguments(files), "-o", "run", "--steps", "1", cwd=tmp_path)
+    assert refused.exit_code == 1
+    assert refused.stderr.splitlines()[-1] == (
+        f"Error: Numbers cannot be held token by token: the tokenizer of {files / 'base'} has no token with a digit. "
+        "Add --no-exact (in a recipe, leave exact_ids out)."
+    )
+    assert run(*arguments(files), "-o", "run", "--steps", "1", "--no-exact", cwd=tmp_path).exit_code == 0
+
+
+def test_an_adapters_chunk_size_is_not_changed_without_a_word(files, tmp_path, begun):
+    save_adapter(tmp_path / "adapter", files / "base", seed=1)
+    going_on = [str(files / "texts.jsonl"), "--adapter", "adapter", "-o", "run", "--length", "128"]
+    settings, result = begun(*going_on, "--chunk-size", "16", cwd=tmp_path)
+    assert settings.config.chunk_size == 16
+    assert result.stderr.splitlines()[0] == (
+        "This changes the adapter's chunk size from 32 to 16; to train on chunks of 16 only, use --train-chunk-size 16."
+    )
+    for options, chunk_size in ((["--train-chunk-size", "16"], 16), (["--chunk-size", "32"], None), ([], None)):
+        settings, result = begun(*going_on, *options, cwd=tmp_path)
+        assert (settings.config.chunk_size, settings.stages[0].chunk_size) == (32, chunk_size)
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_run_is_trained_on_shorter_chunks_than_its_adapter_has(files, tmp_path):
+    result = run(*arguments(files), "--train-chunk-size", "16", "-o", "run", "--steps", "1", cwd=tmp_path)
+    assert result.exit_code == 0, result.output
+    assert load(tmp_path / "run" / "adapter")[0].beacon_config.chunk_size == CHUNK
+    assert "| 1 | 1 | 2 | 128 | 16 |" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
+def test_markdown_is_read_and_what_is_left_out_of_a_folder_is_named(files, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "handbook.md", "notes.docx"):
+        (tmp_path / "texts" / name).write_text(TEXT)
+    result = run("texts", *arguments(files)[1:], "-o", "run", "--steps", "1", cwd=tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "texts: 1 left out (notes.docx). Read are .txt, .md, .jsonl, .parquet; name a .json file" in result.stderr
+    assert "Documents: 2 texts, " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("length", "text", "way_out"),
+    [
+        (
+            100,
+            "dev.md has 100 bytes.",
+            "Name texts of at least 128 tokens, or measure on shorter ones: --set dev_length=64.",
+        ),
+        (
+            127 + len("ä") * 2,
+            "1 records read, 1 skipped: 1 shorter than 130 tokens (dev.md:1).",
+            "Name texts of at least 130 tokens, or measure on shorter ones: --set dev_length=64.",
+        ),
+    ],
+)
+def test_dev_texts_that_are_too_short_are_refused_by_name(files, tmp_path, monkeypatch, length, text, way_out):
+    (tmp_path / "dev.md").write_bytes(b"a" * length)
+    options = ["--set", "dev_length=130"] if "130" in way_out else []
+    if not options:
+        monkeypatch.setattr("activation_beacon.training.run.load_pretrained_base", None)  # is not come to
+    else:
+        monkeypatch.setattr("activation_beacon.training.samplers.PLAIN", ())
+    refused = run(*arguments(files), "--dev", "dev.md", "-o", "run", *options, cwd=tmp_path)
+    assert refused.exit_code == 1
+    line = refused.stderr.splitlines()[-1]
+    assert line == f"Error: No document is left of those that --dev names to measure on: {text} {way_out}"
+    assert "Documents: " not in refused.stderr
+
+
+def test_a_run_goes_on_by_its_own_recipe_if_nothing_else_is_named(files, tmp_path):
+    flags = [*arguments(files), "-o", "run", "--steps", "3", "--save-every", "1", "--set", "keep_checkpoints=9"]
+    assert run(*flags, cwd=tmp_path).exit_code == 0
+    weights = load_adapter_tensors(tmp_path / "run" / "adapter")
+    cut(tmp_path / "run", 1)
+    again = run("-o", "run", "--resume", cwd=tmp_path)
+    assert again.exit_code == 0, again.output
+    assert "Going on after step 1 of 3." in again.stderr
+    after = load_adapter_tensors(tmp_path / "run" / "adapter")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights.items())
+
+
+def test_a_long_step_is_not_silent(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("activation_beacon.cli.train.SECONDS_OF_SILENCE", 0.0)
+    result = run(*arguments(files), "--dev", str(files / "texts.jsonl"), "-o", "run", "--steps", "2", cwd=tmp_path)
+    assert result.exit_code == 0, result.output
+    for line in (
+        "step 0 of 2: measuring dev at ratio 2, 1 of 2",
+        "step 1 of 2: reading 2 of 2",
+        "step 2 of 2: reading 1 of 2",
+        "step 2 of 2: measuring dev at ratio 4, 2 of 2",
+    ):
+        assert result.stderr.count(line) == 1
+    monkeypatch.setattr("activation_beacon.cli.train.SECONDS_OF_SILENCE", 600.0)
+    monkeypatch.setattr("activation_beacon.cli.train.SECONDS_BETWEEN_LINES", 600.0)
+    result = run(*arguments(files), "-o", "other", "--steps", "3", cwd=tmp_path)
+    lines = re.findall(r"^step .*?: \w+", result.stderr, re.MULTILINE)
+    assert lines == ["step 1 of 3: loss", "step 3 of 3: loss"]
+
+
+def test_losses_come_before_what_is_being_done_where_steps_are_short(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("activation_beacon.cli.train.time", SimpleNamespace(monotonic=lambda: now[0]))
+    told = {"loss": 3.0, "loss_by_ratio": {"2": 3.0}, "tokens_per_second": 100.0, "memory_bytes": 1}
+
+    def lines_of(seconds: float, steps: int) -> list[str]:
+        bar = _Bar(steps, None)
+        for step in range(1, steps + 1):
+            for part in range(4):
+                bar.working(step, f"reading {part + 1} of 4")
+                now[0] += seconds / 4
+            bar({"step": step, **told})
+        return re.findall(r"^step (\d+) of \d+: (\w+)", capsys.readouterr().err, re.MULTILINE)
+
+    assert lines_of(3.0, 13) == [("1", "loss"), ("5", "loss"), ("9", "loss"), ("13", "loss")]
+    assert lines_of(12.0, 3) == [("1", "loss"), ("2", "loss"), ("3", "loss")]
+    assert lines_of(40.0, 2) == [("1", "reading"), ("1", "loss"), ("2", "reading"), ("2", "loss")]
+
+
+def test_help_says_the_defaults_of_a_run_without_a_recipe(tmp_path):
+    text = " ".join(run("--help", cwd=tmp_path).stdout.split())
+    stage, settings = Stage(), TrainingSettings(output="run", documents=("t",))
+    for option, value in (
+        ("steps", stage.steps),
+        ("length", stage.length),
+        ("batch-size", stage.batch_size),
+        ("micro-batch-size", stage.micro_batch_size),
+        ("learning-rate", stage.learning_rate),
+        ("distillation", f"{stage.distillation:g}"),
+        ("chunk-size", settings.config.chunk_size),
+        ("ratios", ",".join(map(str, settings.config.ratios))),
+        ("sinks", DEFAULTS["num_sinks"]),
+        ("placement", DEFAULTS["placement"]),
+        ("base", settings.base),
+        ("optimizer", settings.optimizer),
+        ("wrapper", settings.wrapper),
+        ("on-error", settings.on_error),
+        ("save-every", settings.save_every),
+        ("seed", settings.seed),
+    ):
+        assert re.search(rf" --{option} [^\[]*\[default: {re.escape(str(value))}\]", text), option
+    assert text.count("Example") == 1
+
+
 BAD = [
     ([], "There is nothing to train on. Name texts, or a recipe such as recipes/default-cpu.yaml."),
     (["{files}/texts.jsonl"], "The run needs a folder for what comes of it. Add --output FOLDER."),
+    (["--resume"], "There is nothing to train on. Name texts, or a recipe such as recipes/default-cpu.yaml."),
+    (
+        ["--resume", "-o", "run"],
+        "There is no run in run to go on with: run/recipe.json is missing. Name texts, or a recipe such as recipes/default-cpu.yaml.",
+    ),
     (["{files}/none.jsonl", "-o", "run", "--base", "{files}/base"], "none.jsonl"),
     (["none.yaml", "-o", "run"], "none.yaml cannot be read: No such file or directory. Name a YAML recipe."),
     (["{files}/bad.yaml", "-o", "run"], "bad.yaml, line 2 is not valid YAML"),
@@ -352,7 +570,7 @@ BAD = [
     ),
     (
         ["{files}/texts.jsonl", "-o", "run", "--base", "{files}/base", "--chunk-size", "32", "--length", "2048"],
-        "Stage 1: A text of 2048 tokens needs 1040 positions at ratio 2; the base model has 640. Use ratio 4. Or train on a smaller",
+        "Stage 1: A text of 2048 tokens needs 1044 positions at ratio 2; the base model has 640. Use ratio 4. Or train on a smaller",
     ),
     (
         ["{files}/texts.jsonl", "-o", "run", "--base", "{files}/base", "--chunk-size", "32", "--length", "120"],

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from activation_beacon import BeaconConfig, attach
+from activation_beacon.at_once import chunks_at_once
 from activation_beacon.errors import ConfigError, MismatchError, TrainingError
 from activation_beacon.persistence import load_adapter_tensors
 from activation_beacon.processes import Processes
@@ -277,6 +278,40 @@ def test_a_run_that_was_asked_to_stop_is_not_finished_though_its_time_ends_meanw
     assert (outcome.is_finished, outcome.why) == (False, "asked to")
 
 
+def test_a_run_whose_steps_are_all_made_is_finished_though_it_was_asked_to_stop_or_its_time_ended_meanwhile(tmp_path):
+    def measured_at_last(step, what):
+        if step == 6 and what.startswith("measuring"):
+            run.stop("asked to")
+
+    run_settings = settings(tmp_path / "asked")
+    run = Trainer(
+        attach(tiny("llama"), run_settings.config),
+        run_settings,
+        [Texts()],
+        dev={"dev": Texts()},
+        working=measured_at_last,
+    )
+    outcome = run.run()
+    assert run.stopping == "asked to"
+    assert (outcome.progress.step, outcome.is_finished, outcome.why) == (6, True, "all steps are made")
+    outcome = trainer(tmp_path / "over", stage={"steps": 1}).run(max_minutes=1, since=time.monotonic() - 90)
+    assert (outcome.progress.step, outcome.is_finished, outcome.why) == (1, True, "all steps are made")
+
+
+def test_an_outcome_says_whether_ctrl_c_ended_the_run(tmp_path):
+    for name, is_interrupted in (("ctrl-c", True), ("other", False)):
+        run = trainer(tmp_path / name)
+        run.report = lambda line, run=run, why=is_interrupted: run.stop("asked to", is_interrupted=why)
+        outcome = run.run()
+        assert (outcome.progress.step, outcome.is_finished, outcome.is_interrupted) == (1, False, is_interrupted)
+
+
+@pytest.mark.parametrize(("minutes", "why"), [(1, "1 minute is over"), (2, "2 minutes are over")])
+def test_the_time_that_is_over_is_named(tmp_path, minutes, why):
+    outcome = trainer(tmp_path, stage={"steps": 50}).run(max_minutes=minutes, since=time.monotonic() - 60 * minutes)
+    assert outcome.why == why
+
+
 def test_texts_of_an_update_are_shared_evenly_by_the_processes(tmp_path):
     run = settings(tmp_path, stage={"batch_size": 3})
     with pytest.raises(ConfigError, match=r"Stage 1: batch_size \(3\) .* number of processes \(2\)\. Use 4\."):
@@ -314,6 +349,120 @@ def test_losses_on_dev_texts_are_those_of_the_model_at_each_ratio(tmp_path):
             ids = Texts().sample(index).ids[None]
             losses.append(model(ids, labels=ids, beacon_ratio=ratio).nll[0, CHUNK - 1 :].detach())
         assert dev[str(ratio)] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
+
+
+def with_dev(folder, *, base=None, dev=True, **changes):
+    """A trainer that measures dev texts, or (for comparison) has none."""
+    run = settings(folder, dev_texts=2, **changes)
+    samplers = {"dev": Texts(), "dev_answers": Texts()} if dev else {}
+    return Trainer(attach(base or tiny("llama"), run.config), run, [Texts()], dev=samplers)
+
+
+def test_dev_texts_are_measured_before_the_first_step_and_weights_stay_what_they_would_have_been(tmp_path):
+    def dropping():
+        base = tiny("llama")
+        base.config.attention_dropout = 0.2
+        for layer in base.model.layers:
+            layer.self_attn.attention_dropout = 0.2
+        torch.manual_seed(5)
+        return base
+
+    with_some = with_dev(tmp_path / "some", base=dropping(), dev_every=2)
+    seen = []
+    with_some.report = seen.append
+    with_some.run()
+    without = with_dev(tmp_path / "none", base=dropping(), dev=False)
+    without.run()
+    assert_same(with_some.adapter_tensors(), without.adapter_tensors())
+    lines = metrics(tmp_path / "some")
+    assert [line["step"] for line in lines if "dev" in line] == [0, 2, 4, 6]
+    assert seen == lines
+    assert lines[0].keys() == {"step", "stage", "tokens", "seconds", "dev", "dev_answers"}
+    assert lines[0]["dev"].keys() == {"2", "4"}
+    assert [line["step"] for line in metrics(tmp_path / "none")] == [1, 2, 3, 4, 5, 6]
+    losses = [[line["loss"] for line in metrics(tmp_path / name) if line["step"]] for name in ("some", "none")]
+    assert losses[0] == losses[1]
+
+
+def test_what_is_measured_before_the_first_step_is_what_the_beacons_are_before_it(tmp_path):
+    run = with_dev(tmp_path, stage={"steps": 1})
+    with chunks_at_once(run.model):
+        untrained = run.dev_losses()
+    run.run()
+    lines = metrics(tmp_path)
+    for name, losses in untrained.items():
+        assert lines[0][name] == pytest.approx(losses, rel=1e-5)
+    assert lines[1]["dev"] != untrained["dev"]
+
+
+def test_a_run_that_goes_on_is_not_measured_before_its_first_step_again_and_one_without_a_checkpoint_once(tmp_path):
+    first = with_dev(tmp_path)
+
+    def crash(line):
+        if line["step"] == 2:
+            raise KeyboardInterrupt
+
+    first.report = crash
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    again = with_dev(tmp_path)
+    assert again.resume().step == 0
+    again.report = lambda line: again.stop("enough") if line["step"] == 3 else None
+    again.run()
+    last = with_dev(tmp_path)
+    assert last.resume().step == 3
+    last.run()
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_whose_time_is_over_is_measured_at_its_end_within_that_time(tmp_path, monkeypatch):
+    now = [0.0]
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    monkeypatch.setattr("activation_beacon.training.trainer.time", clock)
+
+    def pass_time(_, text):
+        now[0] += 0.5 if text.startswith("measuring") else 1.0  # three of a step, four of measuring
+
+    run = with_dev(tmp_path, stage={"steps": 1000, "warmup": 0.0})
+    run.working = pass_time
+    outcome = run.run(max_minutes=0.5)
+    assert (outcome.is_finished, outcome.why) == (True, "0.5 minutes are over")
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines if "dev" in line] == [0, lines[-1]["step"]]
+    assert 25 < now[0] <= 30
+    assert lines[-1]["learning_rate"] < lines[-2]["learning_rate"] < lines[3]["learning_rate"]
+
+
+def test_dev_texts_that_take_too_much_of_the_time_are_not_measured_first_and_that_is_said(tmp_path, monkeypatch):
+    now, told = [0.0], []
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    monkeypatch.setattr("activation_beacon.training.trainer.time", clock)
+    run = with_dev(tmp_path, stage={"steps": 1000})
+    run.notice = told.append
+
+    def pass_time(_, text):
+        now[0] += 3.0 if text.startswith("measuring") else 1.0
+
+    run.working = pass_time
+    run.run(max_minutes=0.5)
+    [line] = told
+    assert line == (
+        "Dev texts are not measured before the first step: that would take more than 15% of 0.5 minutes. "
+        "Lower dev_texts or dev_length (--set dev_texts=1)."
+    )
+    assert not [line for line in metrics(tmp_path) if "dev" in line]
+    assert 25 < now[0] <= 30
+
+
+def test_what_is_being_done_is_said_for_every_part_of_a_step_and_of_a_measurement(tmp_path):
+    said = []
+    run = with_dev(tmp_path, stage={"steps": 1})
+    run.working = lambda step, text: said.append((step, text))
+    run.run()
+    measuring = [f"measuring {name} at ratio {ratio}" for name in ("dev", "dev answers") for ratio in (2, 4)]
+    measuring = [f"{text}, {number} of 4" for number, text in enumerate(measuring, 1)]
+    reading = [f"reading {number} of 3" for number in (1, 2, 3)]
+    assert said == [*((0, text) for text in measuring), *((1, text) for text in reading + measuring)]
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])

@@ -20,19 +20,21 @@ if TYPE_CHECKING:
 def make_questions(
     sources: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT...]", help="Texts to hide needles in: files, folders, or data sets on the hub."),
+        typer.Argument(metavar="TEXT", help="Texts to hide needles in: files, folders, or data sets on the hub."),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Questions, as JSON Lines.")] = Path(
         "own-words.jsonl"
     ),
     questions: Annotated[
-        list[str] | None, typer.Option("--questions", help="Questions with short contexts to be answered too.")
+        list[str] | None,
+        typer.Option("--questions", metavar="SOURCE", help="Questions with short contexts to be answered too."),
     ] = None,
     needles: Annotated[int, typer.Option("--needles", min=0, help="Needles to hide in passages of the texts.")] = 800,
     kinds: Annotated[
         str | None,
         typer.Option(
             "--kinds",
+            metavar="LIST",
             help="Kinds of needles, of word,number,uuid,sentence,multi,fact; one named twice comes twice as often.",
         ),
     ] = None,
@@ -40,8 +42,12 @@ def make_questions(
         int | None, typer.Option("--limit", min=1, help="Questions of each source at most, drawn at random.")
     ] = None,
     max_words: Annotated[int, typer.Option("--max-words", min=1, help="Words of a question's context at most.")] = 250,
-    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Id of a document to leave out.")] = None,
-    base: Annotated[str, typer.Option("--base", help="Base model: default, a folder, or a hub id.")] = "default",
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="ID", help="Id of a document to leave out.")
+    ] = None,
+    base: Annotated[
+        str, typer.Option("--base", metavar="NAME", help="Base model: default, a folder, or a hub id.")
+    ] = "default",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions answered together.")] = 16,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")] = 48,
     seed: Annotated[int, typer.Option("--seed", help="Seed of passages, needles and drawn questions.")] = 0,
@@ -69,8 +75,8 @@ def make_questions(
             sources or [], questions or [], needles=needles, kinds=kinds, limit=limit, max_words=max_words,
             exclude=exclude or [], seed=seed,
         )  # fmt: skip
-        if report.skipped and group.is_first:
-            notice(report.summary())
+        if group.is_first:
+            _tell_skipped(sources or [], report)
         place = device or (str(group.device()) if group.count > 1 else best_device())
         with working(f"loading {base}"), quiet_libraries():
             model, tokenizer = load_pretrained_base(base, dtype=None if dtype is None else str(dtype), device=place)
@@ -85,6 +91,16 @@ def make_questions(
         print_json({"file": str(output), **counts.to_dict()})
     else:
         typer.echo(_summary(output, counts))
+
+
+def _tell_skipped(sources: list[str], report: "ReadReport") -> None:
+    """Say what of the sources is not read: files of other kinds, and records."""
+    from activation_beacon.data.data_files import left_out
+
+    for line in filter(None, map(left_out, sources)):
+        notice(line)
+    if report.skipped:
+        notice(report.summary())
 
 
 def _asked(

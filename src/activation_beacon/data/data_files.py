@@ -14,9 +14,12 @@ from activation_beacon.files import reason
 
 Source = str | Path
 
-FORMATS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-BY_NAME_ONLY = (".md", ".json", ".json.gz", ".json.zst")  # in a folder of texts, such a file is about them
+MARKDOWN = (".md", ".md.gz", ".md.zst")
+RECORD_FORMATS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+FORMATS = (*RECORD_FORMATS, *MARKDOWN)
+BY_NAME_ONLY = (".json", ".json.gz", ".json.zst")  # in a folder of texts, such a file is about them
 PACKINGS = (".gz", ".zst")
+NAMES_SHOWN = 3
 BLOCK = 1 << 18
 MAX_WINDOW = 1 << 27  # zstandard refuses windows of more than 8 MiB unless told
 HUB_NAME = re.compile(
@@ -47,8 +50,12 @@ def list_sources(sources: Source | Sequence[Source]) -> list[Source]:
     return [sources] if isinstance(sources, (str, Path)) else list(sources)
 
 
-def data_files(source: Source) -> list[Path]:
+def data_files(source: Source, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     """The files that a source names, in the order of reading; none for a hub data set.
+
+    Args:
+        source: a file, a folder, a glob or a hub data set.
+        formats: of files that are read where a folder or a glob does not name them.
 
     Raises:
         StorageError: if there is no such file.
@@ -59,16 +66,45 @@ def data_files(source: Source) -> list[Path]:
         file_kind(path)
         return [path]
     if path.is_dir():
-        return _known(path.iterdir(), f"The folder {path}", f"Name a subfolder, or a glob such as {path}/**/*.jsonl.")
+        way_out = f"Name a subfolder, or a glob such as {path}/**/*.jsonl."
+        return _known(path.iterdir(), f"The folder {path}", way_out, formats)
     if hub_name(source):
         return []
     if glob.has_magic(str(path)):
-        found = map(Path, glob.iglob(str(path), recursive=True))  # noqa: PTH207 - pathlib takes no absolute patterns
-        named = tuple(ending for ending in BY_NAME_ONLY if str(path).endswith(ending))
-        return _known(found, f"The glob {path}", "Check it, and the folder that it starts from.", FORMATS + named)
+        way_out = "Check it, and the folder that it starts from."
+        return _known(_matches(path), f"The glob {path}", way_out, formats + _named_by(path))
     raise StorageError(
         f"There is no file, folder or glob {str(source)!r}. Name one, or a hub data set as owner/name, owner/name:split or "
         "owner/name:config:split."
+    )
+
+
+def left_out(source: Source, formats: tuple[str, ...] = FORMATS) -> str | None:
+    """One line on what lies in a folder, or meets a glob, and is not read; None where all is.
+
+    Args:
+        source: as `data_files` takes it.
+        formats: the same.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        entries, known = list(path.iterdir()), formats
+    elif not path.is_file() and not hub_name(source) and glob.has_magic(str(path)):
+        entries, known = [entry for entry in _matches(path) if entry.is_file()], formats + _named_by(path)
+    else:
+        return None
+    names = sorted(
+        entry.name + "/" * entry.is_dir()
+        for entry in entries
+        if not entry.name.startswith(".") and (entry.is_dir() or not entry.name.endswith(known))
+    )
+    if not names:
+        return None
+    more = ", ..." if len(names) > NAMES_SHOWN else ""
+    kinds = [kind for kind in (".txt", ".md", ".jsonl", ".parquet") if kind in known]
+    return (
+        f"{source}: {len(names):,} left out ({', '.join(names[:NAMES_SHOWN])}{more}). Read are {', '.join(kinds)}; "
+        "name a .json file, or a subfolder, by itself."
     )
 
 
@@ -122,7 +158,16 @@ def hub_name(source: Source) -> re.Match[str] | None:
     return None if match is None or match["name"].endswith(FORMATS + BY_NAME_ONLY) else match
 
 
-def _known(entries: Iterable[Path], what: str, way_out: str, formats: tuple[str, ...] = FORMATS) -> list[Path]:
+def _matches(pattern: Path) -> Iterator[Path]:
+    return map(Path, glob.iglob(str(pattern), recursive=True))  # noqa: PTH207 - pathlib takes no absolute patterns
+
+
+def _named_by(pattern: Path) -> tuple[str, ...]:
+    """Formats that a glob asks for by their ending."""
+    return tuple(ending for ending in BY_NAME_ONLY + MARKDOWN if str(pattern).endswith(ending))
+
+
+def _known(entries: Iterable[Path], what: str, way_out: str, formats: tuple[str, ...]) -> list[Path]:
     found = sorted(path for path in entries if path.is_file() and not path.name.startswith("."))
     files = [path for path in found if path.name.endswith(formats)]
     if not files:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from activation_beacon.data.data_files import (
+    FORMATS,
+    RECORD_FORMATS,
     BadRecord,
     Source,
     blocks,
@@ -135,8 +137,8 @@ def read_records(
 
     Args:
         source: a file (`FORMATS`), a folder of such files, a glob, or a hub data set: "owner/name", "owner/name:split" or
-            "owner/name:config:split" (its only or default configuration and its train split unless named). A .txt file is
-            one record, and so is the object in a .json file; an array there has a record in each item.
+            "owner/name:config:split" (its only or default configuration and its train split unless named). A .txt or .md file
+            is one record, and so is the object in a .json file; an array there has a record in each item.
         on_error: what to do with a bad record.
         report: counts are added to it.
         text_field: name under which the text of a .txt file is handed on.
@@ -198,7 +200,8 @@ def questions(
         As `read_records`; a question without text or answer is a bad record.
     """
     intake = _Intake(on_error, report)
-    parts = (part for record in _all_records(sources, intake, "text") for part in _parts(record, intake))
+    records = _all_records(sources, intake, "text", RECORD_FORMATS)  # among questions, Markdown is about them
+    parts = (part for record in records for part in _parts(record, intake))
     for record in _wanted(parts, exclude, intake):
         if is_unanswerable(record.fields):
             intake.report.skip("unanswerable", record.place)
@@ -224,18 +227,20 @@ def _wanted(records: Iterator[Record], exclude: Collection[str], intake: _Intake
             yield record
 
 
-def _all_records(sources: Source | Sequence[Source], intake: _Intake, text_field: str) -> Iterator[Record]:
+def _all_records(
+    sources: Source | Sequence[Source], intake: _Intake, text_field: str, formats: tuple[str, ...] = FORMATS
+) -> Iterator[Record]:
     for source in list_sources(sources):
-        data_files(source)  # what is named wrongly is told before anything is read
+        data_files(source, formats)  # what is named wrongly is told before anything is read
     for source in list_sources(sources):
-        yield from _records(source, intake, text_field)
+        yield from _records(source, intake, text_field, formats)
 
 
-def _records(source: Source, intake: _Intake, text_field: str) -> Iterator[Record]:
+def _records(source: Source, intake: _Intake, text_field: str, formats: tuple[str, ...] = FORMATS) -> Iterator[Record]:
     readers = {
         ".txt": _read_text, ".md": _read_text, ".jsonl": _read_lines, ".json": _read_json, ".parquet": _read_parquet
     }  # fmt: skip
-    files = data_files(source)
+    files = data_files(source, formats)
     if not files:
         yield from _read_hub(str(source))
     for path in files:

@@ -36,10 +36,12 @@ def training_card(config: BeaconConfig, settings: TrainingSettings, metrics: Seq
 
 
 def _account(summary: Mapping[str, Any], settings: TrainingSettings) -> str:
+    planned, minutes = summary.get("planned_steps", 0), summary.get("minutes", 0)
     return (
-        f"{summary.get('steps', 0):,} of {summary.get('planned_steps', 0):,} updates, {summary.get('tokens', 0):,} tokens, "
-        f"{summary.get('minutes', 0):g} minutes on {summary.get('hardware', 'unknown hardware')}, seed {settings.seed}; "
-        f"ended because {summary.get('ended', 'of reasons unknown')}. Only beacon weights were trained."
+        f"{summary.get('steps', 0):,} of {planned:,} {'update' if planned == 1 else 'updates'}, "
+        f"{summary.get('tokens', 0):,} tokens, {minutes:g} {'minute' if minutes == 1 else 'minutes'} on "
+        f"{summary.get('hardware', 'unknown hardware')}, seed {settings.seed}; ended because "
+        f"{summary.get('ended', 'of reasons unknown')}. Only beacon weights were trained."
     )
 
 

@@ -3,7 +3,7 @@
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,11 @@ class StepTotals:
 class MetricsLog:
     """`metrics.jsonl`: lines of steps that are read anew after a resumption are dropped first.
 
+    The line of step 0 holds what is measured before any update, and no loss.
+
     Args:
         path: of the file.
-        step: the run goes on after this one.
+        step: the run goes on after this one; from 0 it is measured anew.
 
     Raises:
         StorageError: if it cannot be written.
@@ -69,7 +71,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -83,6 +85,11 @@ class MetricsLog:
             StorageError: if it cannot be written.
         """
         append_lines(self.path, [line], way_out="free space, then --resume")
+
+
+def updates(metrics: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of updates: all but that of step 0."""
+    return [line for line in metrics if line["step"]]
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from activation_beacon.base_models import load_pretrained_base, max_positions
 from activation_beacon.config import BeaconConfig, is_same_fingerprint, short_fingerprint
 from activation_beacon.default_base import DEFAULT_BASE_REVISION
 from activation_beacon.errors import BaseModelError, CapacityError, ConfigError, StorageError
-from activation_beacon.exact import with_digits
+from activation_beacon.exact import digit_ids, with_digits
 from activation_beacon.files import write_text
 from activation_beacon.hub import adapter_folder
 from activation_beacon.model import attach
@@ -27,11 +27,11 @@ from activation_beacon.plan import RatioPolicy, Row, TextPlanner
 from activation_beacon.processes import Processes, processes
 from activation_beacon.training.card import training_card
 from activation_beacon.training.checkpoints import checkpoints
-from activation_beacon.training.metrics import read_metrics
+from activation_beacon.training.metrics import read_metrics, updates
 from activation_beacon.training.samplers import DEV, check_sources, dev_samplers, read_sources, stage_samplers
 from activation_beacon.training.settings import TrainingSettings
 from activation_beacon.training.tracking import open_tracker
-from activation_beacon.training.trainer import Outcome, Report, Trainer
+from activation_beacon.training.trainer import Notice, Outcome, Report, Trainer, Working
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ def train(
     max_minutes: float | None = None,
     device: str | None = None,
     report: Report | None = None,
-    notice: Callable[[str], None] | None = None,
+    working: Working | None = None,
+    notice: Notice | None = None,
 ) -> Outcome:
     """Train an adapter, or go on training it.
 
@@ -61,7 +62,8 @@ def train(
         resume: go on where the output folder stands.
         max_minutes: of this call, loading and tokenising among them; the learning rate falls so that it ends in time.
         device: such as "cuda:0"; by default a GPU if there is one.
-        report: is called with the metrics of each update.
+        report: is called with the metrics of each update, and before the first with what dev texts have (step 0).
+        working: is called with the step under way and what is being done, several times within one.
         notice: is called with what a user should know.
 
     Returns:
@@ -73,7 +75,7 @@ def train(
     """
     start = time.monotonic()
     tell = notice or logger.info
-    check_sources(settings)
+    check_sources(settings, tell)
     found = _check_output(Path(settings.output), resume=resume)
     if resume and not found:
         tell(f"{settings.output} holds no checkpoint to resume: a new run begins there.")
@@ -86,6 +88,7 @@ def train(
             since=start,
             device=device,
             report=report,
+            working=working,
             tell=tell,
         )
 
@@ -99,7 +102,8 @@ def _run(
     since: float,
     device: str | None,
     report: Report | None,
-    tell: Callable[[str], None],
+    working: Working | None,
+    tell: Notice,
 ) -> Outcome:
     """The run of one process. What holds on to the group is let go of when it returns."""
     folder = Path(settings.output)
@@ -108,7 +112,7 @@ def _run(
     samplers = stage_samplers(settings, data, tokenizer, tell)
     trainer = Trainer(
         model, settings, samplers, dev=dev_samplers(settings, data, tokenizer, tell), group=group,
-        digests=data.digests, report=report if group.is_first else None,
+        digests=data.digests, report=report if group.is_first else None, working=working, notice=tell,
     )  # fmt: skip
     tell_of_waiting(settings, group.count, tell)
     if resume and (progress := trainer.resume()).step:
@@ -124,7 +128,7 @@ def _run(
     return outcome
 
 
-def tell_of_waiting(settings: TrainingSettings, num_processes: int, tell: Callable[[str], None]) -> None:
+def tell_of_waiting(settings: TrainingSettings, num_processes: int, tell: Notice) -> None:
     """Say where micro-batches cannot be dealt evenly to the processes: weights are the same, and some processes wait."""
     for number, stage in enumerate(settings.stages, 1):
         if -(-stage.batch_size // stage.micro_batch_size) % num_processes:
@@ -221,6 +225,11 @@ def _model(settings: TrainingSettings, group: Processes, device: str | None) -> 
             f"context_weight ask it to. Use a length of at most {positions}, or cross_entropy alone."
         )
     _check_positions(settings, positions)
+    if config.exact_ids == "digits" and not digit_ids(tokenizer):
+        raise ConfigError(
+            f"Numbers cannot be held token by token: the tokenizer of {settings.base} has no token with a digit. Add "
+            "--no-exact (in a recipe, leave exact_ids out)."
+        )
     model = attach(base, with_digits(config, tokenizer))
     if settings.adapter is not None:
         with group.first_before_others():
@@ -292,7 +301,7 @@ def _signals(trainer: Trainer) -> Iterator[None]:
 
     def handle(number: int, frame: object) -> None:
         del frame
-        trainer.stop(f"asked to stop by {signal.Signals(number).name}")
+        trainer.stop(f"asked to stop by {signal.Signals(number).name}", is_interrupted=number == signal.SIGINT)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     try:
@@ -308,6 +317,7 @@ def _signals(trainer: Trainer) -> Iterator[None]:
 
 
 def _summary(settings: TrainingSettings, outcome: Outcome, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    metrics = updates(metrics)  # what was measured before them is not this adapter's
     last = metrics[-1] if metrics else {}
     summary = {
         "steps": outcome.progress.step,

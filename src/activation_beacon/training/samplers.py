@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from activation_beacon.data.data_files import data_files
+from activation_beacon.data.data_files import FORMATS, RECORD_FORMATS, data_files, left_out
 from activation_beacon.data.sources import ReadReport
+from activation_beacon.errors import InputError
 from activation_beacon.processes import Processes
 from activation_beacon.training.sampling import DocumentSampler, MixedSampler, Sampler
 from activation_beacon.training.settings import Stage, TrainingSettings
@@ -19,6 +20,9 @@ Tell = Callable[[str], None]
 
 LEAST_CHUNKS = 2
 SMALL_FILES = 1 << 21  # bytes
+PLAIN = (".txt", ".md", ".jsonl")  # a text in such a file has no more tokens than the file has bytes
+PURPOSE = "to train on"
+DEV_PURPOSE = "of those that --dev names to measure on"
 DEV = ("dev", "dev_answers")  # what is measured on the way: texts, and answers to questions
 
 
@@ -42,15 +46,47 @@ class RunData:
         return found
 
 
-def check_sources(settings: TrainingSettings) -> None:
+def check_sources(settings: TrainingSettings, tell: Tell) -> None:
     """Look whether what the settings name is there, before anything is loaded.
+
+    Args:
+        settings: of the run.
+        tell: is called with what lies in a source and is not read.
 
     Raises:
         StorageError: if a source does not exist.
         FileFormatError: if its format is not known.
+        InputError: if no dev text can be long enough.
     """
-    for source in (*settings.documents, *settings.questions, *settings.dev, *settings.dev_questions):
-        data_files(source)
+    texts, questions = (*settings.documents, *settings.dev), (*settings.questions, *settings.dev_questions)
+    named = [(source, FORMATS) for source in texts] + [(source, RECORD_FORMATS) for source in questions]
+    for source, formats in named:
+        data_files(source, formats)
+    for source, formats in dict.fromkeys(named):
+        if line := left_out(source, formats):
+            tell(line)
+    _check_dev_files(settings)
+
+
+def _check_dev_files(settings: TrainingSettings) -> None:
+    """Refuse dev files none of which has as many bytes as a dev text has tokens: no tokenizer has to be loaded for that.
+
+    Raises:
+        InputError: with the longest file, and the way out.
+    """
+    found = [data_files(source) for source in settings.dev]
+    files = [path for each in found for path in each]
+    if not all(found) or any(path.suffix not in PLAIN for path in files):
+        return
+    longest = max(files, key=lambda path: path.stat().st_size, default=None)
+    if longest is not None and (size := longest.stat().st_size) < settings.length_of_dev_texts:
+        raise InputError(f"No document is left {DEV_PURPOSE}: {longest} has {size:,} bytes. {_dev_way_out(settings)}")
+
+
+def _dev_way_out(settings: TrainingSettings) -> str:
+    length, least = settings.length_of_dev_texts, LEAST_CHUNKS * settings.config.chunk_size
+    shorter = f", or measure on shorter ones: --set dev_length={least}" if least < length else ""
+    return f"Name texts of at least {length:,} tokens{shorter}."
 
 
 def read_sources(settings: TrainingSettings, tokenizer: Any, folder: Path, group: Processes, tell: Tell) -> RunData:
@@ -65,9 +101,10 @@ def read_sources(settings: TrainingSettings, tokenizer: Any, folder: Path, group
     """
     smallest = min(stage.chunk_size or settings.config.chunk_size for stage in settings.stages)
     with group.first_before_others():
-        documents = _store(settings, "documents", tokenizer, folder, LEAST_CHUNKS * smallest, tell)
-    with group.first_before_others():
+        # The shorter ones first: what is refused is refused soon.
         dev = _store(settings, "dev", tokenizer, folder, settings.length_of_dev_texts, tell)
+    with group.first_before_others():
+        documents = _store(settings, "documents", tokenizer, folder, LEAST_CHUNKS * smallest, tell)
     return RunData(documents, dev, _groups(settings, "questions", tell), _groups(settings, "dev_questions", tell))
 
 
@@ -85,12 +122,16 @@ def _store(
             share = f", {state.bytes_done / state.bytes_total:.0%}" if state.bytes_total else ""
             tell(f"Tokenising {name}: {state.documents:,} documents, {state.tokens:,} tokens{share}")
 
+    purpose, way_out = PURPOSE, "Name other sources."
+    if name == "dev":
+        purpose, way_out = DEV_PURPOSE, _dev_way_out(settings)
     store = build_token_store(
         sources, tokenizer, folder, min_tokens=least, workers=_workers(settings, sources), on_error=settings.on_error,
         exclude=settings.exclude, text_field=settings.text_field, progress=progress,
-        max_tokens=settings.max_tokens if name == "documents" else None,
+        max_tokens=settings.max_tokens if name == "documents" else None, purpose=purpose, way_out=way_out,
     )  # fmt: skip
-    tell(f"{name.capitalize()}: {len(store):,} texts, {store.num_tokens:,} tokens. {store.summary}")
+    texts = "text" if len(store) == 1 else "texts"
+    tell(f"{name.capitalize()}: {len(store):,} {texts}, {store.num_tokens:,} tokens. {store.summary}")
     return store
 
 

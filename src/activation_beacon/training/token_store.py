@@ -128,6 +128,8 @@ def build_token_store(
     text_field: str = "text",
     progress: Callable[[BuildProgress], None] | None = None,
     report: ReadReport | None = None,
+    purpose: str = "to train on",
+    way_out: str = "Name other sources.",
 ) -> TokenStore:
     """Tokenise documents into a store, or open the one that was made of the same sources in the same way.
 
@@ -147,6 +149,7 @@ def build_token_store(
         text_field: the field that holds the text.
         progress: is called after each batch of documents.
         report: counts are added to it; left alone where a store is only opened (see `TokenStore.summary`).
+        purpose, way_out: what the documents are for, and what to do where none is left, for the message.
 
     Raises:
         InputError: if no document is left, or at a bad record with `on_error` "stop".
@@ -171,7 +174,7 @@ def build_token_store(
     report = ReadReport() if report is None else report
     texts = documents(sources, text_field=text_field, exclude=exclude, on_error=on_error, report=report)
     total = 0 if max_tokens is not None else _bytes_total(entries)
-    job = _Job(tokenizer, _dtype(tokenizer), min_tokens, max_tokens, workers, report, progress, total)
+    job = _Job(tokenizer, _dtype(tokenizer), min_tokens, max_tokens, workers, report, progress, total, purpose, way_out)
     try:
         build_folder("the training texts", target, lambda aside: _write_store(aside, texts, job, origin))
     except StorageError:
@@ -205,6 +208,8 @@ class _Job:
     report: ReadReport
     progress: Callable[[BuildProgress], None] | None
     bytes_total: int
+    purpose: str
+    way_out: str
 
     def is_full(self, num_tokens: int) -> bool:
         return self.max_tokens is not None and num_tokens >= self.max_tokens
@@ -239,7 +244,7 @@ def _write_store(folder: Path, texts: Iterable[tuple[str, str]], job: _Job, orig
         file.seek(0)
         _write_array_header(file, job.dtype, offsets[-1])
     if not ids:
-        raise InputError(f"No document is left to train on: {job.report.summary()} Name other sources.")
+        raise InputError(f"No document is left {job.purpose}: {job.report.summary()} {job.way_out}")
     np.save(folder / OFFSETS_FILE, np.asarray(offsets, dtype=np.int64), allow_pickle=False)
     (folder / IDS_FILE).write_text(json.dumps(ids), encoding="utf-8")
     sizes = {"documents": len(ids), "tokens": offsets[-1], "summary": job.report.summary()}

@@ -6,6 +6,7 @@ beacon weights are trained; the base is frozen.
 
 import contextlib
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,18 +34,24 @@ from activation_beacon.training.sampling import Sampler
 from activation_beacon.training.settings import Stage, TrainingSettings
 from activation_beacon.training.sharding import fill, regather, whole, wrap
 
+logger = logging.getLogger(__name__)
+
 RUNAWAY_NATS = 2.0  # by which the smoothed loss may exceed the best it was
 SMOOTHING = 0.95
 LAST_SHARE = 0.02  # of the time that is left for saving
 FALL_SHARE = 0.3  # of the time in which the learning rate falls
+MEASURING_SHARE = 0.15  # of the time that is given, for measuring once on dev texts
 
 Report = Callable[[dict[str, Any]], None]
+Working = Callable[[int, str], None]
+Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class _Ending:
     why: str
     is_finished: bool
+    is_interrupted: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,14 @@ class Outcome:
         is_finished: all steps were made, or the time that was given is used up.
         checkpoint: the last one.
         why: one line.
+        is_interrupted: by Ctrl-C.
     """
 
     progress: Progress
     is_finished: bool
     checkpoint: Path
     why: str
+    is_interrupted: bool = False
 
 
 class TrainingStep(nn.Module):
@@ -89,6 +98,9 @@ class Trainer:
         group: the processes that train together.
         digests: of what the samplers read, by name: a run is continued on the same only.
         report: is called with each line of the metrics.
+        working: is called with the step under way (the last one, when dev texts are measured after it) and what is being
+            done, several times within one.
+        notice: is called with what a user should know.
 
     Raises:
         UnsupportedError: if the model cannot be trained this way, by name.
@@ -105,10 +117,12 @@ class Trainer:
         group: Processes | None = None,
         digests: Mapping[str, str] | None = None,
         report: Report | None = None,
+        working: Working | None = None,
+        notice: Notice | None = None,
     ) -> None:
         self.model, self.settings, self.samplers, self.dev = model, settings, samplers, dev or {}
         self.group = group or Processes()
-        self.report = report
+        self.report, self.working, self.notice = report, working, notice or logger.info
         self.folder = Path(settings.output)
         self.device, self.dtype = (getattr(model.get_input_embeddings().weight, name) for name in ("device", "dtype"))
         _check_shares(settings, self.group)
@@ -126,13 +140,14 @@ class Trainer:
         self.average = Average(self.parameters, settings.average_decay) if settings.average_decay else None
         self.progress = Progress(fingerprint=settings.fingerprint, digests=dict(digests or {}))
         self.stopping: str | None = None
+        self.is_interrupted = False
         self.smoothed = self.best = math.inf
 
     # --- running ---
 
-    def stop(self, why: str) -> None:
+    def stop(self, why: str, *, is_interrupted: bool = False) -> None:
         """Ask the loop to save and end after the step that is under way."""
-        self.stopping = why
+        self.stopping, self.is_interrupted = why, is_interrupted
 
     def resume(self) -> Progress:
         """Go on from the last checkpoint of the run, if there is one.
@@ -162,6 +177,9 @@ class Trainer:
     def run(self, *, max_minutes: float | None = None, since: float | None = None) -> Outcome:
         """Train until all steps are made, `stop` was called, or the time is over.
 
+        Dev texts are measured before the first step, every `dev_every`, after the last, and when the time is over, for which
+        as much of it is kept as measuring took before.
+
         Args:
             max_minutes: The learning rate falls in time: the run is over when the time is. One step is made at least.
             since: when these minutes began, on the monotonic clock; None for now.
@@ -177,36 +195,70 @@ class Trainer:
             training_products(self.model.cpu_matmul, device=self.device, dtype=self.dtype),
             _Ahead(self._batches, self.settings.num_steps) as ahead,
         ):
-            while self.progress.step < self.settings.num_steps:
+            if self.dev and not self.progress.step:
+                self._measure_first(clock, log)
+            while not self._is_through:
                 line = self._step(clock, ahead)
-                if self.dev and self._is_due(self.settings.dev_every):
-                    line |= self.dev_losses()
+                if self.dev and self._is_to_be_measured(clock):
+                    line |= self._measured(clock)
                 self._tell(line, log)
                 if self._is_due(self.settings.save_every):
                     self.save()
-                if (early := self._ending(clock)) is not None:
+                if not self._is_through and (early := self._ending(clock)) is not None:
                     ending = early
                     break
             checkpoint = self.save()
-        is_finished = ending.is_finished or self.progress.step >= self.settings.num_steps
-        return Outcome(self.progress, is_finished, checkpoint, ending.why)
+        return Outcome(self.progress, ending.is_finished, checkpoint, ending.why, ending.is_interrupted)
+
+    @property
+    def _is_through(self) -> bool:
+        return self.progress.step >= self.settings.num_steps
 
     def _is_due(self, every: int) -> bool:
-        return self.progress.step % every == 0 or self.progress.step == self.settings.num_steps
+        return self.progress.step % every == 0 or self._is_through
 
     def _ending(self, clock: "_Clock") -> "_Ending | None":
         """Why to end now, if there is a reason; the same in all processes."""
-        if self.group.any(clock.is_over, device=self.device):
-            return _Ending(f"{clock.minutes:g} minutes are over", is_finished=True)
+        if self._is_over(clock):
+            return _Ending(clock.why, is_finished=True)
         if self.group.any(self.stopping is not None, device=self.device):
-            return _Ending(self.stopping or "another process was asked to stop", is_finished=False)
+            why = self.stopping or "another process was asked to stop"
+            return _Ending(why, is_finished=False, is_interrupted=self.is_interrupted)
         return None
+
+    def _is_over(self, clock: "_Clock") -> bool:
+        return self.group.any(clock.is_over, device=self.device)
 
     def _tell(self, line: dict[str, Any], log: MetricsLog | None) -> None:
         if log is not None:
             log.add(line)
         if self.report is not None:
             self.report(line)
+
+    # --- dev texts on the way ---
+
+    def _is_to_be_measured(self, clock: "_Clock") -> bool:
+        return self._is_due(self.settings.dev_every) or (clock.can_measure and self._is_over(clock))
+
+    def _measured(self, clock: "_Clock", *, within: float | None = None) -> dict[str, dict[str, float]]:
+        found = self.dev_losses(within=within)
+        clock.tick_measured(is_whole=bool(found))
+        return found
+
+    def _measure_first(self, clock: "_Clock", log: MetricsLog | None) -> None:
+        """What the untrained beacons, or those of the adapter that the run goes on from, have on dev texts."""
+        within = None if clock.minutes is None else 60 * clock.minutes * MEASURING_SHARE
+        if found := self._measured(clock, within=within):
+            self._tell({"step": 0, "stage": 0, "tokens": 0, "seconds": 0.0, **found}, log)
+        else:
+            self.notice(
+                f"Dev texts are not measured before the first step: that would take more than {MEASURING_SHARE:.0%} of "
+                f"{_minutes(clock.minutes)}. Lower dev_texts or dev_length (--set dev_texts=1)."
+            )
+
+    def _doing(self, step: int, text: str) -> None:
+        if self.working is not None:
+            self.working(step, text)
 
     # --- one update ---
 
@@ -220,7 +272,8 @@ class Trainer:
             device=self.device,
         )
         totals = StepTotals(self.settings.config.ratios)
-        for batch in self._synchronised(batches):
+        for place, batch in enumerate(self._synchronised(batches), 1):
+            self._doing(self.progress.step + 1, f"reading {place:,} of {len(batches):,}")
             self._accumulate(batch, stage, num_targets, totals)
         rate = min(stage.rate((step + 1) / stage.steps), stage.learning_rate * self._fall(clock))
         norm = self._update(rate, stage.max_grad_norm)
@@ -362,22 +415,32 @@ class Trainer:
         return path
 
     @torch.no_grad()
-    def dev_losses(self) -> dict[str, dict[str, float]]:
-        """Nats per token to be predicted, on texts nobody trains on, at each ratio: the adapter's."""
-        with self._averaged():
-            return {name: self._dev_losses(sampler) for name, sampler in self.dev.items()}
+    def dev_losses(self, *, within: float | None = None) -> dict[str, dict[str, float]]:
+        """Nats per token to be predicted, on texts nobody trains on, at each ratio: the adapter's.
 
-    def _dev_losses(self, sampler: Sampler) -> dict[str, float]:
-        chunk_size, found = self.settings.config.chunk_size, {}
-        stage = Stage(steps=1, batch_size=self.settings.dev_texts, micro_batch_size=1)
-        for ratio in self.settings.config.ratios:
-            totals = StepTotals((ratio,))
-            for batch in step_batches(
-                stage, sampler, 0, chunk_size=chunk_size, ratios=(ratio,), seed=0, **self._shared
-            ):
-                totals.add(self.module(_on(batch, self.device), Objective()), batch)
-            found[str(ratio)] = totals.line(self.group, self.device)["loss"]
+        Args:
+            within: seconds; where it would take more, nothing is returned.
+        """
+        parts = [(name, ratio) for name in self.dev for ratio in self.settings.config.ratios]
+        found: dict[str, dict[str, float]] = {name: {} for name in self.dev}
+        start = time.perf_counter()
+        with self._averaged(), _same_random_numbers(self.device):
+            for done, (name, ratio) in enumerate(parts, 1):
+                self._doing(
+                    self.progress.step, f"measuring {name.replace('_', ' ')} at ratio {ratio}, {done} of {len(parts)}"
+                )
+                found[name][str(ratio)] = self._dev_loss(self.dev[name], ratio)
+                needed = (time.perf_counter() - start) / done * len(parts)
+                if within is not None and self.group.any(needed > within, device=self.device):
+                    return {}
         return found
+
+    def _dev_loss(self, sampler: Sampler, ratio: int) -> float:
+        stage = Stage(steps=1, batch_size=self.settings.dev_texts, micro_batch_size=1)
+        chunk_size, totals = self.settings.config.chunk_size, StepTotals((ratio,))
+        for batch in step_batches(stage, sampler, 0, chunk_size=chunk_size, ratios=(ratio,), seed=0, **self._shared):
+            totals.add(self.module(_on(batch, self.device), Objective()), batch)
+        return totals.line(self.group, self.device)["loss"]
 
 
 class _Ahead:
@@ -410,19 +473,40 @@ class _Clock:
         self.minutes = minutes
         self.last = time.monotonic()
         self.start = self.last if since is None else since
-        self.longest_step = 0.0
+        self.longest_step = self.longest_measuring = 0.0
 
     def tick(self) -> None:
         """A step was made."""
         now = time.monotonic()
         self.longest_step, self.last = max(self.longest_step, now - self.last), now
 
+    def tick_measured(self, *, is_whole: bool) -> None:
+        """Dev texts were measured, or (not `is_whole`) given up."""
+        now = time.monotonic()
+        if is_whole:
+            self.longest_measuring = max(self.longest_measuring, now - self.last)
+        self.last = now
+
+    @property
+    def can_measure(self) -> bool:
+        """Whether time is kept for measuring once more."""
+        return self.longest_measuring > 0
+
+    @property
+    def why(self) -> str:
+        """The end, in words."""
+        return f"{_minutes(self.minutes)} {'is' if self.minutes == 1 else 'are'} over"
+
+    def _seconds(self, minutes: float) -> float:
+        """For steps: some are left for saving, and for measuring once more."""
+        return max(60 * minutes * (1 - LAST_SHARE) - self.longest_measuring, 1e-9)
+
     @property
     def fall(self) -> float:
         """What is left of the learning rate: it falls in the last part of the time that was given."""
         if self.minutes is None:
             return 1.0
-        used = (time.monotonic() - self.start) / (60 * self.minutes * (1 - LAST_SHARE))
+        used = (time.monotonic() - self.start) / self._seconds(self.minutes)
         return min(1.0, max((1 - used) / FALL_SHARE, 0.01))
 
     @property
@@ -430,8 +514,19 @@ class _Clock:
         """Whether another step would not end in time."""
         if self.minutes is None:
             return False
-        left = 60 * self.minutes * (1 - LAST_SHARE) - (time.monotonic() - self.start)
+        left = self._seconds(self.minutes) - (time.monotonic() - self.start)
         return left < self.longest_step
+
+
+def _minutes(number: float | None) -> str:
+    return f"{number:g} {'minute' if number == 1 else 'minutes'}"
+
+
+@contextlib.contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """After the block, random numbers (of a base with dropout) go on as if it had drawn none."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 
 def _check_shares(settings: TrainingSettings, group: Processes) -> None:
