@@ -105,7 +105,7 @@ for command, lines in (
         (
             "beacon train my-texts/ -o my-run --base my/decoder --max-minutes 60",
             "beacon train recipes/default-gpu.yaml -o my-run",
-            "beacon train my-run/recipe.json -o my-run --resume",
+            "beacon train -o my-run --resume",
             "torchrun --nproc-per-node 8 -m activation_beacon train recipes/7b-8-gpus.yaml -o my-run",
         ),
     ),
