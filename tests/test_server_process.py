@@ -170,8 +170,9 @@ def test_an_address_that_is_none_is_told_in_one_line():
     assert result.stderr.count("\n") == 1
 
 
-def test_an_empty_key_lets_nobody_in(adapter):
-    result = CliRunner().invoke(app, ["serve", "--model", str(adapter)], env={"BEACON_API_KEY": ""})
+@pytest.mark.parametrize(("options", "variable"), [([], ""), (["--api-key", ""], None)])
+def test_an_empty_key_lets_nobody_in(options, variable):
+    result = CliRunner().invoke(app, ["serve", "--model", "never/loaded", *options], env={"BEACON_API_KEY": variable})
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: The API key is empty")
 

@@ -1,6 +1,7 @@
 """`beacon serve`: contexts and answers over HTTP."""
 
 import importlib
+import os
 import re
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from activation_beacon.cli.models import check_ratio, load_model
 from activation_beacon.errors import InputError, UnsupportedError
 
 UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+API_KEY = "BEACON_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -31,9 +33,7 @@ def serve(
     ] = "auto",
     api_key: Annotated[
         str | None,
-        typer.Option(
-            "--api-key", envvar="BEACON_API_KEY", help="Bearer key that clients must send.", show_default=False
-        ),
+        typer.Option("--api-key", envvar=API_KEY, help="Bearer key that clients must send.", show_default=False),
     ] = None,
     memory: Annotated[
         str, typer.Option("--memory", metavar="BYTES", help="Contexts and conversations kept in memory, such as 8GiB.")
@@ -80,7 +80,7 @@ def serve(
     files in one folder; a restart finds them again. Needs the extra "serve". Logs are JSON lines on stderr, without
     texts. Ctrl-C or SIGTERM finishes or cancels requests and ends.
     """
-    if api_key == "":
+    if api_key == "" or (api_key is None and os.environ.get(API_KEY) == ""):  # an empty variable would count as none
         raise InputError(
             "The API key is empty, which would let everybody in. Set --api-key (BEACON_API_KEY), or unset it."
         )
