@@ -488,12 +488,12 @@ def test_a_text_that_is_rendered_anew_is_not_read_twice(model, differs, message)
     with pytest.raises(InputError, match=r"^Row 0 of the prompt repeats the first 40 of the 45 .* and then ends"):
         model.generate(text[:, :40], past_key_values=cache, **greedy(max_new_tokens=3))
     assert_same_cache(cache, before)
-    pair = BeaconCache.stack([cache, model.compress(random_ids(45, 6), ratio=4)])
-    rows = torch.cat((torch.cat((text, random_ids(6, 5)), dim=1), random_ids(51, 7)))
-    with pytest.raises(
-        InputError, match=r"^Row 1 of the prompt does not open with the text that was read, and rows before it do"
-    ):
-        model.generate(rows, past_key_values=pair, **greedy(max_new_tokens=3))
+    other = model.compress(random_ids(45, 6), ratio=4)
+    rows = (torch.cat((text, random_ids(6, 5)), dim=1), random_ids(51, 7))
+    for stranger, contexts, prompts in ((1, (cache, other), rows), (0, (other, cache), rows[::-1])):
+        message = rf"^Row {stranger} of the prompt does not open with the text that was read, and others do\."
+        with pytest.raises(InputError, match=message):
+            model.generate(torch.cat(prompts), past_key_values=BeaconCache.stack(contexts), **greedy(max_new_tokens=3))
 
 
 def test_past_key_values_of_a_ragged_batch_take_the_full_texts(model):

@@ -1,5 +1,6 @@
 """Replicas and a corpus on Ray, in its local mode."""
 
+import contextlib
 import os
 import socket
 import warnings
@@ -59,7 +60,9 @@ def test_texts_of_one_name_are_refused(tmp_path):
         compress_corpus([tmp_path / "a.txt", tmp_path / "x" / "a.txt"], tmp_path / "out")
 
 
-def test_replicas_share_contexts_and_requests_find_the_one_that_holds_theirs(cluster, adapter, tmp_path):
+@contextlib.contextmanager
+def served(adapter, folder, **arguments):
+    """A client of replicas that run while the block does."""
     from ray import serve
 
     from activation_beacon.server.ray_serve import build
@@ -68,26 +71,26 @@ def test_replicas_share_contexts_and_requests_find_the_one_that_holds_theirs(clu
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    arguments = {"model": str(adapter), "name": "tiny", "folder": str(tmp_path / "contexts"), "replicas": "2"}
     try:
-        serve.run(build({**arguments, "ratio": "4"}), name="beacon", route_prefix="/")
+        built = build({"model": str(adapter), "name": "tiny", "folder": str(folder), **arguments})
+        serve.run(built, name="beacon", route_prefix="/")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            context = client.post("/v1/contexts", json={"text": BOOK}).json()
-            body = {
-                "model": "tiny",
-                "messages": [{"role": "user", "content": "Who?"}],
-                "max_tokens": 4,
-                "temperature": 0,
-            }
-            body["context"] = context["id"]
-            header = {"serve_multiplexed_model_id": context["id"]}
-            replies = [client.post("/v1/chat/completions", json=body, headers=header) for _ in range(4)]
-            replies += [client.post("/v1/chat/completions", json=body) for _ in range(4)]
-            assert {reply.status_code for reply in replies} == {200}
-            assert len({reply.json()["choices"][0]["message"]["content"] for reply in replies}) == 1
-            assert client.get("/v1/contexts/ctx_none").status_code == 404
+            yield client
     finally:
         serve.shutdown()
+
+
+def test_replicas_share_contexts_and_requests_find_the_one_that_holds_theirs(cluster, adapter, tmp_path):
+    with served(adapter, tmp_path / "contexts", replicas="2", ratio="4") as client:
+        context = client.post("/v1/contexts", json={"text": BOOK}).json()
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 4, "temperature": 0}
+        body["context"] = context["id"]
+        header = {"serve_multiplexed_model_id": context["id"]}
+        replies = [client.post("/v1/chat/completions", json=body, headers=header) for _ in range(4)]
+        replies += [client.post("/v1/chat/completions", json=body) for _ in range(4)]
+        assert {reply.status_code for reply in replies} == {200}
+        assert len({reply.json()["choices"][0]["message"]["content"] for reply in replies}) == 1
+        assert client.get("/v1/contexts/ctx_none").status_code == 404
 
 
 def test_the_key_is_the_environments_where_none_is_named(monkeypatch):
@@ -99,32 +102,19 @@ def test_the_key_is_the_environments_where_none_is_named(monkeypatch):
     monkeypatch.delenv("BEACON_API_KEY", raising=False)
     assert settings().api_key is None
     monkeypatch.setenv("BEACON_API_KEY", "")
-    assert settings().api_key is None
+    with pytest.raises(InputError, match=r"^The API key is empty"):
+        settings()
     monkeypatch.setenv("BEACON_API_KEY", "sesame")
     assert settings().api_key == "sesame"
     assert settings(api_key="open").api_key == "open"
 
 
 def test_what_is_refused_at_the_gate_loads_no_context(cluster, adapter, tmp_path):
-    from ray import serve
-
-    from activation_beacon.server.ray_serve import build
-
     model, tokenizer = load(adapter)
-    context = model.compress([ChatPrompt(tokenizer).opening(BOOK)], ratio=4)
     (tmp_path / "contexts").mkdir()
-    context.save(tmp_path / "contexts" / "book.beacon")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    arguments = {"model": str(adapter), "name": "tiny", "folder": str(tmp_path / "contexts"), "api_key": "sesame"}
-    try:
-        serve.run(build(arguments), name="beacon", route_prefix="/")
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            header, key = {"serve_multiplexed_model_id": "book"}, {"authorization": "Bearer sesame"}
-            assert client.get("/v1/contexts/book", headers=header).status_code == 401
-            assert client.get("/v1/contexts/book", headers=key).json()["in_memory"] is False
-            assert client.get("/v1/contexts/book", headers={**header, **key}).json()["in_memory"] is True
-    finally:
-        serve.shutdown()
+    model.compress([ChatPrompt(tokenizer).opening(BOOK)], ratio=4).save(tmp_path / "contexts" / "book.beacon")
+    with served(adapter, tmp_path / "contexts", api_key="sesame") as client:
+        header, key = {"serve_multiplexed_model_id": "book"}, {"authorization": "Bearer sesame"}
+        assert client.get("/v1/contexts/book", headers=header).status_code == 401
+        assert client.get("/v1/contexts/book", headers=key).json()["in_memory"] is False
+        assert client.get("/v1/contexts/book", headers={**header, **key}).json()["in_memory"] is True

@@ -306,24 +306,37 @@ def _unread(
         return prompt, mask
     width = prompt.shape[1]
     valid = torch.ones_like(prompt) if mask is None else mask[:, -width:].to(prompt.device)
+    columns = [valid[b].nonzero()[:, 0] for b in range(len(valid))]
+    repeated = [_num_repeated(b, prompt[b, columns[b]], cache) for b in range(len(valid))]
+    if all(number is None for number in repeated):
+        return prompt, mask
     unread = valid.clone()
-    for b, row in enumerate(cache.rows):
-        columns = valid[b].nonzero()[:, 0]
-        for num_seen in (row.tokens_seen, row.tokens_seen - cache.context_lengths[b]):
-            seen = cache.token_ids[b, cache.token_ids.shape[1] - num_seen :].to(prompt.device)
-            if len(columns) > num_seen and torch.equal(prompt[b, columns[:num_seen]], seen):
-                unread[b, columns[:num_seen]] = 0
-                break
-            _refuse_another_beginning(b, prompt[b, columns], seen)
-        else:
-            if b > 0:
-                raise InputError(
-                    f"Row {b} of the prompt does not open with the text that was read, and rows before it do. "
-                    "Give the whole text in each row, or only what follows it in each."
-                )
-            return prompt, mask
+    for b, number in enumerate(repeated):
+        if number is None:
+            raise InputError(
+                f"Row {b} of the prompt does not open with the text that was read, and others do. "
+                "Give the whole text in each row, or only what follows it in each."
+            )
+        unread[b, columns[b][:number]] = 0
     first = int(unread.any(dim=0).nonzero()[0])
     return prompt[:, first:], unread[:, first:]
+
+
+def _num_repeated(number: int, prompt: torch.Tensor, cache: BeaconCache) -> int | None:
+    """How many tokens that a row of the cache has seen a prompt (T,) opens with; None where it only says what follows them.
+
+    Raises:
+        InputError: if it repeats most of them, and not all.
+    """
+    row = cache.rows[number]
+    counts = (row.tokens_seen, row.tokens_seen - cache.context_lengths[number])
+    texts = [cache.token_ids[number, cache.token_ids.shape[1] - count :].to(prompt.device) for count in counts]
+    for seen in texts:
+        if len(prompt) > len(seen) and torch.equal(prompt[: len(seen)], seen):
+            return len(seen)
+    for seen in texts:
+        _refuse_another_beginning(number, prompt, seen)
+    return None
 
 
 def _refuse_another_beginning(row: int, prompt: torch.Tensor, seen: torch.Tensor) -> None:

@@ -487,6 +487,8 @@ class TextPlanner:
         return chunk_layout(size, ratio, self.config.placement, num_sinks, tuple(runs))
 
     def _check_closings(self, row: Row, layouts: Sequence[ChunkLayout], stop: int) -> None:
+        if self.max_positions is None:
+            return
         held, needed = row.memory_length, 0
         for layout in layouts:
             needed = max(needed, held + layout.num_slots)

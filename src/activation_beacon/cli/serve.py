@@ -13,7 +13,6 @@ from activation_beacon.cli.models import check_ratio, load_model
 from activation_beacon.errors import InputError, UnsupportedError
 
 UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-API_KEY = "BEACON_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -33,7 +32,9 @@ def serve(
     ] = "auto",
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", envvar=API_KEY, help="Bearer key that clients must send.", show_default=False),
+        typer.Option(
+            "--api-key", envvar="BEACON_API_KEY", help="Bearer key that clients must send.", show_default=False
+        ),
     ] = None,
     memory: Annotated[
         str, typer.Option("--memory", metavar="BYTES", help="Contexts and conversations kept in memory, such as 8GiB.")
@@ -80,10 +81,6 @@ def serve(
     files in one folder; a restart finds them again. Needs the extra "serve". Logs are JSON lines on stderr, without
     texts. Ctrl-C or SIGTERM finishes or cancels requests and ends.
     """
-    if api_key == "" or (api_key is None and os.environ.get(API_KEY) == ""):  # an empty variable would count as none
-        raise InputError(
-            "The API key is empty, which would let everybody in. Set --api-key (BEACON_API_KEY), or unset it."
-        )
     wanted = options.parse_ratio(ratio)
     if isinstance(wanted, tuple):
         raise InputError(
@@ -96,8 +93,10 @@ def serve(
     from activation_beacon.server.app import create_app
     from activation_beacon.server.http import HttpServer, bound_socket
     from activation_beacon.server.logs import log_to_stderr
-    from activation_beacon.server.settings import Settings
+    from activation_beacon.server.settings import API_KEY, Settings
 
+    if api_key is None:
+        api_key = os.environ.get(API_KEY)  # typer takes an empty variable for none
     settings = Settings(
         folder=folder,
         model_name=name or model,

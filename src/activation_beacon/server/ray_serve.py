@@ -18,7 +18,7 @@ from ray import serve
 from activation_beacon.errors import BeaconError
 from activation_beacon.hub import load
 from activation_beacon.server.app import create_app
-from activation_beacon.server.settings import Settings
+from activation_beacon.server.settings import API_KEY, Settings
 
 MOST_HELD = 1000  # contexts that Ray notes for a replica; memory itself is bounded by Settings.memory_bytes
 
@@ -85,7 +85,7 @@ def build(arguments: dict[str, str]) -> Any:
         folder=arguments.get("folder", "contexts"),
         model_name=arguments.get("name", model),
         ratio="auto" if ratio == "auto" else int(ratio),
-        api_key=arguments.get("api_key") or os.environ.get("BEACON_API_KEY") or None,
+        api_key=arguments.get("api_key", os.environ.get(API_KEY)),
     )
     deployment: Any = serve.deployment(Replica, name="beacon")
     count = int(arguments.get("replicas", "1"))

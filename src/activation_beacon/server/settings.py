@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 
+from activation_beacon.errors import InputError
 from activation_beacon.plan import Ratio
+
+API_KEY = "BEACON_API_KEY"  # variable of the environment
 
 MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of `beacon serve`.
+    """Settings of `beacon serve`; an empty key is refused with an InputError.
 
     Attributes:
         folder: where contexts are kept: a path, or any address that fsspec knows.
@@ -46,3 +49,9 @@ class Settings:
     shutdown_s: float = 20.0
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.api_key == "":
+            raise InputError(
+                f"The API key is empty, which would let everybody in. Give one (--api-key, or {API_KEY}), or unset it."
+            )
