@@ -22,6 +22,7 @@ from activation_beacon.adapt import AT_ONCE, DecoderSite
 from activation_beacon.causal import LowerRight
 from activation_beacon.chunk_inputs import BaseModel, anchor_slots, anchors_of_all, interleave
 from activation_beacon.config import BeaconConfig
+from activation_beacon.constants import sent
 from activation_beacon.errors import UnsupportedError
 from activation_beacon.plan import ChunkLayout, GroupLayout
 from activation_beacon.rope import KeyMover
@@ -58,13 +59,13 @@ class Chunks:
         self.spans = list(zip(sizes, group.num_kept, strict=True))  # slots, entries held before them
         positions = (*group.positions, *range(held, held + tail_length))
         raw = (*group.raw_slots, *range(first, first + tail_length))
-        self.mover = KeyMover(site.ropes, torch.tensor(group.shifts, dtype=torch.long, device=device))
-        self.kept_slots = torch.tensor(group.kept_slots, dtype=torch.long, device=device)  # (entries held at the end,)
-        self.position_ids = torch.tensor(positions, device=device)[None]  # (1, N)
-        self.raw_slots = torch.tensor(raw, device=device)  # (T,)
-        self.beacon_slots = torch.tensor(group.beacon_slots, dtype=torch.long, device=device)
+        self.mover = KeyMover(site.ropes, sent(group.shifts, device))
+        self.kept_slots = sent(group.kept_slots, device)  # (entries held at the end,)
+        self.position_ids = sent(positions, device)[None]  # (1, N)
+        self.raw_slots = sent(raw, device)  # (T,)
+        self.beacon_slots = sent(group.beacon_slots, device)
         # (n,) or (B, n) of all chunks
-        self.anchor_slots = anchors_of_all(anchors, group).to(device) if layouts else self.beacon_slots
+        self.anchor_slots = sent(anchors_of_all(anchors, group), device) if layouts else self.beacon_slots
         self._masks: dict[tuple[int, int, int | None, torch.dtype | None], torch.Tensor | None] = {}
 
     def attend(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from activation_beacon.constants import sent
 from activation_beacon.entries import take
 from activation_beacon.errors import InputError
 from activation_beacon.files import reason
@@ -135,6 +136,7 @@ def _refusing(rule: str) -> Iterator[None]:
 
 def runs(mask: torch.Tensor) -> tuple[list[int], list[int]]:
     """First column and number of tokens of each row of a mask (B, N)."""
+    mask = mask.cpu()  # once: every answer is wanted here
     counts = mask.bool().sum(dim=1)
     if not bool((counts > 0).all()):
         raise InputError("attention_mask leaves a row without tokens. Give each row at least one.")
@@ -154,8 +156,8 @@ def targets(labels: torch.Tensor, new: NewTokens) -> torch.Tensor:
     if labels.shape != new.ids.shape:
         raise InputError(f"labels must be shaped like the ids {tuple(new.ids.shape)}; got {tuple(labels.shape)}.")
     columns = torch.arange(new.columns, device=labels.device)[None]
-    first = torch.tensor(new.starts, device=labels.device)[:, None]
-    stop = first + torch.tensor(new.counts, device=labels.device)[:, None]
+    first = sent(new.starts, labels.device)[:, None]
+    stop = first + sent(new.counts, labels.device)[:, None]
     return labels.masked_fill((columns <= first) | (columns >= stop), IGNORED)
 
 

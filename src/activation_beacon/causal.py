@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 from activation_beacon import matmul
+from activation_beacon.constants import sent
 
 # B batch · H query heads · K kv heads · T slots of the pass · S held entries · D head dim
 
@@ -119,7 +120,7 @@ class Spans(ToldMask):
         entries = torch.arange(num_entries, device=self.stops.device)
         seen: torch.Tensor = entries < self.stops[..., None]
         if any(self.firsts):
-            seen = seen & (entries >= torch.tensor(self.firsts, device=entries.device)[:, None, None])
+            seen = seen & (entries >= sent(self.firsts, entries.device)[:, None, None])
         return seen[:, None]
 
 

@@ -59,8 +59,8 @@ def joined_layer(
     if layer.keys is None:
         rest_keys, rest_values = (t.new_zeros((len(others), *t.shape[1:2], 0, t.shape[3])) for t in (keys, values))
     else:
-        slots = layer.get_seq_length()
-        rest_keys, rest_values = (t[list(others), :, slots - longest_other :] for t in layer.entries())
+        ends = [layer.get_seq_length()] * len(others)
+        rest_keys, rest_values = (take(t, others, ends, longest_other, dim=2) for t in layer.entries())
     return BeaconLayer.of(
         merge([(members, keys), (others, rest_keys)], dim=2), merge([(members, values), (others, rest_values)], dim=2)
     )

@@ -1,6 +1,8 @@
-"""Integers of plans as tensors, each made once: copying them to a GPU waits for all work that it was given before."""
+"""Integers of plans as tensors. Copying them to a GPU makes the host wait for all work that it was given before, unless the copy is
+made once or comes from pinned memory."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -16,3 +18,14 @@ def constant(values: tuple[int, ...], device: torch.device, dtype: torch.dtype =
     """
     with torch.inference_mode(False):  # it outlives the block that asked first
         return torch.tensor(values, dtype=dtype, device=device)
+
+
+def sent(values: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of values that differ from pass to pass; nobody waits until it has reached a GPU.
+
+    Args:
+        values: n integers, or a tensor of integers on the host.
+        device: where.
+    """
+    made = torch.as_tensor(values, dtype=torch.long)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)

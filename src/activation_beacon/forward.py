@@ -19,7 +19,7 @@ from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import FEWEST_IN_SPANS, LowerRight, Spans
 from activation_beacon.chunk_inputs import BaseModel, anchor_slots, anchors_of_all, interleave
 from activation_beacon.chunk_memory import joined_layer, lent, memory_view
-from activation_beacon.constants import constant
+from activation_beacon.constants import constant, sent
 from activation_beacon.entries import ChunkLayer, PassEnded, take
 from activation_beacon.grouped import ByChunk, GroupLayer
 from activation_beacon.plan import ChunkLayout, GroupLayout, Row, RowReading, TextPlanner, closing_rounds
@@ -178,7 +178,7 @@ class _Reader:
             chosen.append(anchor_slots(config, layout, self._text(members, starts, config.chunk_size, ids)))
             for row in members:
                 num_closed[row] += 1
-        parts = torch.cat([each.flatten() for each in chosen]).to(device).split([each.numel() for each in chosen])
+        parts = sent(torch.cat([each.flatten() for each in chosen]), device).split([each.numel() for each in chosen])
         return [part.view(each.shape) for each, part in zip(chosen, parts, strict=True)]
 
     def _close(self, members: tuple[int, ...], layout: ChunkLayout, anchor_slots: torch.Tensor) -> None:
@@ -196,7 +196,7 @@ class _Reader:
             inputs = {
                 "inputs_embeds": embeddings,
                 "position_ids": _positions(lengths, slots),
-                "attention_mask": self._closing_mask(lengths, slots, None),
+                "attention_mask": self._mask(lengths, slots),
                 "beacon_slots": constant(layout.beacon_slots, ids.device),
                 "beacon_anchor_slots": anchor_slots,
             }
@@ -204,7 +204,7 @@ class _Reader:
             inputs = {
                 "inputs_embeds": rows.of(embeddings),
                 "position_ids": _positions(lengths, rows.slots),
-                "attention_mask": self._closing_mask(lengths, rows.slots, rows),
+                "attention_mask": self._mask(lengths, rows.slots, rows=rows),
                 "beacon_slots": rows.beacon_rows,
                 "beacon_anchor_slots": rows.repeated_rows,
             }
@@ -284,14 +284,17 @@ class _Reader:
         ids = self._text(range(len(counts)), first, width)
         slots = torch.arange(width, device=ids.device)
         wanted = self.readout.wanted_slots(starts, counts, offsets)
-        padding = _tail_mask(num_slots, lengths, counts, width, left, ids.device)
+        if self._is_compressed():
+            mask = self._mask(lengths, slots, counts)
+        else:
+            mask = _tail_mask(num_slots, lengths, counts, width, left, ids.device)
         try:
             output = self._call_base(
                 wanted,
                 range(width),
                 input_ids=ids,
                 position_ids=_positions([n - offset for n, offset in zip(lengths, offsets, strict=True)], slots),
-                attention_mask=self._mask(padding, num_slots, width) if self._is_compressed() else padding,
+                attention_mask=mask,
                 past_key_values=cache,
                 use_cache=True,
                 **self.wanted.options,
@@ -326,31 +329,38 @@ class _Reader:
 
     # --- what both share ---
 
-    def _mask(self, padding: torch.Tensor | None, num_held: int, num_slots: int) -> torch.Tensor | None:
-        """The mask that a pass on or into beacons is given: told where that is understood, else what padding there is.
+    def _mask(
+        self,
+        lengths: Sequence[int],
+        slots: torch.Tensor,
+        counts: Sequence[int] | None = None,
+        *,
+        rows: ChunkRows | None = None,
+    ) -> torch.Tensor | None:
+        """The mask of a pass on or into beacons: told where that is understood, else what padding there is.
 
-        Without a memory, or for one slot, the base makes no mask either. With gradients it writes one out, once for all layers.
-        """
-        if padding is not None or num_slots == 1 or not self._understands_masks():
-            return padding
-        if self.model.is_by_onednn(num_slots):
-            return LowerRight.on(self.ids.device, num_copies=self.site.num_copies)
-        return LowerRight.on(self.ids.device) if num_held else None
+        Where some texts hold less than others, or slots are left out, it is told to oneDNN, which takes each text and each block
+        of slots by itself; others have it written out. With gradients the base writes it out, once for all layers.
 
-    def _closing_mask(self, lengths: Sequence[int], slots: torch.Tensor, rows: ChunkRows | None) -> torch.Tensor | None:
-        """The mask of a pass that closes a chunk: told, unless some texts hold less than others, or slots are left out.
-
-        Then it is told to oneDNN, which takes each text and each block of slots by itself; others have it written out.
+        Args:
+            lengths: entries that each text holds.
+            slots: (T,) or (B, T) of the pass, counted from what is held.
+            counts: slots of each text, with padding behind them, which sees what it likes; None for T.
+            rows: which slots of a chunk they are; None for all.
         """
         num_rows, longest = slots.shape[-1], max(lengths)
-        is_even = rows is None and len(set(lengths)) == 1
-        is_worth_it = num_rows >= FEWEST_IN_SPANS and self.model.is_by_onednn(num_rows) and self._understands_masks()
-        if rows is None and (is_even or not is_worth_it):
-            padding = _padding_mask(lengths, [num_rows] * len(lengths), num_rows, slots.device)
-            return self._mask(padding, longest, num_rows)
+        if not self._understands_masks():
+            return _padding_mask(lengths, counts or [num_rows] * len(lengths), num_rows, slots.device)
+        is_by_onednn = self.model.is_by_onednn(num_rows)
+        if rows is None and len(set(lengths)) == 1:
+            if num_rows == 1 or not (longest or is_by_onednn):
+                return None  # the base makes none either
+            return LowerRight.on(slots.device, num_copies=self.site.num_copies if is_by_onednn else 0)
         firsts, stops = [longest - length for length in lengths], slots.view(-1, num_rows) + longest + 1
         spans = Spans.on(slots.device, firsts, stops, num_copies=self.site.num_copies)
-        return spans if rows is None or is_worth_it else spans.written_out(longest + rows.num_slots)
+        if is_by_onednn and num_rows >= FEWEST_IN_SPANS:
+            return spans
+        return spans.written_out(longest + (num_rows if rows is None else rows.num_slots))
 
     def _is_compressed(self) -> bool:
         """Whether a chunk of some row has been closed; until then outputs are the base's, to the bit."""
@@ -388,7 +398,7 @@ class _Reader:
             return self.model.base_forward(**inputs, logits_to_keep=0)
         if list(slots) == list(range(len(slots))) and wanted == [len(slots) - 1] and "beacon_slots" not in inputs:
             return self.model.base_forward(**inputs, logits_to_keep=1)
-        index = torch.tensor([slots[number] for number in wanted], dtype=torch.long, device=self.ids.device)
+        index = sent([slots[number] for number in wanted], self.ids.device)
         return self.model.base_forward(**inputs, logits_to_keep=index)
 
 
@@ -416,7 +426,7 @@ def _positions(first: Sequence[int], slots: torch.Tensor) -> torch.Tensor:
     """Position ids (1 or B, T): each row's slots (T,) or (B, T) counted from its first position; padding before it is at 0."""
     if len(set(first)) == 1:
         return (slots + first[0]).view(-1, slots.shape[-1])
-    return (torch.tensor(first, device=slots.device)[:, None] + slots).clamp(min=0)
+    return (sent(first, slots.device)[:, None] + slots).clamp(min=0)
 
 
 def _padding_mask(
@@ -427,8 +437,8 @@ def _padding_mask(
     if all(length == longest for length in lengths) and all(count == width for count in counts):
         return None
     slots = torch.arange(longest + width, device=device)[None]
-    first = torch.tensor([longest - length for length in lengths], device=device)[:, None]
-    stop = torch.tensor([longest + count for count in counts], device=device)[:, None]
+    first = sent([longest - length for length in lengths], device)[:, None]
+    stop = sent([longest + count for count in counts], device)[:, None]
     return ((slots >= first) & (slots < stop)).long()
 
 

@@ -31,6 +31,7 @@ from activation_beacon.attachment import (
 from activation_beacon.batch import NewTokens, as_batch, has_one_run_each, mean_loss, runs, targets, token_losses
 from activation_beacon.cache import BeaconCache
 from activation_beacon.config import BeaconConfig, is_same_fingerprint, short_fingerprint
+from activation_beacon.constants import sent
 from activation_beacon.entries import take
 from activation_beacon.errors import AttachError, ConfigError, InputError, MismatchError, UnsupportedError
 from activation_beacon.fingerprint import fingerprint
@@ -280,7 +281,8 @@ class BeaconModel(BeaconGeneration):
         cache = self._opened(cache, input_ids)
         policies = self._revised(cache, ratio, budget, spans)
         new = self._new_tokens(input_ids, attention_mask)
-        self._check_vocabulary(new.ids)
+        if new.columns == 1:  # more have been looked at
+            self._check_vocabulary(new.ids)
         with _under_policies(cache, policies), _progress_bar(progress) as report:
             self._check_names_every_chunk(cache, new)
             read(self, self._beacon.site, cache, new, Wanted(), progress=report)
@@ -307,14 +309,16 @@ class BeaconModel(BeaconGeneration):
         """
         self._refuse_disabled()
         self._refuse_checkpointing()
-        ids = torch.as_tensor(token_ids, device=self.get_input_embeddings().weight.device)
+        ids = torch.as_tensor(token_ids)
         if ids.dim() != 1 or len(ids) != len(contexts) or not contexts:
             raise InputError(
                 f"read_next wants one token for each context; got ids {tuple(ids.shape)} for {len(contexts)} contexts."
             )
         if len(set(map(id, contexts))) < len(contexts):
             raise InputError("read_next got the same context twice. Give a fork() of it.")
-        self._check_ids(ids)
+        self._check_ids(ids[:, None])
+        device = self.get_input_embeddings().weight.device
+        ids = ids.to(device) if isinstance(token_ids, torch.Tensor) else sent(ids.tolist(), device)
         for context, token in zip(contexts, ids.split(1), strict=True):
             self._opened(context, token[None])
         return read_next(self, self._beacon.site, contexts, ids)
@@ -360,7 +364,7 @@ class BeaconModel(BeaconGeneration):
 
     def _check_vocabulary(self, input_ids: torch.Tensor) -> None:
         size = self.get_input_embeddings().weight.shape[0]
-        least, most = (int(bound) for bound in input_ids.aminmax())
+        least, most = torch.stack(input_ids.aminmax()).tolist()
         if least < 0 or most >= size:
             raise InputError(
                 f"Token ids must be within 0..{size - 1}; got {least if least < 0 else most}. Use the model's own tokenizer."
@@ -542,7 +546,7 @@ class BeaconModel(BeaconGeneration):
             return
         for layer, rope in zip(cache.layers, self._beacon.site.ropes, strict=True):
             if rope is not None and layer.keys is not None:
-                cos, sin = rope.rotation(torch.tensor(first, device=layer.keys.device).neg())
+                cos, sin = rope.rotation(sent(first, layer.keys.device).neg())
                 layer.keys = rope.move(layer.keys, (cos.transpose(0, 1), sin.transpose(0, 1)))
 
     def _forward_long(

@@ -20,6 +20,7 @@ from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import ToldEntries
 from activation_beacon.chunk_inputs import BaseModel
+from activation_beacon.constants import constant, sent
 from activation_beacon.entries import BeaconLayer
 from activation_beacon.forward import read
 from activation_beacon.plan import TextPlanner
@@ -109,7 +110,8 @@ def read_next(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache]
             assert readout.logits is not None, "they were wanted"
             logits[row] = readout.logits[0, -1]
         if together:
-            rows = _append(model, site, [caches[row] for row in together], ids[together, None])
+            tokens = ids.index_select(0, constant(tuple(together), ids.device))[:, None]
+            rows = _append(model, site, [caches[row] for row in together], tokens)
             logits |= dict(zip(together, rows, strict=True))
         return torch.stack([logits[row] for row in range(len(caches))])
     except BaseException:
@@ -136,7 +138,7 @@ def _append(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache], 
     with model.fast_products(len(caches)) if is_compressed else nullcontext():
         output = model.base_forward(
             input_ids=ids,
-            position_ids=torch.tensor(lengths, device=ids.device)[:, None],
+            position_ids=sent(lengths, ids.device)[:, None],
             attention_mask=mask,
             past_key_values=Cache(layers=layers),
             use_cache=True,

@@ -1,0 +1,276 @@
+"""What would go wrong on a GPU only, on an emulated one: devices that are mixed, waits of the host, masks that cost the flash kernel.
+
+Its values are the CPU's: each path must give what it gives there. How fast a GPU is, nobody learns here.
+"""
+
+import pytest
+import torch
+
+from activation_beacon import BeaconCache, BeaconConfig
+from activation_beacon.at_once import chunks_at_once
+from emulated_cuda import EmulatedCuda, OnCuda, to_cuda
+from families import random_ids, with_beacons
+
+CHUNK = 16
+PAPER = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3)
+DEFAULT = BeaconConfig(
+    chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3, anchored=True, placement="append", exact_ids=tuple(range(5, 13))
+)
+KINDS = {"paper": PAPER, "default": DEFAULT}
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "granite", "olmo2", "smollm3"]  # that have sdpa
+
+
+def model_of(family, kind):
+    return with_beacons(family, KINDS[kind], attention="sdpa")
+
+
+@pytest.fixture
+def cuda():
+    with EmulatedCuda().on() as emulated:
+        yield emulated
+
+
+def ids_on(model, count, seed=0, batch=1):
+    return random_ids(count, seed, batch=batch).to(model.device)
+
+
+def compressed_and_read_on(model):
+    context = model.compress(ids_on(model, 5 * CHUNK + 3), ratio=4)
+    yield model(ids_on(model, 2 * CHUNK, 1), past_key_values=context).logits
+
+
+def decoded(model):
+    context = model.compress(ids_on(model, 3 * CHUNK + 3), ratio=2)
+    for token in ids_on(model, CHUNK, 2)[0]:
+        yield model(token.view(1, 1), past_key_values=context).logits
+
+
+def a_ragged_batch(model):
+    contexts = [model.compress(ids_on(model, count), ratio=4) for count in (5 * CHUNK + 3, 2 * CHUNK + 1)]
+    batch = BeaconCache.stack(contexts)
+    yield model(ids_on(model, CHUNK + 4, 3, batch=2), past_key_values=batch).logits
+    for tokens in ids_on(model, 3, 4, batch=2).T:
+        yield model(tokens[:, None], past_key_values=batch).logits
+    yield model.read_next([batch.row(0), *contexts], [7, 8, 9])
+
+
+def padded_with_labels(model):
+    ids = ids_on(model, 4 * CHUNK, 5, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, : CHUNK + 5] = 0
+    output = model(ids, attention_mask=mask, labels=ids, beacon_ratio=4)
+    yield output.loss
+    yield output.nll.nan_to_num(7.0)
+    yield output.logits
+
+
+def quantised_and_moved(model):
+    context = model.compress(ids_on(model, 5 * CHUNK + 3), ratio=4)
+    context.to("cpu")
+    context.to(model.device)
+    context.quantize(8)
+    yield model(ids_on(model, CHUNK, 1), past_key_values=context).logits
+
+
+def with_raw_spans(model):
+    context = model.compress(ids_on(model, 5 * CHUNK + 3), ratio=8, spans=[(20, 30, None), (40, 60, 2)])
+    yield model(ids_on(model, 5, 1), past_key_values=context).logits
+
+
+def generated(model):
+    options = {"max_new_tokens": CHUNK + 2, "min_new_tokens": CHUNK + 2, "do_sample": False}
+    context = model.compress(ids_on(model, 3 * CHUNK + 3), ratio=2)
+    yield model.generate(ids_on(model, 4, 1), context=context, **options)
+    prompts = ids_on(model, 3 * CHUNK, 6, batch=2)
+    mask = torch.ones_like(prompts)
+    mask[0, :CHUNK] = 0
+    yield model.generate(prompts, attention_mask=mask, beacon_ratio=4, num_beams=2, **options)
+
+
+def all_chunks_at_once(model):
+    with chunks_at_once(model):
+        yield model.hidden_states(ids_on(model, 5 * CHUNK + 3), [4, 2, 8, 4, 4])
+
+
+PATHS = [
+    compressed_and_read_on,
+    decoded,
+    a_ragged_batch,
+    padded_with_labels,
+    quantised_and_moved,
+    with_raw_spans,
+    generated,
+    all_chunks_at_once,
+]
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "paper"), *((family, "default") for family in FAMILIES)])
+@torch.no_grad()
+def test_on_a_gpu_every_path_gives_what_it_gives_on_a_cpu(family, kind):
+    model = model_of(family, kind)
+    expected = [[tensor.clone() for tensor in path(model)] for path in PATHS]
+    with EmulatedCuda().on():
+        to_cuda(model)
+        assert model.device.type == "cuda"
+        for path, wanted in zip(PATHS, expected, strict=True):
+            found = list(path(model))
+            assert all(isinstance(tensor, OnCuda) for tensor in found), path.__name__
+            for tensor, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(tensor.inner, other, rtol=0, atol=1e-4, msg=path.__name__)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_context_is_loaded_to_where_the_model_is(kind, tmp_path, cuda):
+    model = to_cuda(model_of("llama", kind))
+    context = model.compress(ids_on(model, 5 * CHUNK + 3), ratio=4)
+    context.save(tmp_path / "context.beacon")
+    loaded = BeaconCache.load(tmp_path / "context.beacon", model)
+    ids = ids_on(model, 5, 1)
+    assert torch.equal(model(ids, past_key_values=loaded).logits.inner, model(ids, past_key_values=context).logits.inner)
+
+
+# --- what the host waits for -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_reading_waits_no_oftener_for_many_chunks_than_for_few(kind, cuda):
+    model = to_cuda(model_of("llama", kind))
+    texts = [ids_on(model, count * CHUNK + 3) for count in (2, 20, 2, 20)]
+    waits = []
+    for ids in texts:
+        cuda.clear()
+        model.compress(ids, ratio=4)
+        waits.append(cuda.waits.total())
+    assert waits[2] == waits[3] <= 4, cuda.waits  # the first two make the constants of the layouts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_losses_of_many_chunks_wait_no_oftener_than_of_few(kind, cuda):
+    model = to_cuda(model_of("llama", kind))
+    waits = []
+    for count in (2, 9, 2, 9):
+        ids = ids_on(model, count * CHUNK + 3)
+        cuda.clear()
+        model(ids, labels=ids, beacon_ratio=4, logits_to_keep=1)
+        waits.append(cuda.waits.total())
+    assert waits[2] == waits[3] <= 4, cuda.waits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_steps_of_decoding_wait_for_nothing(kind, cuda):
+    model = to_cuda(model_of("llama", kind))
+    context = model.compress(ids_on(model, 5 * CHUNK + 3), ratio=4)
+    tokens = ids_on(model, 6)[0].view(-1, 1, 1).unbind()
+    model(tokens[0], past_key_values=context)  # sees to it that the context is this model's
+    cuda.clear()
+    for token in tokens[1:]:
+        model(token, past_key_values=context)
+    assert not cuda.waits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_steps_of_a_ragged_batch_wait_for_nothing(kind, cuda):
+    model = to_cuda(model_of("llama", kind))
+    contexts = [model.compress(ids_on(model, count), ratio=4) for count in (5 * CHUNK + 3, 2 * CHUNK + 1)]
+    batch = BeaconCache.stack(contexts)
+    steps = ids_on(model, 6, batch=2).T[:, :, None].unbind()
+    model(steps[0], past_key_values=batch)
+    model.read_next(contexts, [1, 2])
+    cuda.clear()
+    for tokens in steps[1:]:
+        model(tokens, past_key_values=batch)
+        model.read_next(contexts, [3, 4])
+    assert not cuda.waits
+
+
+@torch.no_grad()
+def test_generate_waits_once_for_a_token(cuda):
+    """Transformers' own loop does, to learn whether all answers have ended."""
+    model = to_cuda(model_of("llama", "default"))
+    context = model.compress(ids_on(model, 5 * CHUNK + 3), ratio=4)
+    waits = []
+    for count in (4, 4, 10):
+        cuda.clear()
+        model.generate(ids_on(model, 3, 1), context=context, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        waits.append(cuda.waits.total())
+    assert waits[2] - waits[1] == 6
+
+
+@torch.no_grad()
+def test_all_chunks_in_one_pass_wait_no_oftener_for_many(cuda):
+    model = to_cuda(model_of("llama", "paper"))
+    waits = []
+    with chunks_at_once(model):
+        for count in (2, 9, 2, 9):
+            ids = ids_on(model, count * CHUNK + 3)
+            cuda.clear()
+            model.hidden_states(ids, [4] * count)
+            waits.append(cuda.waits.total())
+    assert waits[2] == waits[3] <= 1, cuda.waits
+
+
+# --- which kernels of attention may run --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_no_mask_keeps_the_flash_kernel_from_running(kind, cuda):
+    """Not while a text is read, nor while it is decoded; closing a chunk that has been read raw may write its mask out."""
+    model = to_cuda(model_of("llama", kind).bfloat16())
+    context = model.compress(ids_on(model, 9 * CHUNK + 3), ratio=4)
+    model(ids_on(model, 7, 1), past_key_values=context)
+    model(ids_on(model, 1, 2), past_key_values=context)
+    with chunks_at_once(model):
+        model.hidden_states(ids_on(model, 5 * CHUNK + 3), [4] * 5)
+    assert cuda.masks["lower right"] > 0
+    assert cuda.masks["written out"] == 0
+
+
+# --- the emulation itself ----------------------------------------------------------------------------------------------
+
+
+def test_the_emulation_refuses_tensors_of_two_devices(cuda):
+    there, here = torch.ones(3).cuda(), torch.ones(3)
+    for mix in (lambda: there + here, lambda: torch.cat((there, here)), lambda: here.index_select(0, there.long())):
+        with pytest.raises((RuntimeError, AssertionError), match="devices|same device"):
+            mix()
+    assert torch.equal((there + torch.tensor(1.0)).inner, torch.full((3,), 2.0))
+
+
+WAITS = {
+    "a value": (lambda there: bool(there.sum() > 0), "value"),
+    "a list": (lambda there: there.tolist(), "value"),
+    "a slice's end": (lambda there: there[: there.long().sum()], "value"),
+    "what is not zero": (lambda there: there.nonzero(), "shape"),
+    "a selection": (lambda there: there[there > 0], "shape"),
+    "to the host": (lambda there: there.cpu(), "copy"),
+    "from the host": (lambda there: torch.ones(3).to("cuda"), "copy"),
+    "not from pinned memory": (lambda there: torch.ones(3).to("cuda", non_blocking=True), "copy"),
+    "numbers": (lambda there: torch.tensor([1, 2], device="cuda"), "copy"),
+    "a list of indices": (lambda there: there[[0, 2]], "copy"),
+}
+
+
+@pytest.mark.parametrize("case", WAITS)
+def test_the_emulation_counts_what_the_host_waits_for(case, cuda):
+    act, reason = WAITS[case]
+    there = torch.ones(3).cuda()
+    cuda.clear()
+    act(there)
+    assert [reason for reason, _ in cuda.waits.elements()] == [reason]
+
+
+def test_the_emulation_lets_pass_what_needs_no_wait(cuda):
+    there = torch.ones(3).cuda()
+    cuda.clear()
+    sent = torch.ones(3).pin_memory().to("cuda", non_blocking=True)
+    view = (there + sent)[1:]
+    view.mul_(2.0)
+    torch.arange(3, device=view.device)
+    assert not cuda.waits
+    assert torch.equal(view.inner, torch.full((2,), 4.0))
