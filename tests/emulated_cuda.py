@@ -28,7 +28,9 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 SHAPES_FROM_VALUES = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default}
 COUNTING = {"nonzero"}  # likewise, where Python's own binding is called
 TO_PYTHON = {"__bool__", "__contains__", "__float__", "__index__", "__int__", "item", "tolist"}
-UNLINKED = "not linked with support for cuda"  # what a build for CPUs says where Python's bindings ask for a device's guard
+UNLINKED = (
+    "not linked with support for cuda"  # what a build for CPUs says where Python's bindings ask for a device's guard
+)
 
 
 class OnCuda(torch.Tensor):
@@ -62,7 +64,9 @@ def unwrapped(values):
 def wrapped(values, known=()):
     """Results as tensors of the GPU; what an operation has returned of its arguments stays the same object."""
     own = {id(tensor.inner): tensor for tensor in known}
-    return tree_map_only(torch.Tensor, lambda tensor: own.get(id(tensor)) if id(tensor) in own else OnCuda(tensor), values)
+    return tree_map_only(
+        torch.Tensor, lambda tensor: own.get(id(tensor)) if id(tensor) in own else OnCuda(tensor), values
+    )
 
 
 def tensors(*values):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -411,12 +412,27 @@ def test_exact_ids_that_name_no_tokens_yet_are_refused():
         attach(tiny("qwen2"), config)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.uint16, torch.uint64])
 @torch.no_grad()
-def test_a_deep_copy_is_independent():
+def test_ids_may_be_integers_of_any_kind(dtype):
+    """Such as token stores hold."""
+    model, ids = with_beacons("llama", SINKS), random_ids(60)
+    same_cache(model.compress(ids.to(dtype), ratio=4), model.compress(ids, ratio=4), 0)
+    assert torch.equal(model(ids.to(dtype), beacon_ratio=4).logits, model(ids, beacon_ratio=4).logits)
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+@torch.no_grad()
+def test_a_copy_is_independent(duplicate):
     model, ids = with_beacons("llama", SINKS), random_ids(60)
     before = model(ids, beacon_ratio=4).logits
     context = model.compress(ids, ratio=4)
-    other = copy.deepcopy(model)
+    other = duplicate(model)
+    assert isinstance(other, type(model))
     assert torch.equal(other(ids, beacon_ratio=4).logits, before)
     same_cache(other.compress(ids, ratio=4), context, 0)
     randomize(other.beacon_parameters(), 5)

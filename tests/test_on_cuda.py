@@ -17,7 +17,8 @@ DEFAULT = BeaconConfig(
     chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3, anchored=True, placement="append", exact_ids=tuple(range(5, 13))
 )
 KINDS = {"paper": PAPER, "default": DEFAULT}
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "granite", "olmo2", "smollm3"]  # that have sdpa
+# Those that have sdpa.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "granite", "olmo2", "smollm3")
 
 
 def model_of(family, kind):
@@ -127,7 +128,9 @@ def test_a_context_is_loaded_to_where_the_model_is(kind, tmp_path, cuda):
     context.save(tmp_path / "context.beacon")
     loaded = BeaconCache.load(tmp_path / "context.beacon", model)
     ids = ids_on(model, 5, 1)
-    assert torch.equal(model(ids, past_key_values=loaded).logits.inner, model(ids, past_key_values=context).logits.inner)
+    assert torch.equal(
+        model(ids, past_key_values=loaded).logits.inner, model(ids, past_key_values=context).logits.inner
+    )
 
 
 # --- what the host waits for -------------------------------------------------------------------------------------------
@@ -196,7 +199,9 @@ def test_generate_waits_once_for_a_token(cuda):
     waits = []
     for count in (4, 4, 10):
         cuda.clear()
-        model.generate(ids_on(model, 3, 1), context=context, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        model.generate(
+            ids_on(model, 3, 1), context=context, max_new_tokens=count, min_new_tokens=count, do_sample=False
+        )
         waits.append(cuda.waits.total())
     assert waits[2] - waits[1] == 6
 
@@ -237,7 +242,7 @@ def test_no_mask_keeps_the_flash_kernel_from_running(kind, cuda):
 def test_the_emulation_refuses_tensors_of_two_devices(cuda):
     there, here = torch.ones(3).cuda(), torch.ones(3)
     for mix in (lambda: there + here, lambda: torch.cat((there, here)), lambda: here.index_select(0, there.long())):
-        with pytest.raises((RuntimeError, AssertionError), match="devices|same device"):
+        with pytest.raises((RuntimeError, AssertionError), match=r"devices|same device"):
             mix()
     assert torch.equal((there + torch.tensor(1.0)).inner, torch.full((3,), 2.0))
 

@@ -1,5 +1,7 @@
-"""Integers of plans as tensors. Copying them to a GPU makes the host wait for all work that it was given before, unless the copy is
-made once or comes from pinned memory."""
+"""Integers of plans as tensors, which nobody waits for.
+
+Copying them to a GPU makes the host wait for all work that it was given before, unless they are copied once or from pinned memory.
+"""
 
 import functools
 from collections.abc import Sequence

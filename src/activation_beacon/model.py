@@ -28,7 +28,16 @@ from activation_beacon.attachment import (
     take_off,
     with_base,
 )
-from activation_beacon.batch import NewTokens, as_batch, has_one_run_each, mean_loss, runs, targets, token_losses
+from activation_beacon.batch import (
+    NewTokens,
+    as_batch,
+    as_ids,
+    has_one_run_each,
+    mean_loss,
+    runs,
+    targets,
+    token_losses,
+)
 from activation_beacon.cache import BeaconCache
 from activation_beacon.config import BeaconConfig, is_same_fingerprint, short_fingerprint
 from activation_beacon.constants import sent
@@ -316,9 +325,10 @@ class BeaconModel(BeaconGeneration):
             )
         if len(set(map(id, contexts))) < len(contexts):
             raise InputError("read_next got the same context twice. Give a fork() of it.")
+        ids = as_ids(ids)
         self._check_ids(ids[:, None])
         device = self.get_input_embeddings().weight.device
-        ids = ids.to(device) if isinstance(token_ids, torch.Tensor) else sent(ids.tolist(), device)
+        ids = ids.to(device) if isinstance(token_ids, torch.Tensor) else sent(ids, device)
         for context, token in zip(contexts, ids.split(1), strict=True):
             self._opened(context, token[None])
         return read_next(self, self._beacon.site, contexts, ids)
@@ -342,7 +352,7 @@ class BeaconModel(BeaconGeneration):
             TextPlanner(cache.config, policy, None).check_names_every_chunk(row.tokens_seen + count)
 
     def _new_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> NewTokens:
-        input_ids = input_ids.to(self.get_input_embeddings().weight.device)
+        input_ids = as_ids(input_ids).to(self.get_input_embeddings().weight.device)
         batch, width = input_ids.shape
         if width == 0:
             raise InputError("The text is empty: there is no token to read. Give at least one.")
@@ -356,9 +366,7 @@ class BeaconModel(BeaconGeneration):
         return NewTokens(input_ids, *runs(attention_mask[:, -width:]))
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
-        """Refuse what is no ids; on a GPU a step of decoding does not wait for the device to look at them."""
-        if input_ids.is_floating_point():
-            raise InputError(f"input_ids must be integers; got {input_ids.dtype}.")
+        """Refuse ids of no token; on a GPU a step of decoding does not wait for the device to look at them."""
         if input_ids.shape[-1] > 1 or input_ids.device.type == "cpu":
             self._check_vocabulary(input_ids)
 
@@ -571,6 +579,10 @@ class BeaconModel(BeaconGeneration):
 
     # --- files ---
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copied and pickled by way of the base's class, which stands in a module; ours is made when it is needed."""
+        return _made_empty, (self._beacon.base_class,), vars(self)
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the adapter: `beacon_config.json`, `beacon.safetensors` and a model card. The base is not written.
 
@@ -701,6 +713,12 @@ def _beacon_class(base_class: Any) -> type:
     forward.__signature__ = base_signature.replace(parameters=[*parameters, ours, *rest])  # type: ignore[attr-defined]
     members: dict[str, Any] = {"__module__": base_class.__module__, "__doc__": base_class.__doc__, "forward": forward}
     return type(base_class.__name__, (BeaconModel, base_class), members)
+
+
+def _made_empty(base_class: Any) -> Any:
+    """A model of the base's class with `BeaconModel` in front, without anything in it yet."""
+    made: Any = _beacon_class(base_class)
+    return made.__new__(made)
 
 
 # --- batches and losses ------------------------------------------------------------------------------------------------

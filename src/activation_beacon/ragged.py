@@ -101,10 +101,14 @@ def read_next(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache]
     if not understands_rows_apart(model, site) or sum(can_append) < 2:
         can_append = [False] * len(caches)
     together = [row for row, can in enumerate(can_append) if can]
-    before = [cache.fork() for cache in caches]
+    apart = [row for row, can in enumerate(can_append) if not can]
+    before = {row: caches[row].fork() for row in apart}
+    num_slots = {
+        row: caches[row].num_slots for row in together
+    }  # to which appending comes back; no fork for each token
     logits: dict[int, torch.Tensor] = {}
     try:
-        for row in sorted(set(range(len(caches))) - set(together)):
+        for row in apart:
             new = NewTokens(ids[row, None, None], [0], [1])
             readout = read(model, site, caches[row], new, Wanted(first_column=0))
             assert readout.logits is not None, "they were wanted"
@@ -115,8 +119,10 @@ def read_next(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache]
             logits |= dict(zip(together, rows, strict=True))
         return torch.stack([logits[row] for row in range(len(caches))])
     except BaseException:
-        for cache, own in zip(caches, before, strict=True):
-            cache.adopt(own)
+        for row, own in before.items():
+            caches[row].adopt(own)
+        for row, count in num_slots.items():
+            caches[row].truncate(count)
         raise
 
 

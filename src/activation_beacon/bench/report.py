@@ -13,7 +13,7 @@ from activation_beacon.bench.timing import Run
 from activation_beacon.config import BeaconConfig
 
 HEAD = (
-    *("tokens", "texts", "way", "first token", "", "a token", "", "slowest token"),
+    *("tokens", "texts", "way", "first token", "", "per token", "", "slowest token"),
     *("total", "", "of oneDNN", "bound", "cache", "", "peak"),
 )
 WIDTHS = (9, 6, 24, 13, 8, 11, 8, 15, 11, 8, 11, 8, 12, 8, 12)
@@ -178,7 +178,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
 
     panels = {
         "first token": ("first_token_speedup", "first_token_bound", "operations"),
-        "a token": ("step_speedup", "step_bound", "bytes read"),
+        "per token": ("step_speedup", "step_bound", "bytes read"),
         "total": ("total_speedup", "total_bound", "operations"),
     }
     figure = Figure(figsize=(4.2 * len(panels), 3.4), dpi=130, layout="constrained")
