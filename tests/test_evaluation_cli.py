@@ -32,7 +32,7 @@ def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("eval")
     save_model(root, "base", "adapter", byte_tokenizer())
     save_model(root, "base-of-words", "adapter-of-words", word_tokenizer())
-    rows = [{"id": f"doc{number}", "text": STORY[number:] * 3} for number in range(4)]
+    rows = [{"id": f"doc{n}", "group": "tale" if n % 2 else "saga", "text": STORY[n:] * 3} for n in range(4)]
     (root / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (root / "story.txt").write_text(STORY, encoding="utf-8")
     asked = [{"context": STORY[n : n + 200], "question": f"Is it {n}?", "answer": "Nobody knew."} for n in range(3)]
@@ -102,6 +102,15 @@ def test_lm_writes_lines_and_a_report(run, tmp_path):
         (method, sample) for sample in ("doc0", "doc1") for method in ("full", "alone", "beacons")
     ]
     assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_lm_tells_kinds_of_documents_apart_where_a_field_names_them(run, tmp_path):
+    good(run(*LM, "--limit", "3", "--kind-field", "group"))
+    rows = lines_of(tmp_path / "out")
+    assert {(row["sample"], row["kind"]) for row in rows} == {("doc0", "saga"), ("doc1", "tale"), ("doc2", "saga")}
+    refused = run(*LM, "--kind-field", "shelf")
+    assert refused.exit_code == 1
+    assert 'docs.jsonl, line 1: there is no field "shelf"' in refused.stderr
 
 
 def test_what_is_printed_is_what_the_lines_say(run, tmp_path):
@@ -204,7 +213,7 @@ def test_multi_turn_shows_every_turn(run):
         ((*LM, "--length", "99999"), "The task lm has no sample of 99999 tokens. Use a shorter length, or longer texts."),
         ((*NEEDLES, "--length", "50"), "The task needles has samples that 50 tokens have no room for: template,"),
         (("qa", "{files}/questions.jsonl", *LM[2:], "--length", "50"), "The task qa has samples that 50 tokens have no room for"),
-        ((*LM, "--field", "body"), "docs.jsonl, line 1: there is no field \"body\" (fields: id, text). Mend or remove it, or"),
+        ((*LM, "--field", "body"), "docs.jsonl, line 1: there is no field \"body\" (fields: id, group, text). Mend or remove it, or"),
         (("lm", "no.jsonl", "-o", "out"), "There is no file, folder or glob 'no.jsonl'. Name one, or a hub data set"),
         ((*NEEDLES, "--kinds", "hay"), "There is no needle of kind 'hay'. Use some of sentence, number, uuid"),
         ((*NEEDLES, "--at", "0.5,2"), "--at must be depths from 0 to 1 such as 0.5,1; got '0.5,2'."),
@@ -372,7 +381,7 @@ def test_ruler_is_refused_by_name_without_lm_eval(run, no_lm_eval):
         (("--documents", "no.jsonl"), "There is no file, folder or glob 'no.jsonl'. Name one, or a hub data set"),
         (("--questions", "no.jsonl"), "There is no file, folder or glob 'no.jsonl'. Name one, or a hub data set"),
         (("--background", "no.txt"), "There is no file, folder or glob 'no.txt'. Name one, or a hub data set"),
-        ((*INPUTS, "--field", "body"), 'docs.jsonl, line 1: there is no field "body" (fields: id, text).'),
+        ((*INPUTS, "--field", "body"), 'docs.jsonl, line 1: there is no field "body" (fields: id, group, text).'),
         ((*INPUTS, "--on-error", "cry"), "--on-error must be skip or stop; got 'cry'."),
         (("--methods", "full,knorm"), "and there is no .venv-peers/bin/python. Make it with `make peers`"),
         (("--ratios", "3"), "ratio (3) must divide chunk_size (32). Use 2, 4, 8."),

@@ -77,6 +77,15 @@ def test_another_field_can_hold_the_text(tmp_path):
     assert [document.text for document in docs.read_documents([path], field="body")] == ["x"]
 
 
+def test_a_field_can_say_of_which_kind_a_document_is(tmp_path):
+    path = write(tmp_path, "a.jsonl", '{"id": "1", "text": "x", "group": "law"}\n{"id": "2", "text": "y"}\n')
+    assert list(docs.read_documents([path], kind_field="group", on_error="skip")) == [docs.Document("1", "x", "law")]
+    with pytest.raises(InputError, match=r'line 2: there is no field "group" \(fields: id, text\)'):
+        list(docs.read_documents([path], kind_field="group"))
+    [text] = docs.texts(iter([docs.Document("x", "a bb", "law")]), Words(), length=2)
+    assert text.kind == "law"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [

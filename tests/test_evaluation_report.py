@@ -145,6 +145,27 @@ def test_a_row_has_the_score_of_each_kind_with_its_samples():
     assert row.turns == []
 
 
+def test_in_language_modelling_a_row_has_the_gap_closed_of_each_kind(tmp_path):
+    nats = {"full": (2.0, 3.0, 2.0), "alone": (3.0, 5.0, 1.5), "beacons": (2.25, 3.5, 1.7)}
+    kinds = ("book", "book", "code")
+    records = [
+        lm_record(method, 8 if method == "beacons" else None, f"doc{number}", value, kind=kinds[number])
+        for method, values in nats.items()
+        for number, value in enumerate(values)
+    ]
+    full, alone, beacons = summary.rows_of(records, "nats")
+    assert full.kinds == alone.kinds == {}
+    assert {kind: (found.value, found.count) for kind, found in beacons.kinds.items()} == {
+        "book": (pytest.approx((1.5 + 0.75) / 3), 2)  # code's full context is worse than nothing
+    }
+    results = Results(tmp_path / "out", MODEL)
+    results.open_task("lm", {}, "nats")
+    for record in records:
+        results.add(Key(*(record.pop(name) for name in Key._fields)), record)
+    [table] = [block for block in tables(results) if isinstance(block, Table) and "by kind" in block.header[0]]
+    assert (table.header, table.rows) == (["gap closed by kind", "book, n=2"], [["beacons x8", "0.750"]])
+
+
 # --- report ----------------------------------------------------------------------------------------------------------
 
 

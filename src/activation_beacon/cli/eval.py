@@ -20,7 +20,7 @@ from activation_beacon.cli.eval_run import (
     run_jobs,
     want,
 )
-from activation_beacon.cli.eval_tasks import Background, Field, OnError, Seed
+from activation_beacon.cli.eval_tasks import Background, Field, KindField, OnError, Seed
 from activation_beacon.cli.models import check_ratio, load_model
 from activation_beacon.errors import InputError
 
@@ -49,6 +49,7 @@ def lm(
     limit: Limit = 8,
     methods: Methods = LM_METHODS,
     field: Field = "text",
+    kind_field: KindField = None,
     on_error: OnError = "stop",
     device: options.Device = None,
     dtype: options.DtypeOption = None,
@@ -62,7 +63,7 @@ def lm(
     is (alone - beacons) / (alone - full).
     """
     wanted = want(out, methods, ratios, length, limit, json=json)
-    task = eval_tasks.lm(documents, field=field, on_error=on_error)
+    task = eval_tasks.lm(documents, field=field, kind_field=kind_field, on_error=on_error)
     run_jobs([Job(task, wanted.methods)], wanted, model=model, base=base, device=device, dtype=dtype)
 
 
@@ -284,6 +285,7 @@ for command, lines in (
         (
             "beacon eval lm docs.jsonl.zst -o out",
             "beacon eval lm docs.jsonl --model my-adapter --length 8192,32768 --methods full,alone,recent,beacons -o out",
+            "beacon eval lm docs.jsonl --kind-field group -o out",
         ),
     ),
     (

@@ -18,6 +18,9 @@ SAMPLES = 10  # of a task that could go on making them
 
 OnError = Annotated[str, typer.Option("--on-error", help="skip or stop at a broken record.")]
 Field = Annotated[str, typer.Option("--field", help="Where a record's text stands.")]
+KindField = Annotated[
+    str | None, typer.Option("--kind-field", help="Where a record's kind stands: the report tells kinds apart.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of what is drawn.")]
 Background = Annotated[
     list[Path] | None,
@@ -27,19 +30,19 @@ Background = Annotated[
 ]
 
 
-def lm(documents: Sequence[str], *, field: str, on_error: str) -> Make:
+def lm(documents: Sequence[str], *, field: str, on_error: str, kind_field: str | None = None) -> Make:
     """Language modelling on documents.
 
     Raises:
         BeaconError: if they cannot be read.
     """
     handling = _on_error(on_error)
-    _check_files(documents, field, handling)
+    _check_files(documents, field, handling, kind_field)
 
     def make(loaded: Loaded) -> "Task":
         from activation_beacon.evaluation.tasks import LanguageModelling
 
-        return LanguageModelling(loaded.tokenizer, documents, field=field, on_error=handling)
+        return LanguageModelling(loaded.tokenizer, documents, field=field, kind_field=kind_field, on_error=handling)
 
     return make
 
@@ -138,13 +141,16 @@ def _on_error(text: str) -> Any:
     return text
 
 
-def _check_files(paths: Sequence[str | Path], field: str = "text", on_error: Any = "stop") -> None:
+def _check_files(
+    paths: Sequence[str | Path], field: str = "text", on_error: Any = "stop", kind_field: str | None = None
+) -> None:
     """Refuse now a file that could not be read once the model is there."""
     from activation_beacon.data.sources import ReadReport
     from activation_beacon.evaluation.documents import read_documents
 
     for path in paths:
-        next(read_documents([path], field=field, on_error=on_error, report=ReadReport()), None)
+        found = read_documents([path], field=field, kind_field=kind_field, on_error=on_error, report=ReadReport())
+        next(found, None)
 
 
 def _background(loaded: Loaded, files: list[Path] | None) -> tuple[list[int], "Origin"]:

@@ -173,15 +173,25 @@ def documents(
     Raises:
         As `read_records`; a document that is empty or has no text is a bad record.
     """
-    intake = _Intake(on_error, report)
-    for record in _wanted(_all_records(sources, intake, text_field), exclude, intake):
-        try:
-            text = text_of(record.fields, text_field, empty="empty document")
-        except BadRecord as bad:
-            intake.refuse(record.place, bad)
-            continue
-        intake.report.records += 1
+    for record, text in _documents(sources, text_field, (), exclude, _Intake(on_error, report)):
         yield record.name, text
+
+
+def documents_of_kinds(
+    sources: Source | Sequence[Source],
+    *,
+    kind_field: str,
+    text_field: str = "text",
+    on_error: OnError = "skip",
+    report: ReadReport | None = None,
+) -> Iterator[tuple[str, str, str]]:
+    """Read id, text and kind of every document, the kind from a field of that name.
+
+    Raises:
+        As `documents`; a document of no kind is a bad record.
+    """
+    for record, text in _documents(sources, text_field, (kind_field,), (), _Intake(on_error, report)):
+        yield record.name, text, record.fields[kind_field]
 
 
 def questions(
@@ -213,6 +223,29 @@ def questions(
             continue
         intake.report.records += 1
         yield question
+
+
+# --- documents ---------------------------------------------------------------------------------------------------------
+
+
+def _documents(
+    sources: Source | Sequence[Source],
+    text_field: str,
+    others: Sequence[str],
+    exclude: Collection[str],
+    intake: _Intake,
+) -> Iterator[tuple[Record, str]]:
+    """Records and their texts; those are left out that have none, or none in one of the other fields."""
+    for record in _wanted(_all_records(sources, intake, text_field), exclude, intake):
+        try:
+            text = text_of(record.fields, text_field, empty="empty document")
+            for name in others:
+                text_of(record.fields, name, empty=f"empty {name}")
+        except BadRecord as bad:
+            intake.refuse(record.place, bad)
+            continue
+        intake.report.records += 1
+        yield record, text
 
 
 # --- records -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from activation_beacon.data.data_files import file_entry, source_entries
-from activation_beacon.data.sources import OnError, ReadReport, documents
+from activation_beacon.data.sources import OnError, ReadReport, documents, documents_of_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -26,24 +26,28 @@ class Document:
     Attributes:
         id: its own, or file and line.
         text: all of it.
+        kind: of which it is; "" where nobody asked.
     """
 
     id: str
     text: str
+    kind: str = ""
 
 
 @dataclass(frozen=True)
 class Text:
-    """The beginning of a document, as tokens."""
+    """The beginning of a document, as tokens; its kind, "" where nobody asked."""
 
     id: str
     ids: list[int]
+    kind: str = ""
 
 
 def read_documents(
     sources: Sequence[str | Path],
     *,
     field: str = "text",
+    kind_field: str | None = None,
     on_error: OnError = "stop",
     report: ReadReport | None = None,
 ) -> Iterator[Document]:
@@ -52,6 +56,7 @@ def read_documents(
     Args:
         sources: where they stand.
         field: where a record's text stands.
+        kind_field: where its kind stands; None for documents of no kind.
         on_error: what becomes of a record without one.
         report: counts are added to it, and the caller tells them; without one, what was left out is logged when the
             reading ends, be it that no more documents are asked for.
@@ -59,12 +64,18 @@ def read_documents(
     Raises:
         StorageError: if a file cannot be read.
         FileFormatError: for an unknown kind of file.
-        InputError: for a record that has no text, unless such are skipped.
+        InputError: for a record that has no text, or no kind, unless such are skipped.
     """
     counts = ReadReport() if report is None else report
     try:
-        for name, text in documents(sources, text_field=field, on_error=on_error, report=counts):
-            yield Document(name, text)
+        if kind_field is None:
+            for name, text in documents(sources, text_field=field, on_error=on_error, report=counts):
+                yield Document(name, text)
+            return
+        for found in documents_of_kinds(
+            sources, kind_field=kind_field, text_field=field, on_error=on_error, report=counts
+        ):
+            yield Document(*found)
     finally:
         if report is None and counts.skipped:
             logger.warning("Documents: %s", counts.summary())
@@ -119,7 +130,7 @@ def texts(
         ids = first_ids(tokenizer, document.text, length - len(prefix))
         if ids is not None:
             count += 1
-            yield Text(document.id, [*prefix, *ids])
+            yield Text(document.id, [*prefix, *ids], document.kind)
 
 
 def told_apart(names: Iterable[str]) -> Iterator[str]:

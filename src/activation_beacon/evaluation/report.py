@@ -153,7 +153,7 @@ def _tables_of(records: Sequence[Record], length: int, quality: str) -> list[Blo
     rows = summary.rows_of(those, quality)
     found: list[Block] = [_table(rows, quality), *_peer_notes(rows, those)]
     if any(row.kinds for row in rows):
-        found.append(_kinds_table(rows))
+        found.append(_kinds_table(rows, "gap closed" if quality == "nats" else "score"))
     if any(row.turns for row in rows):
         found.append(_turns_table(rows))
     if any(estimate.count < MIN_SAMPLES for row in rows for estimate in _estimates(row)):
@@ -216,15 +216,19 @@ def _peer_notes(rows: Sequence[Row], records: Sequence[Record]) -> list[Block]:
     return [Paragraph(" ".join(notes))] if notes else []
 
 
-def _kinds_table(rows: Sequence[Row]) -> Table:
+def _kinds_table(rows: Sequence[Row], measure: str) -> Table:
     """Counts stand in the head; in a cell, where it has another one than most of its column."""
     counts = {
         kind: statistics.mode(row.kinds[kind].count for row in rows if kind in row.kinds)
         for kind in sorted({kind for row in rows for kind in row.kinds})
     }
     return Table(
-        ["score by kind", *(f"{kind}, n={count}" for kind, count in counts.items())],
-        [[row.way.label, *(_text(row.kinds.get(kind), count) for kind, count in counts.items())] for row in rows],
+        [f"{measure} by kind", *(f"{kind}, n={count}" for kind, count in counts.items())],
+        [
+            [row.way.label, *(_text(row.kinds.get(kind), count) for kind, count in counts.items())]
+            for row in rows
+            if row.kinds
+        ],
     )
 
 

@@ -41,7 +41,7 @@ class Row:
         cache_length, cache_bytes: in the mean.
         seconds: for reading, in the mean.
         num_refused: samples that do not fit.
-        kinds: the quality of each kind of sample, where samples are of kinds.
+        kinds: of each kind of sample, where samples are of kinds: in language modelling the gap closed, elsewhere the quality.
         turns: of conversations: the score of each turn, and its seconds in the mean.
         only_masks: whether what is dropped stays in memory; `cache_length` is then what attention sees, and `cache_bytes`
             what is held.
@@ -115,15 +115,22 @@ def _row(way: Way, values: Mapping[Way, Mapping[str, float]], records: Sequence[
         cache_bytes=_average(measured, "cache_bytes"),
         seconds=_average(measured, "seconds" if quality == "nats" else "read_seconds"),
         num_refused=len(own) - len(measured),
-        kinds=_by_kind(measured, quality),
+        kinds=_by_kind(way, measured, values, quality),
         turns=turns_of(record for record in measured if record.get("is_conversation")),
         only_masks=any(record.get("only_masks") for record in measured),
     )
 
 
-def _by_kind(records: Sequence[Record], quality: str) -> dict[str, Estimate]:
-    kinds = sorted({record["kind"] for record in records if "kind" in record})
-    return {kind: mean([record[quality] for record in select(records, kind=kind)]) for kind in kinds}
+def _by_kind(
+    way: Way, records: Sequence[Record], values: Mapping[Way, Mapping[str, float]], quality: str
+) -> dict[str, Estimate]:
+    found: dict[str, Estimate] = {}
+    for kind in sorted({record["kind"] for record in records if "kind" in record}):
+        own = _by_sample(select(records, kind=kind), quality)
+        estimate = _against(way, {**values, way: own}, quality) if quality == "nats" else mean(list(own.values()))
+        if estimate is not None:
+            found[kind] = estimate
+    return found
 
 
 def _average(records: Sequence[Record], field: str) -> float | None:

@@ -67,6 +67,7 @@ class LanguageModelling:
         tokenizer: of the base model.
         paths: files, folders, globs or hub data sets of documents.
         field: where a record's text stands.
+        kind_field: where its kind stands, by which reports group; None for documents of no kind.
         on_error: what becomes of a record without one.
     """
 
@@ -75,26 +76,33 @@ class LanguageModelling:
     methods = {"full": False, "alone": False, "recent": False, "beacons": True, SHUFFLED: True}  # noqa: RUF012 - a constant
 
     def __init__(
-        self, tokenizer: Any, paths: Sequence[str | Path], *, field: str = "text", on_error: OnError = "stop"
+        self,
+        tokenizer: Any,
+        paths: Sequence[str | Path],
+        *,
+        field: str = "text",
+        kind_field: str | None = None,
+        on_error: OnError = "stop",
     ) -> None:
         self.tokenizer = tokenizer
         self.paths = list(paths)
-        self.field, self.on_error = field, on_error
-        self.settings = {**_named("documents", paths), "field": field, "on_error": on_error}
+        self.field, self.kind_field, self.on_error = field, kind_field, on_error
+        kinds = {} if kind_field is None else {"kind_field": kind_field}
+        self.settings = {**_named("documents", paths), "field": field, **kinds, "on_error": on_error}
 
     def samples(self, length: int) -> Iterator[Text]:
         """Texts of exactly so many tokens, one of each document that is long enough."""
-        documents = read_documents(self.paths, field=self.field, on_error=self.on_error)
+        documents = read_documents(self.paths, field=self.field, kind_field=self.kind_field, on_error=self.on_error)
         found, same = itertools.tee(texts(documents, self.tokenizer, length=length, prefix=self._prefix()))
         for text, name in zip(found, told_apart(text.id for text in same), strict=True):
-            yield Text(name, text.ids)
+            yield Text(name, text.ids, text.kind)
 
     def run(self, model: Any, samples: Sequence[Text], index: int, method: str, ratio: Ratio | None) -> dict[str, Any]:
         """One text read in one way."""
+        text = samples[index]
         other = other_value([sample.ids for sample in samples], index) if method == SHUFFLED else ()
-        return language_modelling.measure(
-            model, samples[index].ids, method, ratio=ratio, prefix=self._prefix(), other=other
-        )
+        record = language_modelling.measure(model, text.ids, method, ratio=ratio, prefix=self._prefix(), other=other)
+        return {"kind": text.kind, **record} if text.kind else record
 
     def _prefix(self) -> list[int]:
         return prefix_ids(self.tokenizer)
