@@ -95,6 +95,7 @@ class EmulatedCuda:
         told = classmethod(lambda cls, device: torch.ones((1, 1, 1, 1), dtype=torch.bool).as_subclass(cls))
         with (
             mock.patch.object(torch.cuda, "_lazy_init"),
+            mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
             mock.patch.object(ToldMask, "made", told),
             mock.patch.object(causal, "causal_lower_right", lower_right_bias),
             _Functions(self),
@@ -190,6 +191,8 @@ class _Functions(TorchFunctionMode):
                 return func(first.inner, *args[1:])
             if name in ("__getitem__", "__setitem__"):
                 return self._indexed(name, *args)
+            if name == "data_ptr":
+                return first.inner.data_ptr()
             if name == "contiguous":
                 return first if first.inner.is_contiguous() else OnCuda(first.inner.contiguous())
         return self._run(func, args, kwargs)

@@ -6,7 +6,7 @@ Its values are the CPU's: each path must give what it gives there. How fast a GP
 import pytest
 import torch
 
-from activation_beacon import BeaconCache, BeaconConfig
+from activation_beacon import BeaconCache, BeaconConfig, recorded
 from activation_beacon.at_once import chunks_at_once
 from emulated_cuda import EmulatedCuda, OnCuda, to_cuda
 from families import random_ids, with_beacons
@@ -189,6 +189,32 @@ def test_steps_of_a_ragged_batch_wait_for_nothing(kind, cuda):
         model(tokens, past_key_values=batch)
         model.read_next(contexts, [3, 4])
     assert not cuda.waits
+
+
+@pytest.mark.parametrize("is_ragged", [False, True])
+@torch.no_grad()
+def test_a_step_that_is_recorded_waits_for_nothing(is_ragged, cuda, monkeypatch):
+    """Recording it as a graph would fail where it did."""
+    waits = []
+
+    def record(step):
+        cuda.clear()
+        result = step()
+        waits.append(dict(cuda.waits))
+        return lambda: result.copy_(step()), result
+
+    monkeypatch.setitem(recorded.RECORDERS, "cuda", record)
+    model = to_cuda(model_of("llama", "default"))
+    lengths = (5 * CHUNK + 3, 2 * CHUNK + 1)[: 1 + is_ragged]
+    batch = BeaconCache.stack([model.compress(ids_on(model, count), ratio=4) for count in lengths])
+    plain = batch.fork()
+    for tokens in ids_on(model, 6, batch=len(lengths)).T:
+        model.cuda_graphs = True
+        logits = model(tokens[:, None], past_key_values=batch).logits
+        model.cuda_graphs = False
+        expected = model(tokens[:, None], past_key_values=plain).logits
+        torch.testing.assert_close(logits.inner, expected.inner, rtol=0, atol=1e-4)
+    assert waits == [{}]
 
 
 @torch.no_grad()
