@@ -1,4 +1,4 @@
-"""A GPU to try code on where there is none: tensors that say they are on "cuda", and compute on the CPU.
+"""GPUs to try code on where there is none: tensors that say they are on "cuda", and compute on the CPU.
 
 What can go wrong only on a GPU shows here: tensors of two devices in one operation are refused as CUDA refuses them; counted
 is whatever makes the host wait for the device (a value handed to Python, a shape that depends on values, a copy from memory
@@ -34,14 +34,14 @@ UNLINKED = (
 
 
 class OnCuda(torch.Tensor):
-    """A tensor that says it is on the GPU; its values are those of `inner`, on the CPU."""
+    """A tensor that says it is on a GPU; its values are those of `inner`, on the CPU."""
 
     @staticmethod
-    def __new__(cls, inner):
+    def __new__(cls, inner, device=CUDA):
         told = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, device=CUDA, **told)
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, device=device, **told)
 
-    def __init__(self, inner):
+    def __init__(self, inner, device=CUDA):
         assert not isinstance(inner, OnCuda)
         self.inner = inner
 
@@ -50,7 +50,8 @@ class OnCuda(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return wrapped(func(*unwrapped(args), **unwrapped(kwargs or {})))
+        device = next(tensor.device for tensor in tensors(args, kwargs) if isinstance(tensor, OnCuda))
+        return wrapped(func(*unwrapped(args), **unwrapped(kwargs or {})), device)
 
 
 class LowerRightBias(torch.Tensor):
@@ -61,20 +62,31 @@ def unwrapped(values):
     return tree_map_only(OnCuda, lambda tensor: tensor.inner, values)
 
 
-def wrapped(values, known=()):
-    """Results as tensors of the GPU; what an operation has returned of its arguments stays the same object."""
+def wrapped(values, device, known=()):
+    """Results as tensors of a GPU; what an operation has returned of its arguments stays the same object."""
     own = {id(tensor.inner): tensor for tensor in known}
-    return tree_map_only(
-        torch.Tensor, lambda tensor: own.get(id(tensor)) if id(tensor) in own else OnCuda(tensor), values
-    )
+
+    def wrap(tensor):
+        return own[id(tensor)] if id(tensor) in own else OnCuda(tensor, device)
+
+    return tree_map_only(torch.Tensor, wrap, values)
 
 
 def tensors(*values):
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
-def is_cuda(device):
-    return device is not None and torch.device(device).type == "cuda"
+def cuda_of(device):
+    """The GPU that a device names, with its number; None if it is none."""
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cpu")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else None
+
+
+def check_same_device(func, given):
+    """As CUDA does: tensors of several devices are refused, unless those of the host have no dimension."""
+    devices = {tensor.device for tensor in given if isinstance(tensor, OnCuda) or tensor.dim()}
+    if len(devices) > 1:
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got {devices}")
 
 
 class EmulatedCuda:
@@ -132,34 +144,30 @@ class _Operations(TorchDispatchMode):
         given = tensors(args, kwargs)
         ours = [tensor for tensor in given if isinstance(tensor, OnCuda)]
         device = kwargs.get("device")
-        if not ours and not is_cuda(device):
+        if not ours and cuda_of(device) is None:
             return func(*args, **kwargs)
-        is_result_ours = is_cuda(device) if device is not None else True
+        target = cuda_of(device) if device is not None else ours[0].device
         if device is not None:
             kwargs["device"] = "cpu"
         if func is aten.copy_.default:
-            is_result_ours = isinstance(args[0], OnCuda)
+            target = cuda_of(args[0].device)
             if len(ours) < len(given):
                 self.emulated.wait("copy")
         elif func is aten._to_copy.default:
-            if bool(ours) != is_result_ours:
+            if bool(ours) != (target is not None):
                 self.emulated.wait("copy")
-        elif len(ours) < len(given):
-            self._check_same_device(func, args, given)
+        elif func in INDEXING and len(ours) < len(given) and isinstance(args[0], OnCuda):
+            self.emulated.wait("copy")  # indices may be on the host
+            check_same_device(func, ours)
+        else:
+            check_same_device(func, given)
         if func is aten._local_scalar_dense.default:
             self.emulated.wait("value")
-            is_result_ours = False
+            target = None
         if func in SHAPES_FROM_VALUES or (func in INDEXING and any(t.dtype == torch.bool for t in tensors(args[1]))):
             self.emulated.wait("shape")
         result = func(*unwrapped(args), **unwrapped(kwargs))
-        return wrapped(result, ours) if is_result_ours else result
-
-    def _check_same_device(self, func, args, given):
-        """As CUDA does: tensors of other devices are refused, unless they have no dimension or are indices."""
-        if func in INDEXING and isinstance(args[0], OnCuda):
-            self.emulated.wait("copy")
-        elif any(tensor.dim() for tensor in given if not isinstance(tensor, OnCuda)):
-            raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got cuda:0 and cpu")
+        return result if target is None else wrapped(result, target, ours)
 
 
 class _Functions(TorchFunctionMode):
@@ -175,12 +183,14 @@ class _Functions(TorchFunctionMode):
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if func is functional.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if name in ("tensor", "as_tensor") and is_cuda(kwargs.get("device")):
-            return self._made(func, name, args, kwargs)
+        if name in ("tensor", "as_tensor") and cuda_of(kwargs.get("device")) is not None:
+            return self._made(func, args, kwargs)
         if name in ("to", "cuda") and first is not None:
             device, dtype = _target(args[1:], kwargs) if name == "to" else (CUDA, None)
-            if is_cuda(device) or (isinstance(first, OnCuda) and device is None):
-                return self._moved(first, dtype, is_awaited=not kwargs.get("non_blocking"))
+            if device is None:
+                device = first.device
+            if cuda_of(device) is not None:
+                return self._moved(first, cuda_of(device), dtype, is_awaited=not kwargs.get("non_blocking"))
         if name == "pin_memory" and first is not None:
             pinned = first.clone()
             pinned.is_pinned_here = True
@@ -194,7 +204,7 @@ class _Functions(TorchFunctionMode):
             if name == "data_ptr":
                 return first.inner.data_ptr()
             if name == "contiguous":
-                return first if first.inner.is_contiguous() else OnCuda(first.inner.contiguous())
+                return first if first.inner.is_contiguous() else OnCuda(first.inner.contiguous(), first.device)
         return self._run(func, args, kwargs)
 
     def _run(self, func, args, kwargs):
@@ -206,23 +216,27 @@ class _Functions(TorchFunctionMode):
         if getattr(func, "__name__", "") in COUNTING:
             self.emulated.wait("shape")
         given = tensors(args, kwargs)
-        assert all(isinstance(tensor, OnCuda) or not tensor.dim() for tensor in given), f"{func}: two devices"
-        return wrapped(func(*unwrapped(args), **unwrapped(kwargs)), [t for t in given if isinstance(t, OnCuda)])
+        check_same_device(func, given)
+        ours = [tensor for tensor in given if isinstance(tensor, OnCuda)]
+        return wrapped(func(*unwrapped(args), **unwrapped(kwargs)), ours[0].device, ours)
 
-    def _made(self, func, name, args, kwargs):
+    def _made(self, func, args, kwargs):
+        device = cuda_of(kwargs["device"])
         if isinstance(args[0], OnCuda):
-            return self._moved(args[0], kwargs.get("dtype"))
+            return self._moved(args[0], device, kwargs.get("dtype"))
         self.emulated.wait("copy")
-        return OnCuda(func(*args, **{**kwargs, "device": "cpu"}))
+        return OnCuda(func(*args, **{**kwargs, "device": "cpu"}), device)
 
-    def _moved(self, tensor, dtype, *, is_awaited=True):
+    def _moved(self, tensor, device, dtype, *, is_awaited=True):
         if isinstance(tensor, ToldMask):
             return tensor  # has no values that would have to be anywhere
         if isinstance(tensor, OnCuda):
-            return tensor if dtype in (None, tensor.dtype) else aten._to_copy.default(tensor, dtype=dtype)
+            if tensor.device == device:
+                return tensor if dtype in (None, tensor.dtype) else aten._to_copy.default(tensor, dtype=dtype)
+            return OnCuda(tensor.inner.to(dtype or tensor.dtype, copy=True), device)
         if is_awaited or not hasattr(tensor, "is_pinned_here"):
             self.emulated.wait("copy")
-        return OnCuda(tensor.detach().clone() if dtype is None else tensor.detach().to(dtype, copy=True))
+        return OnCuda(tensor.detach().to(dtype or tensor.dtype, copy=True), device)
 
     def _indexed(self, name, tensor, key, value=None):
         parts = list(key) if isinstance(key, tuple) else [key]
@@ -234,8 +248,9 @@ class _Functions(TorchFunctionMode):
             elif isinstance(part, OnCuda) and (part.dim() == 0 or part.dtype == torch.bool):
                 self.emulated.wait("value" if part.dim() == 0 else "shape")
         chosen = unwrapped(tuple(parts)) if isinstance(key, tuple) else unwrapped(parts)[0]
+        check_same_device(name, [tensor, *(part for part in parts if isinstance(part, OnCuda))])
         if name == "__getitem__":
-            return OnCuda(tensor.inner[chosen])
+            return OnCuda(tensor.inner[chosen], tensor.device)
         if isinstance(value, torch.Tensor) and value.dim() and not isinstance(value, OnCuda):
             self.emulated.wait("copy")
         tensor.inner[chosen] = unwrapped(value)
@@ -259,12 +274,14 @@ class _Functions(TorchFunctionMode):
         if isinstance(attn_mask, LowerRightBias):
             kind, attn_mask = "lower right", attn_mask.as_subclass(torch.Tensor)
         elif attn_mask is not None:
-            assert isinstance(attn_mask, OnCuda), "a mask on another device"
+            check_same_device("attention", [query, attn_mask])
             kind, attn_mask = "written out", attn_mask.inner
         self.emulated.masks[kind] += 1
-        inner = unwrapped((query, key, value))
-        assert not any(isinstance(tensor, OnCuda) for tensor in inner)
-        return OnCuda(functional.scaled_dot_product_attention(*inner, attn_mask, dropout_p, is_causal, **options))
+        check_same_device("attention", [query, key, value])
+        attended = functional.scaled_dot_product_attention(
+            *unwrapped((query, key, value)), attn_mask, dropout_p, is_causal, **options
+        )
+        return OnCuda(attended, query.device)
 
 
 def _target(args, kwargs):
@@ -275,18 +292,22 @@ def _target(args, kwargs):
             dtype = value
         elif isinstance(value, torch.Tensor):
             device, dtype = value.device, value.dtype
-        elif isinstance(value, (torch.device, str)):
-            device = torch.device(value)
+        elif isinstance(value, (torch.device, str)) or (isinstance(value, int) and not isinstance(value, bool)):
+            device = value
     return device, dtype
 
 
-def to_cuda(module):
-    """The module, whose parameters and buffers are on the GPU from now on; they take no gradients."""
+def to_cuda(module, device=CUDA):
+    """The module, whose parameters and buffers are on a GPU from now on; they take no gradients."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                part._parameters[name] = nn.Parameter(OnCuda(parameter.detach()), requires_grad=False)
+                part._parameters[name] = nn.Parameter(OnCuda(plain(parameter), device), requires_grad=False)
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                part._buffers[name] = OnCuda(buffer)
+                part._buffers[name] = OnCuda(plain(buffer), device)
     return module
+
+
+def plain(tensor):
+    return tensor.inner if isinstance(tensor, OnCuda) else tensor.detach()

@@ -133,6 +133,38 @@ def test_a_context_is_loaded_to_where_the_model_is(kind, tmp_path, cuda):
     )
 
 
+# --- layers on several GPUs --------------------------------------------------------------------------------------------
+
+
+def spread_over_two(model):
+    """The layers on two GPUs, with accelerate's hooks between them, as `device_map` leaves a model."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    first, second = (torch.device("cuda", index) for index in (0, 1))
+    layers = model.get_decoder().layers
+    places = {"": first, "model.norm": first, "lm_head": first, "model.embed_tokens": first, "model.rotary_emb": first}
+    places |= {f"model.layers.{index}": first if index < 1 else second for index in range(len(layers))}
+    to_cuda(model)
+    for name, device in places.items():
+        module = model.get_submodule(name)
+        hook = hooks.AlignDevicesHook(execution_device=device, io_same_device=not name, skip_keys="past_key_values")
+        hooks.add_hook_to_module(module, hook)
+    for layer in layers[1:]:
+        to_cuda(layer, second)
+    return model
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "paper"), ("llama", "default"), ("mistral", "default")])
+@torch.no_grad()
+def test_layers_may_be_on_several_gpus(family, kind):
+    model = model_of(family, kind)
+    expected = [[tensor.clone() for tensor in path(model)] for path in PATHS]
+    with EmulatedCuda().on():
+        spread_over_two(model)
+        for path, wanted in zip(PATHS, expected, strict=True):
+            for tensor, other in zip(path(model), wanted, strict=True):
+                torch.testing.assert_close(tensor.inner, other, rtol=0, atol=1e-4, msg=path.__name__)
+
+
 # --- what the host waits for -------------------------------------------------------------------------------------------
 
 

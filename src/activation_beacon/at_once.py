@@ -66,7 +66,7 @@ class Chunks:
         self.beacon_slots = sent(group.beacon_slots, device)
         # (n,) or (B, n) of all chunks
         self.anchor_slots = sent(anchors_of_all(anchors, group), device) if layouts else self.beacon_slots
-        self._masks: dict[tuple[int, int, int | None, torch.dtype | None], torch.Tensor | None] = {}
+        self._masks: dict[tuple[Any, ...], torch.Tensor | None] = {}
 
     def attend(
         self,
@@ -90,8 +90,9 @@ class Chunks:
             mask_dtype: of additive masks; None for boolean ones.
             kwargs: the base's further arguments.
         """
-        held_keys = self.mover.move(key.index_select(2, self.kept_slots), self.layer_of[module])
-        held_values = value.index_select(2, self.kept_slots)
+        kept = self.kept_slots.to(key.device)  # layers may be on several GPUs
+        held_keys = self.mover.move(key.index_select(2, kept), self.layer_of[module])
+        held_values = value.index_select(2, kept)
         outputs = []
         sizes = [size for size, _ in self.spans]
         parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
@@ -99,23 +100,26 @@ class Chunks:
             if held:
                 keys = torch.cat((held_keys[:, :, :held], keys), dim=2)
                 values = torch.cat((held_values[:, :, :held], values), dim=2)
-            mask = self._mask(size, held, kwargs.get("sliding_window"), mask_dtype)
+            mask = self._mask(size, held, kwargs.get("sliding_window"), mask_dtype, key.device)
             outputs.append(attention(module, queries, keys, values, mask, **kwargs)[0])
         return torch.cat(outputs, dim=1)
 
-    def _mask(self, size: int, held: int, window: int | None, dtype: torch.dtype | None) -> torch.Tensor | None:
+    def _mask(
+        self, size: int, held: int, window: int | None, dtype: torch.dtype | None, device: torch.device
+    ) -> torch.Tensor | None:
         """Mask (1, 1, size, held + size), or one that is told: causal from the lower right, within a sliding window if any."""
         if window is not None and held + size <= window:
             window = None
-        kind = (size, held, window, dtype)
+        kind = (size, held, window, dtype, device)
         if kind not in self._masks:
-            self._masks[kind] = self._make_mask(size, held, window, dtype)
+            self._masks[kind] = self._make_mask(size, held, window, dtype, device)
         return self._masks[kind]
 
-    def _make_mask(self, size: int, held: int, window: int | None, dtype: torch.dtype | None) -> torch.Tensor | None:
+    def _make_mask(
+        self, size: int, held: int, window: int | None, dtype: torch.dtype | None, device: torch.device
+    ) -> torch.Tensor | None:
         if dtype is None and not held and window is None:
             return None  # sdpa's own causal kernel
-        device = self.raw_slots.device
         if dtype is None and window is None and device.type in TOLD_ON:
             return LowerRight.on(device)
         queries = torch.arange(held, held + size, device=device)[:, None]
