@@ -95,11 +95,13 @@ class EmulatedCuda:
     Attributes:
         waits: where the host had to wait for it: (what for, line of code) and how often.
         masks: kinds of mask that attention was given, and how often: "none", "causal", "lower right", "written out".
+        by_cudnn: how often cuDNN might have computed it.
     """
 
     def __init__(self):
         self.waits = Counter()
         self.masks = Counter()
+        self.by_cudnn = 0
 
     @contextlib.contextmanager
     def on(self):
@@ -119,6 +121,7 @@ class EmulatedCuda:
         """Forget what was counted."""
         self.waits.clear()
         self.masks.clear()
+        self.by_cudnn = 0
 
     def wait(self, reason):
         """Count a place in the code where the host waits."""
@@ -196,15 +199,20 @@ class _Functions(TorchFunctionMode):
             pinned.is_pinned_here = True
             return pinned
         if isinstance(first, OnCuda):
-            if name in TO_PYTHON:
-                self.emulated.wait("value")
-                return func(first.inner, *args[1:])
-            if name in ("__getitem__", "__setitem__"):
-                return self._indexed(name, *args)
-            if name == "data_ptr":
-                return first.inner.data_ptr()
-            if name == "contiguous":
-                return first if first.inner.is_contiguous() else OnCuda(first.inner.contiguous(), first.device)
+            return self._of_ours(func, name, args, kwargs)
+        return self._run(func, args, kwargs)
+
+    def _of_ours(self, func, name, args, kwargs):
+        first = args[0]
+        if name in TO_PYTHON:
+            self.emulated.wait("value")
+            return func(first.inner, *args[1:])
+        if name in ("__getitem__", "__setitem__"):
+            return self._indexed(name, *args)
+        if name == "data_ptr":
+            return first.inner.data_ptr()
+        if name == "contiguous":
+            return first if first.inner.is_contiguous() else OnCuda(first.inner.contiguous(), first.device)
         return self._run(func, args, kwargs)
 
     def _run(self, func, args, kwargs):
@@ -277,6 +285,7 @@ class _Functions(TorchFunctionMode):
             check_same_device("attention", [query, attn_mask])
             kind, attn_mask = "written out", attn_mask.inner
         self.emulated.masks[kind] += 1
+        self.emulated.by_cudnn += torch.backends.cuda.cudnn_sdp_enabled()
         check_same_device("attention", [query, key, value])
         attended = functional.scaled_dot_product_attention(
             *unwrapped((query, key, value)), attn_mask, dropout_p, is_causal, **options

@@ -5,7 +5,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from activation_beacon import BeaconConfig, BeaconModel, detach, matmul
+from activation_beacon import BeaconConfig, BeaconModel, detach, grouped, matmul
 from activation_beacon.bench import measure, report, shapes
 from activation_beacon.bench.cost import FULL_ATTENTION, Compression, ModelShape, decode_bytes, end_to_end_speedup
 from activation_beacon.bench.measure import Cell
@@ -13,6 +13,7 @@ from activation_beacon.bench.records import FILE, Records
 from activation_beacon.bench.timing import Run
 from activation_beacon.cli import app
 from activation_beacon.errors import CapacityError, MismatchError
+from activation_beacon.room import Room
 from evaluation_models import beacon_model, byte_tokenizer
 from families import with_beacons
 
@@ -57,18 +58,19 @@ def test_both_ways_are_run_to_the_same_end(batch_size):
         assert run.peak_bytes is None or run.peak_bytes > run.cache_bytes
 
 
-def test_full_attention_can_be_run_through_onednn(monkeypatch):
-    attached, rows = model(), []
-    attached.cpu_matmul = "onednn"
-    whole = matmul.linear
-    monkeypatch.setattr(matmul, "linear", lambda x, *rest: rows.append(x.shape[1]) or whole(x, *rest))
-    for is_onednn in (False, True):
-        assert not rows
-        measure.run(attached, Cell(5 * CHUNK, 1, None, 0, is_onednn=is_onednn), 3)
+def test_tuned_full_attention_has_what_beacons_have_besides_beacons(monkeypatch):
+    attached, rows, appended = model(), [], []
+    attached.cpu_matmul = "onednn" if matmul.is_offered() else "auto"
+    multiply, append = matmul.linear, Room.append
+    monkeypatch.setattr(matmul, "linear", lambda x, *rest: rows.append(x.shape[1]) or multiply(x, *rest))
+    monkeypatch.setattr(Room, "append", lambda room, *new: appended.append(new[0].shape[2]) or append(room, *new))
+    plain = measure.run(attached, Cell(5 * CHUNK, 1, None, 0), 3)
+    assert rows == appended == []
+    tuned = measure.run(attached, Cell(5 * CHUNK, 1, None, 0, is_tuned=True), 3)
     assert set(rows) == ({5 * CHUNK, 1} if matmul.is_offered() else set())
-    assert measure.is_through_onednn(attached) is matmul.is_offered()
-    attached.cpu_matmul = "torch"
-    assert not measure.is_through_onednn(attached)
+    num_layers = attached.config.num_hidden_layers
+    assert appended == [5 * CHUNK, 1] * num_layers + [1] * 2 * num_layers  # room is made once, and filled
+    assert tuned.cache_bytes == plain.cache_bytes
 
 
 def test_a_text_that_does_not_fit_is_refused_before_it_is_read():
@@ -85,7 +87,7 @@ def test_each_chunk_of_a_long_text_is_timed(local_tokens):
 
 
 def test_chunks_that_fill_a_pass_are_not_timed_together(monkeypatch):
-    monkeypatch.setattr(measure, "ROWS_TOGETHER", 2 * (CHUNK + CHUNK // 4) - 1)
+    monkeypatch.setattr(grouped, "ROWS_TOGETHER", 2 * (CHUNK + CHUNK // 4) - 1)
     assert measure.seconds_in_one_call(model(), 3, 4) is None
 
 
@@ -128,7 +130,7 @@ def test_the_table_has_a_line_for_each_way():
         "per token",
         "slowest token",
         "total",
-        "of oneDNN",
+        "of tuned",
         "bound",
         "cache",
         "peak",
@@ -147,12 +149,12 @@ def test_kvpress_is_compared_with_full_attention_too_and_has_no_bound():
     assert report.table(rows)[3].split()[2:4] == ["knorm", "x4"]
 
 
-def test_full_attention_through_onednn_stands_beside_the_other_and_is_compared_with_too():
-    full, by_onednn, beacons = Cell(64, 1, None, 0), Cell(64, 1, None, 0, is_onednn=True), Cell(64, 1, 4, 0)
-    runs = {full: made(8), by_onednn: made(6), beacons: made(4)}
+def test_tuned_full_attention_stands_beside_the_other_and_is_compared_with_too():
+    full, tuned, beacons = Cell(64, 1, None, 0), Cell(64, 1, None, 0, is_tuned=True), Cell(64, 1, 4, 0)
+    runs = {full: made(8), tuned: made(6), beacons: made(4)}
     rows = report.summary(runs, TINY, num_new=3, config=CONFIG, element_bytes=2)
-    found = [(row.way, row.total_speedup, row.total_speedup_of_onednn) for row in rows]
-    assert found == [("full", 1, 0.75), ("full, oneDNN", 8 / 6, 1), ("x4", 2, 1.5)]
+    found = [(row.way, row.total_speedup, row.total_speedup_of_tuned) for row in rows]
+    assert found == [("full", 1, 0.75), ("full, tuned", 8 / 6, 1), ("x4", 2, 1.5)]
     assert rows[1].first_token_bound == rows[0].first_token_bound
 
 
@@ -220,7 +222,7 @@ def test_speed_prints_a_table_and_one_json_line_and_goes_on_where_it_stood(optio
     result = invoke(*args, "--repeats", "1")
     assert result.exit_code == 0, result.output
     *table, line = result.stdout.splitlines()
-    ways = ("full", "full,", "x4") if matmul.is_offered() else ("full", "x4")
+    ways = ("full", "full,", "x4")
     assert [row.split()[:3] for row in table[1:]] == [[n, "1", way] for n in ("64", "96") for way in ways]
     values = json.loads(line)
     ratios = [4 if way == "x4" else None for way in ways]
@@ -240,6 +242,7 @@ def test_speed_leaves_full_attention_out_where_it_takes_too_long(options):
     )
     assert [(row["length"], row["ratio"], row["repeats"]) for row in values["rows"]] == [
         (64, None, 1),
+        (64, None, 1),
         (64, 4, 1),
         (96, 4, 1),
     ]
@@ -255,7 +258,7 @@ def test_speed_goes_on_after_a_text_that_does_not_fit_the_gpu(options, tmp_path,
 
     monkeypatch.setattr(measure, "run", run)
     args = ["--lengths", "64,96", "--ratios", "4", "--new-tokens", "1", "--repeats", "1", "--json", "-o", tmp_path]
-    result = invoke("speed", *options, *args, "--no-full-onednn")
+    result = invoke("speed", *options, *args, "--no-full-tuned")
     assert "96 tokens, full attention: does not fit the GPU's memory" in result.stderr
     assert [(row["length"], row["ratio"]) for row in json.loads(result.stdout)["rows"]] == [
         (64, None),

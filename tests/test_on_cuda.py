@@ -6,8 +6,13 @@ Its values are the CPU's: each path must give what it gives there. How fast a GP
 import pytest
 import torch
 
-from activation_beacon import BeaconCache, BeaconConfig, recorded
+from activation_beacon import BeaconCache, BeaconConfig, grouped, recorded
 from activation_beacon.at_once import chunks_at_once
+from activation_beacon.constants import sent
+from activation_beacon.processes import Processes
+from activation_beacon.training.batches import Batch
+from activation_beacon.training.metrics import StepTotals
+from activation_beacon.training.objective import Losses
 from emulated_cuda import EmulatedCuda, OnCuda, to_cuda
 from families import random_ids, with_beacons
 
@@ -277,6 +282,23 @@ def test_all_chunks_in_one_pass_wait_no_oftener_for_many(cuda):
     assert waits[2] == waits[3] <= 1, cuda.waits
 
 
+@torch.no_grad()
+def test_losses_of_training_are_summed_without_a_wait(cuda):
+    ids, is_target = random_ids(5 * CHUNK, batch=2), torch.ones(2, 5 * CHUNK, dtype=torch.bool)
+    batch = Batch(ids, is_target, (4, 2, 8, 4), CHUNK)
+    nll = torch.rand(2, 5 * CHUNK - 1).cuda()
+    nll[0, 7:9] = torch.nan
+    result = Losses(nll.nansum(), nll.nansum(), nll, None, is_target.sum())
+    cuda.clear()
+    totals = StepTotals((2, 4, 8))
+    totals.add(result, batch)
+    assert sent(batch.ids, nll.device).device == nll.device
+    assert not cuda.waits
+    line, values = totals.line(Processes(), torch.device("cpu")), nll.inner.double()
+    assert line["loss"] == pytest.approx(float(values.nansum()) / (2 * (5 * CHUNK - 1)))
+    assert line["loss_by_ratio"]["8"] == pytest.approx(float(values[:, 3 * CHUNK - 1 : 4 * CHUNK - 1].mean()))
+
+
 # --- which kernels of attention may run --------------------------------------------------------------------------------
 
 
@@ -292,6 +314,41 @@ def test_no_mask_keeps_the_flash_kernel_from_running(kind, cuda):
         model.hidden_states(ids_on(model, 5 * CHUNK + 3), [4] * 5)
     assert cuda.masks["lower right"] > 0
     assert cuda.masks["written out"] == 0
+
+
+@torch.no_grad()
+def test_steps_of_decoding_are_not_left_to_cudnn(cuda):
+    """It makes a plan for each number of keys, on the host."""
+    model = to_cuda(model_of("llama", "default"))
+    contexts = [model.compress(ids_on(model, count), ratio=4) for count in (5 * CHUNK + 3, 2 * CHUNK + 1)]
+    assert cuda.by_cudnn > 0
+    cuda.clear()
+    model(ids_on(model, 1), past_key_values=contexts[0])
+    model.read_next(contexts, [3, 4])
+    assert cuda.masks.total() > cuda.by_cudnn == 0
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_with_gradients_chunks_are_told_that_they_are_causal(cuda, monkeypatch):
+    """Gradients are not emulated: what keeps them is asked for, and a pass without is made."""
+    model = to_cuda(model_of("llama", "paper"))
+    monkeypatch.setattr(torch, "is_grad_enabled", lambda: True)
+    ids = ids_on(model, 3 * CHUNK + 3)
+    with torch.no_grad():
+        model(ids, labels=ids, beacon_ratio=4)
+    assert cuda.masks["lower right"] > 0
+    assert cuda.masks["written out"] == 0
+
+
+@pytest.mark.parametrize(("most", "passes"), [(8192, 2), (0, 6)])
+@torch.no_grad()
+def test_a_gpu_is_given_more_chunks_at_a_time(most, passes, cuda, monkeypatch):
+    monkeypatch.setattr(grouped, "ROWS_TOGETHER", 0)
+    monkeypatch.setattr(grouped, "ROWS_TOGETHER_ON_CUDA", most)
+    model, seen = to_cuda(model_of("llama", "paper")), []
+    model.get_decoder().register_forward_pre_hook(lambda *_: seen.append(1))
+    model.compress(ids_on(model, 5 * CHUNK + 3), ratio=4)
+    assert len(seen) == passes  # the last one reads the tail
 
 
 # --- the emulation itself ----------------------------------------------------------------------------------------------

@@ -355,6 +355,16 @@ def test_a_step_that_cannot_be_recorded_is_refused_and_leaves_the_cache(recordin
     assert torch.isfinite(step(model, cache, 6)).all()
 
 
+@torch.no_grad()
+def test_memory_that_runs_out_is_told_as_it_is(recordings, monkeypatch):
+    model = graphed()
+    cache = model.compress(random_ids(CHUNK + 2), ratio=4)
+    step(model, cache, 5)
+    monkeypatch.setattr(model, "base_forward", lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    with pytest.raises(torch.OutOfMemoryError):
+        step(model, cache, 6)
+
+
 def test_on_a_cpu_nothing_is_recorded():
     model = graphed()
     context = model.compress(random_ids(CHUNK + 2), ratio=4)

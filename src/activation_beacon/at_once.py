@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from activation_beacon.adapt import AT_ONCE, DecoderSite
-from activation_beacon.causal import LowerRight
+from activation_beacon.causal import TOLD_WITH_GRADIENTS, LowerRight
 from activation_beacon.chunk_inputs import BaseModel, anchor_slots, anchors_of_all, interleave
 from activation_beacon.config import BeaconConfig
 from activation_beacon.constants import sent
@@ -30,7 +30,6 @@ from activation_beacon.rope import KeyMover
 # B batch · T tokens of a text · N slots of all chunks and the tail · H query heads · K kv heads · D head dim · M model dim
 
 WITH_MASKS = ("eager", "sdpa")  # attention that takes the mask that it is given
-TOLD_ON = ("cuda",)  # where a mask that is told keeps the flash kernel in use, gradients included
 
 
 class Chunks:
@@ -120,7 +119,7 @@ class Chunks:
     ) -> torch.Tensor | None:
         if dtype is None and not held and window is None:
             return None  # sdpa's own causal kernel
-        if dtype is None and window is None and device.type in TOLD_ON:
+        if dtype is None and window is None and device.type in TOLD_WITH_GRADIENTS:
             return LowerRight.on(device)
         queries = torch.arange(held, held + size, device=device)[:, None]
         keys = torch.arange(held + size, device=device)[None]

@@ -9,8 +9,9 @@ sums of their exponentials; or, where oneDNN multiplies faster than that kernel 
 exact, not an approximation.
 """
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,29 @@ from activation_beacon.constants import sent
 
 # B batch · H query heads · K kv heads · T slots of the pass · S held entries · D head dim
 
+TOLD_WITH_GRADIENTS = ("cuda",)  # types of device on which a told mask keeps the flash kernel in use in training too
+
 FEWEST_QUERIES = 192  # fewer are left to the flash kernel, where it needs no mask
 FEWEST_IN_SPANS = 64  # likewise, where it would need one
 MOST_QUERIES, MOST_ROWS = 192, 384  # of a block: of one head, and of all heads that share keys
 
 _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the public call does not return the sums
+
+
+@contextlib.contextmanager
+def without_cudnn(device: torch.device) -> Iterator[None]:
+    """A block in which attention on a GPU is computed by other kernels than cuDNN's, in all threads.
+
+    cuDNN makes a plan on the host for each number of keys, in milliseconds; in decoding each token has another number.
+    """
+    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 class ToldMask(torch.Tensor):

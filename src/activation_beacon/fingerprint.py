@@ -30,15 +30,21 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], settings: str = "")
             samples.append(_sample(tensor))
     if not samples:
         return digest.hexdigest()[:FINGERPRINT_DIGITS]
-    joined = torch.cat([sample.to(samples[0].device) for sample in samples]).cpu()
+    joined = _joined(samples).cpu()
     names = (_name(digest.copy(), rounded) for rounded in (joined, joined.to(torch.float16)))
     return "-".join(dict.fromkeys(names))
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach().reshape(-1)
-    step = -(-flat.numel() // SAMPLES)
-    return flat[::step].float() + 0.0  # no negative zero
+    return flat[:: -(-flat.numel() // SAMPLES)]
+
+
+def _joined(samples: list[torch.Tensor]) -> torch.Tensor:
+    """All samples in one tensor of float32, without negative zeros; copied together where they are of one kind."""
+    if len({(sample.dtype, sample.device) for sample in samples}) > 1:
+        samples = [sample.to(samples[0].device).float() for sample in samples]
+    return torch.cat(samples).float() + 0.0
 
 
 def _name(digest: "hashlib._Hash", samples: torch.Tensor) -> str:

@@ -16,7 +16,7 @@ from activation_beacon import grouped
 from activation_beacon.adapt import DecoderSite, can_end_early, understands_told_masks
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
-from activation_beacon.causal import FEWEST_IN_SPANS, LowerRight, Spans
+from activation_beacon.causal import FEWEST_IN_SPANS, TOLD_WITH_GRADIENTS, LowerRight, Spans, without_cudnn
 from activation_beacon.chunk_inputs import BaseModel, anchor_slots, anchors_of_all, interleave
 from activation_beacon.chunk_memory import joined_layer, lent, memory_view
 from activation_beacon.constants import constant, sent
@@ -116,7 +116,7 @@ class _Reader:
         """The chunks that come next and can be closed in one pass; none where the next is better closed alone."""
         members, first = rounds[0]
         lengths = {self.cache.rows[row].memory_length for row in members}
-        most = grouped.ROWS_TOGETHER // len(members)
+        most = grouped.rows_together(self.ids.device) // len(members)
         is_begun = self.cache.config.placement == "append" and any(self.cache.rows[row].tail_length for row in members)
         is_alone = is_begun or len(lengths) > 1 or 2 * first.num_slots > most
         if is_alone or self.model.training or not self._understands_masks():  # in training attention may drop some
@@ -350,6 +350,8 @@ class _Reader:
         """
         num_rows, longest = slots.shape[-1], max(lengths)
         if not self._understands_masks():
+            if self._trains_on_told_masks() and rows is None and longest and len(set(lengths)) == 1 and num_rows > 1:
+                return LowerRight.on(slots.device)
             return _padding_mask(lengths, counts or [num_rows] * len(lengths), num_rows, slots.device)
         is_by_onednn = self.model.is_by_onednn(num_rows)
         if rows is None and len(set(lengths)) == 1:
@@ -370,6 +372,10 @@ class _Reader:
         """Whether a pass may be given a mask of ours, and is the better for it."""
         return not torch.is_grad_enabled() and understands_told_masks(self.model, self.site)
 
+    def _trains_on_told_masks(self) -> bool:
+        """Whether a pass that keeps gradients is the better for one that is causal from the lower right."""
+        return self.ids.device.type in TOLD_WITH_GRADIENTS and understands_told_masks(self.model, self.site)
+
     def _text(
         self, members: Sequence[int], starts: Sequence[int], width: int, ids: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -386,7 +392,10 @@ class _Reader:
         is_closing = "beacon_slots" in inputs
         batch, width = inputs["inputs_embeds" if is_closing else "input_ids"].shape[:2]
         is_touched = is_closing or self._is_compressed()
-        with self.model.fast_products(batch * width) if is_touched else contextlib.nullcontext():
+        with (
+            self.model.fast_products(batch * width) if is_touched else contextlib.nullcontext(),
+            without_cudnn(self.ids.device) if width == 1 else contextlib.nullcontext(),
+        ):
             return self._call_for(wanted, slots, inputs)
 
     def _call_for(self, wanted: list[int] | None, slots: Sequence[int], inputs: dict[str, Any]) -> ModelOutput | None:

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from activation_beacon.adapt import DecoderSite, understands_rows_apart
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
-from activation_beacon.causal import ToldEntries
+from activation_beacon.causal import ToldEntries, without_cudnn
 from activation_beacon.chunk_inputs import BaseModel
 from activation_beacon.constants import constant, sent
 from activation_beacon.entries import BeaconLayer
@@ -141,7 +141,7 @@ def _append(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache], 
         for index, layer in enumerate(site.layers)
     ]
     is_compressed = any(row.chunks for cache in caches for row in cache.rows)
-    with model.fast_products(len(caches)) if is_compressed else nullcontext():
+    with model.fast_products(len(caches)) if is_compressed else nullcontext(), without_cudnn(ids.device):
         output = model.base_forward(
             input_ids=ids,
             position_ids=sent(lengths, ids.device)[:, None],

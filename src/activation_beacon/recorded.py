@@ -7,6 +7,7 @@ is filled. So a recording serves until the room is full or a chunk is closed, an
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from activation_beacon.adapt import DecoderSite, understands_rows_apart
 from activation_beacon.cache import BeaconCache
-from activation_beacon.causal import ToldEntries
+from activation_beacon.causal import ToldEntries, without_cudnn
 from activation_beacon.chunk_inputs import BaseModel
 from activation_beacon.errors import UnsupportedError
 from activation_beacon.files import reason
@@ -34,15 +35,21 @@ def record_on_cuda(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None]
     Returns:
         What replays it, and the tensor that its result is then in.
     """
-    own = torch.cuda.Stream()
+    own = _recording_stream(torch.cuda.current_device())
     own.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(own):
         step()  # libraries make their workspaces at the first call, which a recording could not
     torch.cuda.current_stream().wait_stream(own)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
+    with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):  # others may use the GPU meanwhile
         result = step()
     return graph.replay, result
+
+
+@functools.cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """The stream on which all steps of a GPU are recorded: libraries keep a workspace for each that they were called on."""
+    return torch.cuda.Stream(device)
 
 
 RECORDERS: dict[str, Recorder] = {"cuda": record_on_cuda}  # by type of device; on others nothing is gained
@@ -143,8 +150,10 @@ class RecordedStep:
         self.ids, self.slot = ids, slot
         self._step = step  # a replay reads what this closes over: it has to stay where it is
         try:
-            with _on(device):
+            with _on(device), without_cudnn(device):
                 self._replay, self._logits = RECORDERS[device.type](step)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise UnsupportedError(
                 f"A step of this model cannot be recorded as a CUDA graph ({reason(error)}). "

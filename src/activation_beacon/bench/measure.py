@@ -1,8 +1,8 @@
 """What is timed, in which order: full attention, beacons and kvpress on one text, in turn; chunks; idle beacons.
 
 All ways do the same work with the same code (`timing.timed`): one call of the model reads the text and returns the last
-token's logits, then tokens are written greedily, one by one. Full attention is the base model itself, beacons disabled; where
-matrix products of beacons go through oneDNN (`matmul`), it can be run so as well, to tell what is whose gain.
+token's logits, then tokens are written greedily, one by one. Full attention is the base model itself, beacons disabled; it can
+be run "tuned" as well, with all that beacons have and that is not beacons, to tell what is whose gain.
 """
 
 import functools
@@ -12,13 +12,15 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from activation_beacon import attach, detach
 from activation_beacon.bench.timing import Run, keep_pages, now, random_ids, timed
+from activation_beacon.causal import without_cudnn
 from activation_beacon.config import BeaconConfig
-from activation_beacon.grouped import ROWS_TOGETHER
-from activation_beacon.matmul import FEW_ROWS, training_products
+from activation_beacon.entries import BeaconLayer
+from activation_beacon.grouped import rows_together
+from activation_beacon.matmul import training_products
 
 WARM_UP_TOKENS = 4
 TIMES_EACH = 3
@@ -33,7 +35,7 @@ class Cell(NamedTuple):
         ratio: tokens per beacon; None for full attention.
         repeat: counts from 0.
         press: the method of kvpress that is to hold as many entries as beacons do at this ratio; None for beacons.
-        is_onednn: of full attention: its products go through oneDNN, as those of beacons do.
+        is_tuned: of full attention: its cache is appended to in place and its kernels are chosen as those of beacons are.
     """
 
     length: int
@@ -41,7 +43,7 @@ class Cell(NamedTuple):
     ratio: int | None
     repeat: int
     press: str | None = None
-    is_onednn: bool = False
+    is_tuned: bool = False
 
 
 def cells(
@@ -51,14 +53,14 @@ def cells(
     repeat: int,
     presses: Sequence[str] = (),
     *,
-    with_onednn: bool = False,
+    with_tuned: bool = False,
 ) -> Iterator[Cell]:
     """One repeat of everything, back to back: for each text full attention, then beacons and presses at each ratio."""
     for length in lengths:
         for batch_size in batch_sizes:
             yield Cell(length, batch_size, None, repeat)
-            if with_onednn:
-                yield Cell(length, batch_size, None, repeat, is_onednn=True)
+            if with_tuned:
+                yield Cell(length, batch_size, None, repeat, is_tuned=True)
             for ratio in ratios:
                 for press in (None, *presses):
                     yield Cell(length, batch_size, ratio, repeat, press)
@@ -80,30 +82,32 @@ def run(model: Any, cell: Cell, num_new: int) -> Run:
     ids = random_ids(model.get_input_embeddings().weight.shape[0], cell.batch_size, cell.length, device)
     if cell.ratio is None:
         with model.beacon_disabled():
-            return timed(_through_onednn(model) if cell.is_onednn else model, DynamicCache(), ids, num_new)
+            if not cell.is_tuned:
+                return timed(model, DynamicCache(), ids, num_new)
+            layers = [BeaconLayer() for _ in model.new_cache().layers]
+            return timed(_tuned(model), Cache(layers=layers), ids, num_new)
     return timed(model, model.new_cache(cell.batch_size, ratio=cell.ratio), ids, num_new)
 
 
-def _through_onednn(model: Any) -> Callable[..., Any]:
-    """The base, with products through oneDNN: all of them in reading, attention's too; those of linear layers in writing."""
+def _tuned(model: Any) -> Callable[..., Any]:
+    """The base with kernels as beacons have them: on a GPU none of cuDNN's for attention.
+
+    On a CPU, where oneDNN is faster, products through it: all of them in reading, attention's too; of linear layers in writing.
+    """
     weight = model.get_input_embeddings().weight
     everything = functools.partial(training_products, model.cpu_matmul, device=weight.device, dtype=weight.dtype)
 
     def call(ids: torch.Tensor, **options: Any) -> Any:
-        with model.fast_products(ids.numel()), everything() if ids.shape[1] > 1 else nullcontext():
+        is_read = ids.shape[1] > 1
+        with model.fast_products(ids.numel()), everything() if is_read else nullcontext(), without_cudnn(ids.device):
             return model(ids, **options)
 
     return call
 
 
-def is_through_onednn(model: Any) -> bool:
-    """Whether products of beacons are, in reading or in writing."""
-    return any(model.is_by_onednn(rows) for rows in (1, FEW_ROWS + 1))
-
-
 def warm_up(model: Any, ratios: Sequence[int]) -> None:
     """Runs that do not count, of each way, on texts of two chunks and a token."""
-    for cell in cells([warm_up_length(model)], [1], ratios, 0, with_onednn=is_through_onednn(model)):
+    for cell in cells([warm_up_length(model)], [1], ratios, 0, with_tuned=True):
         run(model, cell, WARM_UP_TOKENS)
 
 
@@ -130,7 +134,7 @@ def chunk_seconds(model: Any, num_chunks: int, ratio: int) -> list[float]:
 def seconds_in_one_call(model: Any, num_chunks: int, ratio: int) -> float | None:
     """Seconds to close as many chunks in one call, several in one pass; None where each would have its own."""
     device, chunk = model.get_input_embeddings().weight.device, model.beacon_config.chunk_size
-    if 2 * (chunk + chunk // ratio) > ROWS_TOGETHER:
+    if 2 * (chunk + chunk // ratio) > rows_together(device):
         return None
     times = [now(device)]
     model.compress(_chunks(model, num_chunks), ratio=ratio, progress=lambda *_: times.append(now(device)))

@@ -14,7 +14,7 @@ from activation_beacon.config import BeaconConfig
 
 HEAD = (
     *("tokens", "texts", "way", "first token", "", "per token", "", "slowest token"),
-    *("total", "", "of oneDNN", "bound", "cache", "", "peak"),
+    *("total", "", "of tuned", "bound", "cache", "", "peak"),
 )
 WIDTHS = (9, 6, 24, 13, 8, 11, 8, 15, 11, 8, 11, 8, 12, 8, 12)
 
@@ -24,16 +24,15 @@ class Row:
     """One way of reading one text: medians over its repeats, in seconds and bytes.
 
     Ratios, above 1 where full attention is worse, are medians over repeats of full attention's value to this one's in the
-    same repeat; None where full attention was not run. `total_speedup_of_onednn` compares with full attention whose products go
-    through oneDNN. Bounds are what operations (reading, total) and bytes (writing) give;
-    None for kvpress.
+    same repeat; None where full attention was not run. `total_speedup_of_tuned` compares with tuned full attention
+    (`measure`). Bounds are what operations (reading, total) and bytes (writing) give; None for kvpress.
     """
 
     length: int
     batch_size: int
     ratio: int | None
     press: str | None
-    is_onednn: bool
+    is_tuned: bool
     repeats: int
     first_token_s: float
     step_s: float
@@ -44,7 +43,7 @@ class Row:
     first_token_speedup: float | None
     step_speedup: float | None
     total_speedup: float | None
-    total_speedup_of_onednn: float | None
+    total_speedup_of_tuned: float | None
     cache_factor: float | None
     first_token_bound: float | None
     step_bound: float | None
@@ -55,7 +54,7 @@ class Row:
     def way(self) -> str:
         """What to call it."""
         if self.ratio is None:
-            return "full, oneDNN" if self.is_onednn else "full"
+            return "full, tuned" if self.is_tuned else "full"
         return f"x{self.ratio}" if self.press is None else f"{self.press} x{self.ratio}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,15 +70,15 @@ def summary(
     for cell, run in runs.items():
         groups.setdefault(cell._replace(repeat=0), {})[cell.repeat] = run
     rows = []
-    for cell in sorted(groups, key=lambda cell: (*cell[:2], cell.ratio or 0, cell.press or "", cell.is_onednn)):
-        full, by_onednn = (
-            groups.get(cell._replace(ratio=None, press=None, is_onednn=is_onednn), {}) for is_onednn in (False, True)
+    for cell in sorted(groups, key=lambda cell: (*cell[:2], cell.ratio or 0, cell.press or "", cell.is_tuned)):
+        full, tuned = (
+            groups.get(cell._replace(ratio=None, press=None, is_tuned=is_tuned), {}) for is_tuned in (False, True)
         )
         bounds: Mapping[str, float] = {}
         if cell.press is None:
             how = Compression.of(config, cell.ratio)
             bounds = _bounds(shape, cell.length, how, num_new, cell.batch_size, element_bytes)
-        rows.append(_row(cell, groups[cell], full, by_onednn, bounds))
+        rows.append(_row(cell, groups[cell], full, tuned, bounds))
     return rows
 
 
@@ -87,7 +86,7 @@ def _row(
     cell: Cell,
     repeats: Mapping[int, Run],
     full: Mapping[int, Run],
-    by_onednn: Mapping[int, Run],
+    tuned: Mapping[int, Run],
     bounds: Mapping[str, float],
 ) -> Row:
     names = ("first_token_s", "step_s", "slowest_step_s", "total_s")
@@ -103,14 +102,14 @@ def _row(
         cell.batch_size,
         cell.ratio,
         cell.press,
-        cell.is_onednn,
+        cell.is_tuned,
         len(repeats),
         cache_bytes=next(iter(repeats.values())).cache_bytes,
         peak_bytes=max(peaks) if peaks else None,
         first_token_speedup=speedup("first_token_s"),
         step_speedup=speedup("step_s"),
         total_speedup=speedup("total_s"),
-        total_speedup_of_onednn=speedup("total_s", by_onednn),
+        total_speedup_of_tuned=speedup("total_s", tuned),
         cache_factor=speedup("cache_bytes"),
         **medians,
         first_token_bound=bounds.get("first_token_bound"),
@@ -143,7 +142,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         cells = [f"{row.length:,}", str(row.batch_size), row.way]
         cells += [_seconds(row.first_token_s), _factor(row.first_token_speedup)]
         cells += [_seconds(row.step_s), _factor(row.step_speedup), _seconds(row.slowest_step_s)]
-        cells += [_seconds(row.total_s), _factor(row.total_speedup), _factor(row.total_speedup_of_onednn)]
+        cells += [_seconds(row.total_s), _factor(row.total_speedup), _factor(row.total_speedup_of_tuned)]
         cells += [_factor(row.total_bound)]
         cells += [_mebibytes(row.cache_bytes), _factor(row.cache_factor)]
         lines.append(_line([*cells, "-" if row.peak_bytes is None else _mebibytes(row.peak_bytes)]))
@@ -167,7 +166,7 @@ def _mebibytes(num_bytes: float) -> str:
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """A picture: how many times faster than full attention over the length; dashed the bounds, dotted beside oneDNN's.
+    """A picture: how many times faster than full attention over the length; dashed the bounds, dotted beside tuned full attention.
 
     Needs matplotlib.
     """
@@ -199,10 +198,10 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
             paper = [(row.length, getattr(row, bound)) for row in line if getattr(row, bound) is not None]
             if paper:
                 axis.plot(*zip(*paper, strict=True), "--", color=colour, label=f"{way}, by {counted}")
-            beside = [row for row in line if row.total_speedup_of_onednn is not None] if title == "total" else []
+            beside = [row for row in line if row.total_speedup_of_tuned is not None] if title == "total" else []
             if beside:
-                factors = [row.total_speedup_of_onednn for row in beside]
-                axis.plot([row.length for row in beside], factors, ".:", color=colour, label=f"{way}, of oneDNN")
+                factors = [row.total_speedup_of_tuned for row in beside]
+                axis.plot([row.length for row in beside], factors, ".:", color=colour, label=f"{way}, of tuned")
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xscale("log", base=2)
         lengths = sorted({row.length for row in rows})

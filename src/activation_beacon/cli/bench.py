@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
     from activation_beacon.bench.cost import Compression, ModelShape
 
+BenchDtype = Annotated[
+    options.Dtype | None,
+    typer.Option("--dtype", help="Float type to load the model in; by default bfloat16 on a GPU, its own on a CPU."),
+]
+
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed and memory on this machine.")
 
 EPILOG = options.examples(
@@ -32,7 +37,7 @@ def training(
     model: options.Model = "default",
     base: options.Base = None,
     device: options.Device = None,
-    dtype: options.DtypeOption = None,
+    dtype: BenchDtype = None,
     cpu_matmul: options.CpuMatmulOption = options.CpuMatmul.AUTO,
     json: options.Json = False,
 ) -> None:
@@ -41,7 +46,7 @@ def training(
     The share is that of the speed of a large matrix product on the same hardware.
     """
     sizes = parse_lengths(lengths)
-    loaded = load_model(model, base=base, device=device, dtype=dtype)
+    loaded = load_model(model, base=base, device=device, dtype=usual_dtype(device, dtype))
     loaded.model.cpu_matmul = str(cpu_matmul)
     shortest = loaded.config.chunk_size
     if sizes[0] <= shortest:
@@ -65,6 +70,14 @@ def training(
             f"{each.length:>8,}  {each.way:<13}{each.tokens_per_second:>9,.0f}{factor:>12.2f}x{each.share_of_peak:>14.0%}"
             f"{bytes_text(each.memory_bytes):>13}"
         )
+
+
+def usual_dtype(device: str | None, dtype: options.Dtype | None) -> options.Dtype | None:
+    """What a model is measured in: on a GPU bfloat16, unless another is named. The flash kernels know no float32."""
+    import torch
+
+    is_on_gpu = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
+    return options.Dtype.BFLOAT16 if dtype is None and is_on_gpu else dtype
 
 
 OBJECTIVES_EPILOG = options.examples(

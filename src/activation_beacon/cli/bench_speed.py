@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from activation_beacon.cli import options
-from activation_beacon.cli.bench import parse_lengths
+from activation_beacon.cli.bench import BenchDtype, parse_lengths, usual_dtype
 from activation_beacon.cli.console import notice, seconds_text
 from activation_beacon.cli.models import load_model
 from activation_beacon.errors import CapacityError, InputError
@@ -24,8 +24,7 @@ Shape = Annotated[
     str | None,
     typer.Option(
         "--shape",
-        help="Random weights of a known shape, instead of a model; see `beacon bench plan`. bfloat16 on a GPU, unless "
-        "--dtype says otherwise.",
+        help="Random weights of a known shape, instead of a model; see `beacon bench plan`.",
     ),
 ]
 ChunkSize = Annotated[int, typer.Option("--chunk-size", min=2, help="Tokens of a chunk, with --shape.")]
@@ -52,9 +51,11 @@ def speed(
         int | None,
         typer.Option("--full-up-to", min=0, help="Run full attention, and kvpress, up to so many tokens only."),
     ] = None,
-    full_onednn: Annotated[
+    full_tuned: Annotated[
         bool,
-        typer.Option(help="Where products of beacons go through oneDNN, run full attention so too, beside the other."),
+        typer.Option(
+            help="Run full attention also with what else beacons have: appending in place, oneDNN or flash kernels."
+        ),
     ] = True,
     peers: Annotated[
         str | None,
@@ -70,7 +71,7 @@ def speed(
     shape: Shape = None,
     chunk_size: ChunkSize = 1024,
     device: options.Device = None,
-    dtype: options.DtypeOption = None,
+    dtype: BenchDtype = None,
     threads: Threads = None,
     cuda_graphs: Annotated[
         bool,
@@ -84,8 +85,9 @@ def speed(
     For each text: seconds to the first token, for each token more, for the slowest of these, and in total; the cache, and the
     memory held at most. Factors compare with full attention in the same repeat; the bound is what counting operations gives
     for the total.
-    On a CPU products of float32 may go through oneDNN with beacons: then full attention is run both as transformers runs it and
-    through oneDNN, and "of oneDNN" compares with the latter.
+    Full attention is run as transformers runs it, and again "tuned", with all that helps beacons and is not beacons: a cache that is
+    appended to in place; on a CPU float32 products through oneDNN where they are faster; on a GPU no kernels of cuDNN, which
+    makes a plan for each length. "of tuned" compares with the latter.
     With --peers, methods of kvpress are run in its own environment, in turn with these, at as many cache entries.
     The last line is one JSON object.
     """
@@ -105,8 +107,7 @@ def speed(
     records = Records(output, {**_setting(name, attached), "new_tokens": new_tokens})
     notice("warming up")
     measure.warm_up(attached, ways)
-    with_onednn = full_onednn and measure.is_through_onednn(attached)
-    texts = _texts(sizes, batches, ways, presses, full_up_to, with_onednn=with_onednn)
+    texts = _texts(sizes, batches, ways, presses, full_up_to, with_tuned=full_tuned)
     presses = tuple(press for press in presses if any(cell.press == press for cells in texts for cell in cells))
     with _peers(attached, presses, ways, peers_python) as timed:
         for number, cells in enumerate(texts):
@@ -164,7 +165,7 @@ def _texts(
     presses: tuple[str, ...],
     full_up_to: int | None,
     *,
-    with_onednn: bool,
+    with_tuned: bool,
 ) -> list[list[Any]]:
     """The cells of each text, full attention first; kvpress reads as it does, so that it is left out with it."""
     from activation_beacon.bench.measure import cells
@@ -173,7 +174,7 @@ def _texts(
         return full_up_to is None or cell.length <= full_up_to or (cell.ratio is not None and cell.press is None)
 
     return [
-        [cell for cell in cells([size], [batch], ways, 0, presses, with_onednn=with_onednn) if is_wanted(cell)]
+        [cell for cell in cells([size], [batch], ways, 0, presses, with_tuned=with_tuned) if is_wanted(cell)]
         for size in sizes
         for batch in batches
     ]
@@ -188,7 +189,7 @@ def _run(model: Any, peers: "TimedPeers | None", cell: Any, new_tokens: int, rec
         return
     way = f"{cell.press or 'beacons'} at ratio {cell.ratio}"
     if cell.ratio is None:
-        way = "full attention through oneDNN" if cell.is_onednn else "full attention"
+        way = "tuned full attention" if cell.is_tuned else "full attention"
     try:
         if cell.press is None:
             found = measure.run(model, cell, new_tokens)
@@ -200,8 +201,8 @@ def _run(model: Any, peers: "TimedPeers | None", cell: Any, new_tokens: int, rec
         return
     except torch.OutOfMemoryError:
         found = None
-    if torch.cuda.is_available():  # kvpress needs the same memory; what a traceback held is free here
-        torch.cuda.empty_cache()
+    if torch.cuda.is_available() and (found is None or peers is not None):
+        torch.cuda.empty_cache()  # kvpress needs the same memory; what a traceback held is free here
     if found is None:
         notice(f"{cell.length:,} tokens, {way}: does not fit the GPU's memory")
         return
@@ -234,7 +235,7 @@ def chunks(
     shape: Shape = None,
     chunk_size: ChunkSize = 1024,
     device: options.Device = None,
-    dtype: options.DtypeOption = None,
+    dtype: BenchDtype = None,
     threads: Threads = None,
     json: options.Json = False,
 ) -> None:
@@ -281,7 +282,7 @@ def idle(
     shape: Shape = None,
     chunk_size: ChunkSize = 1024,
     device: options.Device = None,
-    dtype: options.DtypeOption = None,
+    dtype: BenchDtype = None,
     threads: Threads = None,
     json: options.Json = False,
 ) -> None:
@@ -323,7 +324,7 @@ def _model(
     if threads is not None:
         torch.set_num_threads(threads)
     if shape is None:
-        loaded = load_model(name, base=base, device=device, dtype=dtype)
+        loaded = load_model(name, base=base, device=device, dtype=usual_dtype(device, dtype))
         return name, loaded.model.eval()
     from activation_beacon.bench.cost import SHAPES
     from activation_beacon.bench.shapes import random_model
@@ -331,8 +332,7 @@ def _model(
     if shape not in SHAPES:
         raise InputError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}.")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    usual = "float32" if torch.device(where).type == "cpu" else "bfloat16"
-    kind = getattr(torch, usual if dtype is None else str(dtype))
+    kind = getattr(torch, str(usual_dtype(device, dtype) or "float32"))
     return shape, random_model(shape, chunk_size=chunk_size, device=where, dtype=kind)
 
 
@@ -353,6 +353,7 @@ def _setting(name: str, model: Any) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "transformers": transformers.__version__,
     }
 

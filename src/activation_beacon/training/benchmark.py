@@ -97,7 +97,7 @@ def _step(way: str, model: Any, ids: torch.Tensor, ratios: tuple[int, ...]) -> N
 
 
 def _step_at_once(model: Any, ids: torch.Tensor, ratios: tuple[int, ...], *, is_checkpointed: bool) -> None:
-    is_target = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) >= model.beacon_config.chunk_size
+    is_target = torch.arange(ids.shape[1]).expand(ids.shape) >= model.beacon_config.chunk_size
     if is_checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:

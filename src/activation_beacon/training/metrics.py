@@ -25,33 +25,40 @@ class StepTotals:
     """
 
     def __init__(self, ratios: Sequence[int]) -> None:
-        self.nll = 0.0
         self.num_targets = 0
-        self.divergence: float | None = None
-        self.by_ratio = {ratio: [0.0, 0.0] for ratio in sorted(ratios)}  # sum of nats, tokens
+        self.has_divergence = False
+        self.ratios = sorted(ratios)
+        self.batches: list[tuple[tuple[int, ...], torch.Tensor]] = []  # ratios, sums of a batch where it was computed
 
     def add(self, result: Losses, batch: Batch) -> None:
-        """Add a batch. A chunk's tokens count for the ratio of the chunk before."""
-        nll = result.nll.detach().double().cpu()
-        self.nll += float(result.cross_entropy)
-        self.num_targets += int(result.num_targets)
-        if result.divergence is not None:
-            self.divergence = (self.divergence or 0.0) + float(result.divergence)
-        for number, ratio in enumerate(batch.ratios, 1):
+        """Add a batch, without waiting for it. A chunk's tokens count for the ratio of the chunk before."""
+        nll = result.nll.detach()
+        self.num_targets += batch.num_targets
+        self.has_divergence |= result.divergence is not None
+        divergence = torch.zeros_like(result.cross_entropy) if result.divergence is None else result.divergence
+        sums = [result.cross_entropy.detach(), divergence.detach()]
+        for number in range(1, len(batch.ratios) + 1):
             last = nll.shape[1] if number == len(batch.ratios) else (number + 1) * batch.chunk_size - 1
-            piece = nll[:, number * batch.chunk_size - 1 : last]
-            sums = self.by_ratio[ratio]
-            sums[0] += float(piece.nansum())
-            sums[1] += float(piece.isfinite().sum())
+            piece = nll[:, number * batch.chunk_size - 1 : last].double()
+            sums += [piece.nansum(), piece.isfinite().sum()]
+        self.batches.append((tuple(batch.ratios), torch.stack([each.double() for each in sums])))
 
     def line(self, group: Processes, device: torch.device) -> dict[str, Any]:
         """Means over all processes: loss in nats per token, by ratio too."""
-        sums = [self.nll, self.num_targets, self.divergence or 0.0, *itertools.chain(*self.by_ratio.values())]
-        nll, count, divergence, *rest = group.sum(*sums, device=device)
-        found = zip(self.by_ratio, rest[::2], rest[1::2], strict=True)
-        by_ratio = {str(ratio): nats / tokens for ratio, nats, tokens in found if tokens}
-        line: dict[str, Any] = {"loss": nll / count if count else 0.0, "loss_by_ratio": by_ratio}
-        if self.divergence is not None:
+        total, divergence = 0.0, 0.0
+        by_ratio = {ratio: [0.0, 0.0] for ratio in self.ratios}  # sum of nats, tokens
+        for ratios, sums in self.batches:
+            nats, diverging, *rest = sums.tolist()
+            total, divergence = total + nats, divergence + diverging
+            for ratio, nats, tokens in zip(ratios, rest[::2], rest[1::2], strict=True):
+                by_ratio[ratio] = [by_ratio[ratio][0] + nats, by_ratio[ratio][1] + tokens]
+        nll, count, divergence, *rest = group.sum(
+            total, self.num_targets, divergence, *itertools.chain(*by_ratio.values()), device=device
+        )
+        found = zip(self.ratios, rest[::2], rest[1::2], strict=True)
+        by_name = {str(ratio): nats / tokens for ratio, nats, tokens in found if tokens}
+        line: dict[str, Any] = {"loss": nll / count if count else 0.0, "loss_by_ratio": by_name}
+        if self.has_divergence:
             line["divergence"] = divergence / max(count, 1)
         return line
 

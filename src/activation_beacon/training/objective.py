@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from activation_beacon.constants import sent
 from activation_beacon.errors import ConfigError, UnsupportedError
 
 # B batch · T tokens of a text · n tokens of a slice · M model dim · V vocabulary
@@ -86,7 +87,8 @@ def losses(
     Args:
         model: with beacons attached, in a block of `at_once.chunks_at_once`.
         ids: (B, T), padded on the right.
-        is_target: (B, T), whether the prediction of a token counts. The first token has none.
+        is_target: (B, T), whether the prediction of a token counts. The first token has none. On the host, so that nobody waits
+            for the GPU to know how many count.
         ratios: one for each closed chunk.
         objective: what to minimise.
         chunk_size: another than the adapter's.
@@ -94,19 +96,25 @@ def losses(
     chunk_size = chunk_size or model.beacon_config.chunk_size
     hidden = model.hidden_states(ids, ratios, chunk_size=chunk_size)[:, :-1]
     wanted = is_target[:, 1:]
-    targets = ids[:, 1:][wanted]
+    places = wanted.flatten().nonzero()[:, 0]
+    index = places if places.device == ids.device else sent(places, ids.device)
+
+    def chosen(values: torch.Tensor) -> torch.Tensor:
+        return values.flatten(0, 1).index_select(0, index)
+
+    targets = chosen(ids[:, 1:])
     teacher = weights = None
     if objective.needs_teacher:
-        teacher_states = _uncompressed(model, ids)[:, :-1][wanted]
+        teacher_states = chosen(_uncompressed(model, ids)[:, :-1])
         if objective.distillation:
             teacher = teacher_states
         if objective.context_weight:
-            alone = _alone(model, ids, chunk_size)[:, :-1][wanted]
+            alone = chosen(_alone(model, ids, chunk_size)[:, :-1])
             gains = _context_gains(model, alone, teacher_states, targets)
             weights = _context_weights(gains, wanted.sum(1).tolist(), objective.context_weight)
-    total, parts = _SlicedLoss.apply(hidden[wanted], targets, teacher, weights, model, objective)
+    total, parts = _SlicedLoss.apply(chosen(hidden), targets, teacher, weights, model, objective)
     nll = torch.full(wanted.shape, torch.nan, device=ids.device)
-    nll[wanted] = parts[0]
+    nll.view(-1).index_copy_(0, index, parts[0])
     return Losses(total, parts[0].sum(), nll, parts[1].sum() if teacher is not None else None, wanted.sum())
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from activation_beacon.at_once import chunks_at_once
+from activation_beacon.constants import sent
 from activation_beacon.errors import ConfigError, TrainingError
 from activation_beacon.matmul import training_products
 from activation_beacon.processes import Processes
@@ -539,7 +540,7 @@ def _check_shares(settings: TrainingSettings, group: Processes) -> None:
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
-    return dataclasses.replace(batch, ids=batch.ids.to(device), is_target=batch.is_target.to(device))
+    return dataclasses.replace(batch, ids=sent(batch.ids, device))  # what counts is asked for on the host
 
 
 def _without_sync(module: nn.Module) -> Any:
