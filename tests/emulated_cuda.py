@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -287,9 +288,10 @@ class _Functions(TorchFunctionMode):
         self.emulated.masks[kind] += 1
         self.emulated.by_cudnn += torch.backends.cuda.cudnn_sdp_enabled()
         check_same_device("attention", [query, key, value])
-        attended = functional.scaled_dot_product_attention(
-            *unwrapped((query, key, value)), attn_mask, dropout_p, is_causal, **options
-        )
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):  # of the CPU, whatever a GPU may use
+            attended = functional.scaled_dot_product_attention(
+                *unwrapped((query, key, value)), attn_mask, dropout_p, is_causal, **options
+            )
         return OnCuda(attended, query.device)
 
 

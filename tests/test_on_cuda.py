@@ -5,6 +5,7 @@ Its values are the CPU's: each path must give what it gives there. How fast a GP
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from activation_beacon import BeaconCache, BeaconConfig, grouped, recorded
 from activation_beacon.at_once import chunks_at_once
@@ -327,6 +328,9 @@ def test_steps_of_decoding_are_not_left_to_cudnn(cuda):
     model.read_next(contexts, [3, 4])
     assert cuda.masks.total() > cuda.by_cudnn == 0
     assert torch.backends.cuda.cudnn_sdp_enabled()
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):  # whoever wants nothing else has it
+        model(ids_on(model, 1), past_key_values=contexts[0])
+    assert cuda.by_cudnn > 0
 
 
 def test_with_gradients_chunks_are_told_that_they_are_causal(cuda, monkeypatch):

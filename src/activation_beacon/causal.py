@@ -38,14 +38,16 @@ def without_cudnn(device: torch.device) -> Iterator[None]:
 
     cuDNN makes a plan on the host for each number of keys, in milliseconds; in decoding each token has another number.
     """
-    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+    kernels = torch.backends.cuda
+    others = (kernels.flash_sdp_enabled, kernels.mem_efficient_sdp_enabled, kernels.math_sdp_enabled)
+    if device.type != "cuda" or not kernels.cudnn_sdp_enabled() or not any(is_enabled() for is_enabled in others):
         yield
         return
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    kernels.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
+        kernels.enable_cudnn_sdp(True)
 
 
 class ToldMask(torch.Tensor):

@@ -103,9 +103,7 @@ def read_next(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache]
     together = [row for row, can in enumerate(can_append) if can]
     apart = [row for row, can in enumerate(can_append) if not can]
     before = {row: caches[row].fork() for row in apart}
-    num_slots = {
-        row: caches[row].num_slots for row in together
-    }  # to which appending comes back; no fork for each token
+    num_slots = {row: caches[row].num_slots for row in together}  # what they are cut to again: no fork for each token
     logits: dict[int, torch.Tensor] = {}
     try:
         for row in apart:
