@@ -111,6 +111,9 @@ class EmulatedCuda:
         with (
             mock.patch.object(torch.cuda, "_lazy_init"),
             mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
+            mock.patch.object(torch.cuda, "synchronize"),
+            mock.patch.object(torch.cuda, "reset_peak_memory_stats"),
+            mock.patch.object(torch.cuda, "max_memory_allocated", return_value=0),
             mock.patch.object(ToldMask, "made", told),
             mock.patch.object(causal, "causal_lower_right", lower_right_bias),
             _Functions(self),

@@ -9,6 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from activation_beacon import BeaconCache, BeaconConfig, grouped, recorded
 from activation_beacon.at_once import chunks_at_once
+from activation_beacon.bench import measure
+from activation_beacon.bench.measure import Cell
 from activation_beacon.constants import sent
 from activation_beacon.processes import Processes
 from activation_beacon.training.batches import Batch
@@ -169,6 +171,21 @@ def test_layers_may_be_on_several_gpus(family, kind):
         for path, wanted in zip(PATHS, expected, strict=True):
             for tensor, other in zip(path(model), wanted, strict=True):
                 torch.testing.assert_close(tensor.inner, other, rtol=0, atol=1e-4, msg=path.__name__)
+
+
+@torch.no_grad()
+def test_what_is_timed_runs_on_a_gpu(cuda):
+    model = to_cuda(model_of("llama", "default").bfloat16())
+    ways = [Cell(5 * CHUNK, 2, None, 0), Cell(5 * CHUNK, 2, None, 0, is_tuned=True), Cell(5 * CHUNK, 2, 4, 0)]
+    cache_bytes = []
+    for way in ways:
+        cuda.clear()
+        cache_bytes.append(measure.run(model, way, 3).cache_bytes)
+        assert (cuda.by_cudnn > 0) != way.is_tuned  # the text, and with beacons no token
+    assert cache_bytes[0] == cache_bytes[1] > 3 * cache_bytes[2]
+    assert len(measure.chunk_seconds(model, 6, 4)) == 6
+    assert measure.seconds_in_one_call(model, 6, 4) > 0
+    assert len(measure.idle_pairs(model, 8, 2, 1)) == measure.TIMES_EACH
 
 
 # --- what the host waits for -------------------------------------------------------------------------------------------
