@@ -3,6 +3,8 @@
 Its values are the CPU's: each path must give what it gives there. How fast a GPU is, nobody learns here.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,12 +14,14 @@ from activation_beacon.at_once import chunks_at_once
 from activation_beacon.bench import measure
 from activation_beacon.bench.measure import Cell
 from activation_beacon.constants import sent
+from activation_beacon.evaluation.methods import METHODS
 from activation_beacon.processes import Processes
 from activation_beacon.training.batches import Batch
 from activation_beacon.training.metrics import StepTotals
 from activation_beacon.training.objective import Losses
 from emulated_cuda import EmulatedCuda, OnCuda, to_cuda
 from families import random_ids, with_beacons
+from server_models import GREEDY, Heard, engine_of, run_until_over, serving_model
 
 CHUNK = 16
 PAPER = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3)
@@ -139,6 +143,45 @@ def test_a_context_is_loaded_to_where_the_model_is(kind, tmp_path, cuda):
     assert torch.equal(
         model(ids, past_key_values=loaded).logits.inner, model(ids, past_key_values=context).logits.inner
     )
+
+
+@torch.no_grad()
+def test_answers_of_a_server_on_a_gpu_are_those_on_a_cpu():
+    """Three texts that are read and answered among one another, one with draws and probabilities."""
+    model = serving_model()
+    drawn = replace(GREEDY, temperature=0.9, top_p=0.9, seed=3, num_likeliest=2)
+    jobs = [
+        (random_ids(70)[0].tolist(), 4, GREEDY),
+        (random_ids(33, 1)[0].tolist(), 2, drawn),
+        ([5, 6, 7], "auto", GREEDY),
+    ]
+
+    def answers():
+        engine = engine_of(model)
+        heard = [Heard(engine, model.new_cache(ratio=ratio), ids, how) for ids, ratio, how in jobs]
+        run_until_over(engine, *heard)
+        return [(each.ids(), each.reason()) for each in heard]
+
+    expected = answers()
+    with EmulatedCuda().on():
+        to_cuda(model)
+        assert answers() == expected
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_contexts_of_evaluation_answer_on_a_gpu_as_on_a_cpu(name):
+    model = model_of("llama", "default")
+    ids, question = random_ids(5 * CHUNK + 3)[0].tolist(), random_ids(5, 3)[0].tolist()
+
+    def answers():
+        first, grown = METHODS[name].read(model, ids, 3, 4).ask(question, max_new_tokens=6)
+        return first, grown.ask(question, max_new_tokens=4)[0]
+
+    expected = answers()
+    with EmulatedCuda().on():
+        to_cuda(model)
+        assert answers() == expected
 
 
 # --- layers on several GPUs --------------------------------------------------------------------------------------------
