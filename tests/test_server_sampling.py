@@ -1,11 +1,13 @@
 """Sampling against transformers' own warpers; text that is written as it comes."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from activation_beacon.server.sampling import Sampler, Sampling, probabilities_of
-from activation_beacon.server.writing import Writer
+from activation_beacon.server.writing import HALF, Writer, token_bytes
 from evaluation_models import byte_tokenizer
 
 
@@ -72,3 +74,31 @@ def test_a_stop_text_is_never_shown_not_even_in_part(text, stop, written, is_sto
             break
     assert shown + writer.finish() == written
     assert writer.is_stopped == is_stopped
+
+
+def test_bytes_of_tokens_are_those_of_the_text_though_characters_are_cut():
+    tokenizer, text = byte_tokenizer(), "größer, 猫"
+    ids = tokenizer(text)["input_ids"]
+    found = [token_bytes(tokenizer, token) for token in ids]
+    assert list(itertools.chain(*found)) == list(text.encode())
+    assert any(HALF in tokenizer.decode([token]) for token in ids)
+
+
+class Pieces:
+    """A vocabulary of another kind, of which one token is half a character."""
+
+    def __init__(self, piece):
+        self.piece = piece
+
+    def decode(self, ids):
+        return HALF
+
+    def convert_ids_to_tokens(self, token):
+        return self.piece
+
+
+@pytest.mark.parametrize(
+    ("piece", "octets"), [("<0xE7>", [0xE7]), ("Ġç", [0x20, 0xE7]), ("猫", None), ("<0xG7>", None)]
+)
+def test_bytes_of_half_a_character_are_told_where_the_vocabulary_says_them(piece, octets):
+    assert token_bytes(Pieces(piece), 0) == octets

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from activation_beacon.server.sampling import Chosen
-from activation_beacon.server.writing import HALF
+from activation_beacon.server.writing import token_bytes
 
 
 class Shape(Protocol):
@@ -73,7 +73,7 @@ class ChatShape:
 
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self.tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": None if HALF in text else list(text.encode())}
+        return {"token": text, "logprob": logprob, "bytes": token_bytes(self.tokenizer, token)}
 
 
 class CompletionShape:

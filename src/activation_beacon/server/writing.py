@@ -1,8 +1,25 @@
 """Token ids turned into text while they come: whole characters only, and never a part of a stop text."""
 
+import re
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 HALF = "\ufffd"  # what a tokenizer makes of a character that is not complete yet
+OCTET = re.compile("<0x([0-9A-F]{2})>")  # a token of a single byte, as sentencepiece has them
+OCTETS = {char: octet for octet, char in bytes_to_unicode().items()}  # of characters in byte-level vocabularies
+
+
+def token_bytes(tokenizer: Any, token: int) -> list[int] | None:
+    """The bytes that a token stands for, which may be a part of a character's; None where the vocabulary does not say."""
+    text = tokenizer.decode([token])
+    if HALF not in text:
+        return list(text.encode())
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if match := OCTET.fullmatch(piece):
+        return [int(match[1], 16)]
+    octets = [OCTETS.get(char) for char in piece]
+    return None if None in octets else octets  # type: ignore[return-value]
 
 
 class Writer:
