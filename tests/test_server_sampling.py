@@ -97,8 +97,6 @@ class Pieces:
         return self.piece
 
 
-@pytest.mark.parametrize(
-    ("piece", "octets"), [("<0xE7>", [0xE7]), ("Ġç", [0x20, 0xE7]), ("猫", None), ("<0xG7>", None)]
-)
+@pytest.mark.parametrize(("piece", "octets"), [("<0xE7>", [0xE7]), ("Ġç", [0x20, 0xE7]), ("猫", None)])
 def test_bytes_of_half_a_character_are_told_where_the_vocabulary_says_them(piece, octets):
     assert token_bytes(Pieces(piece), 0) == octets
