@@ -79,10 +79,10 @@ def padded_with_labels(model):
 
 def quantised_and_moved(model):
     context = model.compress(ids_on(model, 5 * CHUNK + 3), ratio=4)
-    context.to("cpu")
-    context.to(model.device)
-    context.quantize(8)
-    yield model(ids_on(model, CHUNK, 1), past_key_values=context).logits
+    away = context.to("cpu")
+    assert all(layer.device.type == "cpu" for layer in away.layers)
+    packed = away.to(model.device).quantize(8)
+    yield model(ids_on(model, CHUNK, 1), past_key_values=packed).logits
 
 
 def with_raw_spans(model):
@@ -129,7 +129,8 @@ def test_on_a_gpu_every_path_gives_what_it_gives_on_a_cpu(family, kind):
             found = list(path(model))
             assert all(isinstance(tensor, OnCuda) for tensor in found), path.__name__
             for tensor, other in zip(found, wanted, strict=True):
-                torch.testing.assert_close(tensor.inner, other, rtol=0, atol=1e-4, msg=path.__name__)
+                atol = 1e-2 if path is quantised_and_moved else 1e-4  # a hair's breadth rounds to another code
+                torch.testing.assert_close(tensor.inner, other, rtol=0, atol=atol, msg=path.__name__)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -187,6 +188,20 @@ def test_contexts_of_evaluation_answer_on_a_gpu_as_on_a_cpu(name):
 # --- layers on several GPUs --------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def test_a_context_that_is_loaded_follows_layers_to_several_gpus(tmp_path, cuda):
+    model = spread_over_two(model_of("llama", "default"))
+    context = model.compress(ids_on(model, 5 * CHUNK + 3), ratio=4)
+    assert {layer.device.index for layer in context.layers} == {0, 1}
+    context.save(tmp_path / "context.beacon")
+    loaded = BeaconCache.load(tmp_path / "context.beacon", model)
+    ids = ids_on(model, 5, 1)
+    assert torch.equal(
+        model(ids, past_key_values=loaded).logits.inner, model(ids, past_key_values=context).logits.inner
+    )
+    assert [layer.device for layer in loaded.layers] == [layer.device for layer in context.layers]
+
+
 def spread_over_two(model):
     """The layers on two GPUs, with accelerate's hooks between them, as `device_map` leaves a model."""
     hooks = pytest.importorskip("accelerate.hooks")
@@ -213,7 +228,8 @@ def test_layers_may_be_on_several_gpus(family, kind):
         spread_over_two(model)
         for path, wanted in zip(PATHS, expected, strict=True):
             for tensor, other in zip(path(model), wanted, strict=True):
-                torch.testing.assert_close(tensor.inner, other, rtol=0, atol=1e-4, msg=path.__name__)
+                atol = 1e-2 if path is quantised_and_moved else 1e-4
+                torch.testing.assert_close(tensor.inner, other, rtol=0, atol=atol, msg=path.__name__)
 
 
 @torch.no_grad()

@@ -62,6 +62,11 @@ class LayerSite:
     window: int | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are; layers may be on several GPUs."""
+        return next(self.attention.parameters()).device
+
+    @property
     def entry_shape(self) -> tuple[int, int] | None:
         """Heads and dims of the keys and values that it leaves in a cache; None where its projections do not tell."""
         dim = getattr(self.attention, "head_dim", None)

@@ -8,6 +8,7 @@ shares them at no cost.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,15 @@ class BeaconCache(Cache):
         if device is not None:
             moved._select(lambda tensor: tensor.to(device))
         return moved
+
+    def follow(self, devices: Sequence[torch.device]) -> None:
+        """Move each layer, in place, to the device of its own that the model has it on: of several GPUs, one or another."""
+        layers = []
+        for layer, device in zip(self.layers, devices, strict=True):
+            held = device if layer.keys is None else layer.keys.device
+            is_elsewhere = held != device and held.type == device.type
+            layers.append(layer.map(functools.partial(torch.Tensor.to, device=device)) if is_elsewhere else layer)
+        self.layers = layers
 
     def quantize(self, bits: int = 8) -> "BeaconCache":
         """A cache that holds its sinks and beacons in 8 or 4 bits; the tail stays as it is.

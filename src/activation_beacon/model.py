@@ -340,6 +340,7 @@ class BeaconModel(BeaconGeneration):
             cache = self.new_cache(input_ids.shape[0])
         elif input_ids.shape[1] > 1 or cache.checked_by != self._beacon.token:  # not again at every decode step
             self.check_can_read_on(cache)
+            cache.follow([layer.device for layer in self._beacon.site.layers])
             cache.checked_by = self._beacon.token
         if cache.batch_size != input_ids.shape[0]:
             raise InputError(
