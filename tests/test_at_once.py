@@ -64,7 +64,7 @@ def test_masks_that_are_told_give_the_same_states_and_gradients(family, monkeypa
     ids = random_ids(4 * CHUNK + 5, batch=2)
     seen = []
     for devices in ((), ("cpu",)):
-        monkeypatch.setattr(at_once, "TOLD_ON", devices)
+        monkeypatch.setattr(at_once, "TOLD_WITH_GRADIENTS", devices)
         with chunks_at_once(model):
             states = model.hidden_states(ids, RATIOS)
             seen.append({"states": states.detach(), **gradients(model, states.square().sum())})

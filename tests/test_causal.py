@@ -255,6 +255,20 @@ def test_a_text_read_with_told_masks_is_the_same_cache(family, monkeypatch):
         torch.testing.assert_close(layer.values, expected.values, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_losses_and_gradients_of_chunks_that_are_told_masks_are_the_same(family, monkeypatch):
+    model, ids, found = with_beacons(family, CONFIG, attention="sdpa"), random_ids(3 * CHUNK + 5, batch=2), []
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr(forward, "TOLD_WITH_GRADIENTS", devices)
+        model.zero_grad()
+        loss = model(ids, labels=ids, beacon_ratio=4).loss
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for _, parameter in model.beacon_parameters())])
+    assert masks_of_passes(model, read_with_gradients) == ["none", "told", "told"]
+    for told, expected in zip(*found, strict=True):
+        torch.testing.assert_close(told, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @torch.no_grad()
 def test_on_a_gpu_the_flash_kernel_runs_and_gives_the_same_attention():
