@@ -23,6 +23,8 @@ from emulated_cuda import EmulatedCuda, OnCuda, to_cuda
 from families import random_ids, with_beacons
 from server_models import GREEDY, Heard, engine_of, run_until_over, serving_model
 
+pytestmark = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="emulated where torch is built for CPUs alone")
+
 CHUNK = 16
 PAPER = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3)
 DEFAULT = BeaconConfig(
@@ -120,16 +122,19 @@ PATHS = [
 @pytest.mark.parametrize(("family", "kind"), [("llama", "paper"), *((family, "default") for family in FAMILIES)])
 @torch.no_grad()
 def test_on_a_gpu_every_path_gives_what_it_gives_on_a_cpu(family, kind):
-    model = model_of(family, kind)
+    assert_paths_agree(model_of(family, kind), to_cuda)
+
+
+def assert_paths_agree(model, place):
+    """Every path gives on a CPU what it gives once `place` has put the model where it is to be."""
     expected = [[tensor.clone() for tensor in path(model)] for path in PATHS]
     with EmulatedCuda().on():
-        to_cuda(model)
+        place(model)
         assert model.device.type == "cuda"
         for path, wanted in zip(PATHS, expected, strict=True):
-            found = list(path(model))
-            assert all(isinstance(tensor, OnCuda) for tensor in found), path.__name__
-            for tensor, other in zip(found, wanted, strict=True):
-                atol = 1e-2 if path is quantised_and_moved else 1e-4  # a hair's breadth rounds to another code
+            atol = 1e-2 if path is quantised_and_moved else 1e-4  # a hair's breadth rounds to another code
+            for tensor, other in zip(path(model), wanted, strict=True):
+                assert isinstance(tensor, OnCuda), path.__name__
                 torch.testing.assert_close(tensor.inner, other, rtol=0, atol=atol, msg=path.__name__)
 
 
@@ -222,14 +227,7 @@ def spread_over_two(model):
 @pytest.mark.parametrize(("family", "kind"), [("llama", "paper"), ("llama", "default"), ("mistral", "default")])
 @torch.no_grad()
 def test_layers_may_be_on_several_gpus(family, kind):
-    model = model_of(family, kind)
-    expected = [[tensor.clone() for tensor in path(model)] for path in PATHS]
-    with EmulatedCuda().on():
-        spread_over_two(model)
-        for path, wanted in zip(PATHS, expected, strict=True):
-            for tensor, other in zip(path(model), wanted, strict=True):
-                atol = 1e-2 if path is quantised_and_moved else 1e-4
-                torch.testing.assert_close(tensor.inner, other, rtol=0, atol=atol, msg=path.__name__)
+    assert_paths_agree(model_of(family, kind), spread_over_two)
 
 
 @torch.no_grad()

@@ -276,7 +276,11 @@ class BeaconCache(Cache):
         return moved
 
     def follow(self, devices: Sequence[torch.device]) -> None:
-        """Move each layer, in place, to the device of its own that the model has it on: of several GPUs, one or another."""
+        """Move each layer in place to where the model has it, of several GPUs one or another.
+
+        Args:
+            devices: one for each layer; a layer that is held on another kind of device stays there.
+        """
         layers = []
         for layer, device in zip(self.layers, devices, strict=True):
             held = device if layer.keys is None else layer.keys.device

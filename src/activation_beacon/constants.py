@@ -23,10 +23,10 @@ def constant(values: tuple[int, ...], device: torch.device, dtype: torch.dtype =
 
 
 def sent(values: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of values that differ from pass to pass; nobody waits until it has reached a GPU.
+    """A tensor (n,) of values that differ from pass to pass; nobody waits until it has reached a GPU.
 
     Args:
-        values: n integers, or a tensor of integers on the host.
+        values: n integers, or a tensor of integers on the host, whose shape it keeps.
         device: where.
     """
     made = torch.as_tensor(values, dtype=torch.long)

@@ -8,7 +8,7 @@ import typer
 
 from activation_beacon.cli import options
 from activation_beacon.cli.console import bytes_text, notice, print_json
-from activation_beacon.cli.models import Loaded, load_model
+from activation_beacon.cli.models import Loaded, best_device, load_model
 from activation_beacon.config import Placement
 from activation_beacon.errors import InputError
 
@@ -76,7 +76,7 @@ def usual_dtype(device: str | None, dtype: options.Dtype | None) -> options.Dtyp
     """What a model is measured in: on a GPU bfloat16, unless another is named. The flash kernels know no float32."""
     import torch
 
-    is_on_gpu = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
+    is_on_gpu = torch.device(device or best_device()).type == "cuda"
     return options.Dtype.BFLOAT16 if dtype is None and is_on_gpu else dtype
 
 

@@ -11,7 +11,7 @@ import typer
 from activation_beacon.cli import options
 from activation_beacon.cli.bench import BenchDtype, parse_lengths, usual_dtype
 from activation_beacon.cli.console import notice, seconds_text
-from activation_beacon.cli.models import load_model
+from activation_beacon.cli.models import best_device, load_model
 from activation_beacon.errors import CapacityError, InputError
 
 if TYPE_CHECKING:
@@ -331,7 +331,7 @@ def _model(
 
     if shape not in SHAPES:
         raise InputError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}.")
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = device or best_device()
     kind = getattr(torch, str(usual_dtype(device, dtype) or "float32"))
     return shape, random_model(shape, chunk_size=chunk_size, device=where, dtype=kind)
 
