@@ -3,10 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from activation_beacon import BeaconConfig, attach
-from activation_beacon.adapt import TESTED_FAMILIES, check_keys_move, dense_weight, find_decoder
+from activation_beacon.adapt import TESTED_FAMILIES, check_keys_move, find_decoder
 from activation_beacon.errors import BeaconError, ConfigError, UnsupportedModelError
 from families import FAMILIES, TESTED, tiny
 
@@ -201,50 +200,3 @@ def test_a_chunk_that_just_fits_is_read():
     cache = model.compress(ids)
     assert len(cache.rows[0].chunks) == 1
     assert cache.cache_length <= 512
-
-
-def test_dense_weights_are_given_as_they_are():
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        linear = nn.Linear(4, 6, dtype=dtype)
-        assert dense_weight(linear) is linear.weight
-
-
-class Packed(nn.Module):
-    """A linear layer to those who only read its numbers."""
-
-    def __init__(self, weight: torch.Tensor | None):
-        super().__init__()
-        self.in_features, self.out_features = 32, 16
-        if weight is not None:
-            self.weight = nn.Parameter(weight, requires_grad=False)
-
-
-PACKED = {
-    "halves of bytes": (
-        Packed(torch.zeros(256, dtype=torch.uint8)),
-        "Packed) packs its weight as torch.uint8 (256,)",
-    ),
-    "whole bytes": (Packed(torch.zeros(16, 32, dtype=torch.int8)), "Packed) packs its weight as torch.int8 (16, 32)"),
-    "floats of another shape": (Packed(torch.zeros(32, 16)), "Packed) packs its weight as torch.float32 (32, 16)"),
-    "under another name": (Packed(None), "Packed) has no tensor `weight`"),
-    "floats of 8 bits, whose scale stands beside": (
-        FP8Linear(32, 16, block_size=(16, 16)),
-        "FP8Linear) packs its weight as torch.float8_e4m3fn (16, 32)",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PACKED)
-def test_weights_in_a_form_that_is_not_known_are_refused_and_the_base_is_left_bare(name):
-    linear, reason = PACKED[name]
-    model = tiny("llama")
-    model.model.layers[1].self_attn.v_proj = linear
-    with pytest.raises(UnsupportedModelError) as caught:
-        attach(model, BeaconConfig(chunk_size=16, ratios=(2,)))
-    assert str(caught.value) == (
-        f"v of layer 1 ({reason}, which is not known. Attach to the model in bf16, fp16, fp32 or bitsandbytes form."
-    )
-    assert not hasattr(model, "beacon_embedding")
-    with pytest.raises(UnsupportedModelError) as caught:
-        dense_weight(linear)
-    assert str(caught.value).startswith(reason.replace(")", "", 1))

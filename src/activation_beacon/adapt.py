@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from activation_beacon.entries import FLOATS
+from activation_beacon.dense import is_linear, tensors_of
 from activation_beacon.errors import UnsupportedModelError
 from activation_beacon.rope import LayerRope, rotary_layout
 
@@ -64,7 +64,7 @@ class LayerSite:
     @property
     def device(self) -> torch.device:
         """Where its weights are; layers may be on several GPUs."""
-        return next(self.attention.parameters()).device
+        return next(tensors_of(self.attention)).device
 
     @property
     def entry_shape(self) -> tuple[int, int] | None:
@@ -228,49 +228,6 @@ def _lone_token_keys(model: PreTrainedModel, site: DecoderSite, position: int) -
     return keys
 
 
-def dense_weight(linear: nn.Module) -> torch.Tensor:
-    """The weight (N, M) of a linear layer in floats, dequantised where it is packed.
-
-    Raises:
-        UnsupportedModelError: if the layer's packing is not known.
-    """
-    check_weight(linear)
-    weight: Any = linear.weight
-    if _is_of_bitsandbytes(weight):
-        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-        return dequantize_bnb_weight(weight, getattr(linear, "state", None))
-    return weight
-
-
-def check_weight(linear: nn.Module, name: str | None = None) -> None:
-    """Refuse a linear layer whose weight is not there in floats that stand for themselves, as those of 8 bits do not.
-
-    Args:
-        linear: a layer of the base.
-        name: what an error calls it; its class where there is none.
-
-    Raises:
-        UnsupportedModelError: with what its weight is.
-    """
-    weight: Any = getattr(linear, "weight", None)
-    is_tensor = isinstance(weight, torch.Tensor)
-    if is_tensor and _is_of_bitsandbytes(weight):
-        return
-    if is_tensor and weight.dtype in FLOATS and tuple(weight.shape) == (linear.out_features, linear.in_features):
-        return
-    packed = f"packs its weight as {weight.dtype} {tuple(weight.shape)}" if is_tensor else "has no tensor `weight`"
-    kind = type(linear).__name__
-    raise UnsupportedModelError(
-        f"{kind if name is None else f'{name} ({kind})'} {packed}, which is not known. "
-        "Attach to the model in bf16, fp16, fp32 or bitsandbytes form."
-    )
-
-
-def _is_of_bitsandbytes(weight: torch.Tensor) -> bool:
-    return getattr(weight, "quant_state", None) is not None or hasattr(weight, "SCB")
-
-
 def _layer_site(
     model: PreTrainedModel, config: Any, layer: nn.Module, index: int, rotary: nn.Module, projections: Sequence[str]
 ) -> LayerSite:
@@ -283,22 +240,20 @@ def _layer_site(
         raise _unsupported(
             model, f"layer {index} has no projection {', '.join(missing)} of its own that could be replaced"
         )
-    for site in sites:
-        check_weight(site.linear, f"{site.name} of layer {index}")
     return LayerSite(attention, sites, _layer_rope(model, config, attention, index, rotary), _window(config, index))
 
 
 def _projection_sites(attention: nn.Module, projections: Sequence[str]) -> Iterator[ProjectionSite]:
-    fused = next((name for name in FUSED_NAMES if _is_linear(getattr(attention, name, None))), None)
+    fused = next((name for name in FUSED_NAMES if is_linear(getattr(attention, name, None))), None)
     if fused is not None and set("qkv") <= set(projections):
         yield ProjectionSite("qkv", getattr(attention, fused))
     for name in ("q", "k", "v"):
         linear = getattr(attention, f"{name}_proj", None)
-        if name in projections and linear is not None and _is_linear(linear):
+        if name in projections and linear is not None and is_linear(linear):
             yield ProjectionSite(name, linear)
     if "o" in projections:
         output = next(
-            (getattr(attention, name) for name in OUTPUT_NAMES if _is_linear(getattr(attention, name, None))), None
+            (getattr(attention, name) for name in OUTPUT_NAMES if is_linear(getattr(attention, name, None))), None
         )
         if output is not None:
             yield ProjectionSite("o", output)
@@ -307,16 +262,11 @@ def _projection_sites(attention: nn.Module, projections: Sequence[str]) -> Itera
 def _projected_width(attention: nn.Module) -> int | None:
     """Features that an attention module projects to keys, and as many to values; None where it does not tell."""
     keys, values = (getattr(attention, name, None) for name in ("k_proj", "v_proj"))
-    if _is_linear(keys) and _is_linear(values):
+    if is_linear(keys) and is_linear(values):
         return keys.out_features if keys.out_features == values.out_features else None  # type: ignore[union-attr]
-    fused = next((linear for name in FUSED_NAMES if _is_linear(linear := getattr(attention, name, None))), None)
-    output = next((linear for name in OUTPUT_NAMES if _is_linear(linear := getattr(attention, name, None))), None)
+    fused = next((linear for name in FUSED_NAMES if is_linear(linear := getattr(attention, name, None))), None)
+    output = next((linear for name in OUTPUT_NAMES if is_linear(linear := getattr(attention, name, None))), None)
     return None if fused is None or output is None else (fused.out_features - output.in_features) // 2
-
-
-def _is_linear(module: object) -> bool:
-    """A linear layer by its features, not by its class: quantised ones have classes of their own."""
-    return isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def _layer_rope(

@@ -1,6 +1,7 @@
 """What stands on a model while beacons are attached, and how it is put on and taken off again."""
 
 import dataclasses
+import itertools
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from activation_beacon.adapt import DecoderSite, dense_weight
+from activation_beacon.adapt import DecoderSite
 from activation_beacon.config import BeaconConfig
+from activation_beacon.dense import dense_weight, packed_buffers
 from activation_beacon.errors import AttachError, ConfigError
 from activation_beacon.plan import RatioPolicy
 from activation_beacon.projection import (
@@ -41,6 +43,9 @@ class Attachment:
     linears: list[nn.Linear] = field(default_factory=list)  # of the base, which have become a class of ours
     token: str = field(default_factory=lambda: secrets.token_hex(8))  # names this attaching, for caches to remember
     known_base: tuple[int, str] | None = None  # fingerprint of the base, and a name for the state of its tensors
+    quantised_base: str | None = (
+        None  # the fingerprint of one that is: its library may lay out weights anew when they are used
+    )
 
 
 def put_on(model: nn.Module, attachment: Attachment) -> None:
@@ -50,17 +55,18 @@ def put_on(model: nn.Module, attachment: Attachment) -> None:
             attachment.linears.append(module)
             module.__class__ = OneDnnLinear
             module.beacon_state = attachment.state  # type: ignore[assignment]
-    _put_branches(attachment)
+    _put_branches(attachment, model.dtype)  # type: ignore[arg-type]
 
 
-def _put_branches(attachment: Attachment) -> None:
-    """Hang a beacon projection and the hooks on every site."""
-    for layer in attachment.site.layers:
+def _put_branches(attachment: Attachment, dtype: torch.dtype) -> None:
+    """Hang a beacon projection and the hooks on every site; of this dtype, where the base's own are packed."""
+    for index, layer in enumerate(attachment.site.layers):
         layer.attention.beacon_state = attachment.state  # type: ignore[assignment]
         attachment.handles.append(layer.attention.register_forward_pre_hook(take_beacon_slots, with_kwargs=True))
         attachment.handles.append(layer.attention.register_forward_hook(forget_beacon_slots, always_call=True))
         for site in layer.projections:
-            weight, bias = dense_weight(site.linear), getattr(site.linear, "bias", None)
+            weight = dense_weight(site.linear, dtype, f"{site.name} of layer {index}")
+            bias = getattr(site.linear, "bias", None)
             is_anchored = attachment.config.anchored and site.name != "o"
             site.linear.beacon = BeaconProjection(weight, bias, attachment.state, is_anchored=is_anchored)
             attachment.handles.append(site.linear.register_forward_hook(replace_beacon_rows))
@@ -141,8 +147,8 @@ def first_embedding(model: PreTrainedModel) -> torch.Tensor:
         return embedding(torch.tensor([token], device=embedding.weight.device))[0].clone()
 
 
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The base model's own parameters, with their names."""
-    for name, parameter in model.named_parameters():
+def base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The base model's own parameters, and the buffers of quantised layers, with their names."""
+    for name, tensor in itertools.chain(model.named_parameters(), packed_buffers(model)):
         if ".beacon." not in name and name != "beacon_embedding":
-            yield name, parameter
+            yield name, tensor

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from activation_beacon.config import FINGERPRINT_DIGITS
+from activation_beacon.dense import parts
 
 SAMPLES = 32
 
@@ -26,8 +27,7 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], settings: str = "")
     samples = []
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        if tensor.device.type != "meta" and tensor.numel():
-            samples.append(_sample(tensor))
+        samples += [_sample(part) for part in parts(tensor) if part.device.type != "meta" and part.numel()]
     if not samples:
         return digest.hexdigest()[:FINGERPRINT_DIGITS]
     joined = _joined(samples).cpu()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from activation_beacon.adapt import find_decoder
 from activation_beacon.at_once import read_at_once
 from activation_beacon.attachment import (
     Attachment,
-    base_parameters,
+    base_weights,
     check_chunk_fits,
     check_in_memory,
     first_embedding,
@@ -41,6 +42,7 @@ from activation_beacon.batch import (
 from activation_beacon.cache import BeaconCache
 from activation_beacon.config import BeaconConfig, is_same_fingerprint, short_fingerprint
 from activation_beacon.constants import sent
+from activation_beacon.dense import is_quantised
 from activation_beacon.entries import take
 from activation_beacon.errors import AttachError, ConfigError, InputError, MismatchError, UnsupportedError
 from activation_beacon.fingerprint import fingerprint
@@ -54,6 +56,8 @@ from activation_beacon.ragged import read_next
 from activation_beacon.readout import Wanted
 
 # B batch · N new tokens · V vocabulary · M model dim
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -162,7 +166,9 @@ class BeaconModel(BeaconGeneration):
     @property
     def base_fingerprint(self) -> str:
         """Fingerprint of the base model's weights, made anew when torch has noted a change of these; they are frozen."""
-        tensors = list(base_parameters(self))
+        if self._beacon.quantised_base is not None:
+            return self._beacon.quantised_base
+        tensors = list(base_weights(self))
         # Which tensors, not only how often they changed: a copied model and load_state_dict(assign=True) bring others.
         version = hash(tuple((id(t), 0 if t.is_inference() else t._version) for _, t in tensors))
         known = self._beacon.known_base
@@ -635,7 +641,7 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
         AttachError: if it carries beacons already, or not all of its weights are in memory.
         UnsupportedModelError: if its architecture cannot carry beacons.
         ConfigError: if a chunk does not fit its positions, or `exact_ids` names no tokens, or others than its own.
-        MismatchError: if the config names the fingerprint of another base model.
+        MismatchError: if the config names the fingerprint of another base model, unless this one is quantised: then a warning.
     """
     config = config or BeaconConfig()
     if config.exact_ids == "digits":
@@ -652,12 +658,9 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
         )
     site = find_decoder(base_model, config.projections)
     check_chunk_fits(config, site)
-    base_print = fingerprint(base_parameters(base_model))
+    base_print = fingerprint(base_weights(base_model))
     if config.base_fingerprint is not None and not is_same_fingerprint(config.base_fingerprint, base_print):
-        raise MismatchError(
-            f"The adapter was made for another base model (fingerprint {short_fingerprint(config.base_fingerprint)}, "
-            f"this one has {short_fingerprint(base_print)}). Load the base that beacon_config.json names: {config.base_model}."
-        )
+        _refuse_other_base(config, base_model, base_print)
     attachment = Attachment(
         config=with_base(config, base_model, base_print),
         site=site,
@@ -667,6 +670,7 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
         handles=[],
         own_forward=vars(base_model).pop("forward", None),
         policy=RatioPolicy(),
+        quantised_base=base_print if is_quantised(base_model) else None,
     )
     base_model._beacon = attachment
     try:
@@ -679,6 +683,21 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
         take_off(base_model, attachment)
         raise
     return base_model
+
+
+def _refuse_other_base(config: BeaconConfig, base_model: PreTrainedModel, base_print: str) -> None:
+    """Of a base that has been quantised nothing tells what it was before."""
+    prints = (
+        f"fingerprint {short_fingerprint(config.base_fingerprint or '')}, this one has {short_fingerprint(base_print)}"
+    )
+    if not is_quantised(base_model):
+        raise MismatchError(
+            f"The adapter was made for another base model ({prints}). "
+            f"Load the base that beacon_config.json names: {config.base_model}."
+        )
+    logger.warning(
+        "The base is quantised: it is taken to be %s, which the adapter was made for (%s).", config.base_model, prints
+    )
 
 
 def detach(model: Any) -> PreTrainedModel:
