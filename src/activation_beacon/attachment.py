@@ -43,9 +43,7 @@ class Attachment:
     linears: list[nn.Linear] = field(default_factory=list)  # of the base, which have become a class of ours
     token: str = field(default_factory=lambda: secrets.token_hex(8))  # names this attaching, for caches to remember
     known_base: tuple[int, str] | None = None  # fingerprint of the base, and a name for the state of its tensors
-    quantised_base: str | None = (
-        None  # the fingerprint of one that is: its library may lay out weights anew when they are used
-    )
+    quantised_base: str | None = None  # fingerprint of one that is, whose library may lay out weights anew in use
 
 
 def put_on(model: nn.Module, attachment: Attachment) -> None:
