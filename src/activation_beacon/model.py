@@ -658,9 +658,8 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
         )
     site = find_decoder(base_model, config.projections)
     check_chunk_fits(config, site)
-    base_print = fingerprint(base_weights(base_model))
-    if config.base_fingerprint is not None and not is_same_fingerprint(config.base_fingerprint, base_print):
-        _refuse_other_base(config, base_model, base_print)
+    base_print, has_packed_weights = fingerprint(base_weights(base_model)), is_quantised(base_model)
+    _check_base(config, base_print, has_packed_weights=has_packed_weights)
     attachment = Attachment(
         config=with_base(config, base_model, base_print),
         site=site,
@@ -670,7 +669,7 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
         handles=[],
         own_forward=vars(base_model).pop("forward", None),
         policy=RatioPolicy(),
-        quantised_base=base_print if is_quantised(base_model) else None,
+        quantised_base=base_print if has_packed_weights else None,
     )
     base_model._beacon = attachment
     try:
@@ -685,12 +684,17 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
     return base_model
 
 
-def _refuse_other_base(config: BeaconConfig, base_model: PreTrainedModel, base_print: str) -> None:
-    """Of a base that has been quantised nothing tells what it was before."""
-    prints = (
-        f"fingerprint {short_fingerprint(config.base_fingerprint or '')}, this one has {short_fingerprint(base_print)}"
-    )
-    if not is_quantised(base_model):
+def _check_base(config: BeaconConfig, base_print: str, *, has_packed_weights: bool) -> None:
+    """Refuse another base than the adapter was made for. Of one that has been quantised nothing tells what it was: a warning.
+
+    Raises:
+        MismatchError: with both fingerprints.
+    """
+    made_for = config.base_fingerprint
+    if made_for is None or is_same_fingerprint(made_for, base_print):
+        return
+    prints = f"fingerprint {short_fingerprint(made_for)}, this one has {short_fingerprint(base_print)}"
+    if not has_packed_weights:
         raise MismatchError(
             f"The adapter was made for another base model ({prints}). "
             f"Load the base that beacon_config.json names: {config.base_model}."
