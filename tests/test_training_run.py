@@ -155,6 +155,42 @@ def test_a_run_that_goes_on_from_an_adapter_has_its_base_and_settings_from_it(fi
     assert "none holds no adapter: beacon_config.json is missing." in missing.output
 
 
+def test_a_run_begins_with_the_mean_of_several_adapters(files, tmp_path):
+    for seed in range(3):
+        save_adapter(tmp_path / f"adapter-{seed}", files / "base", seed=seed)
+    mean, _ = load(tmp_path / "adapter-0")
+    others = [dict(load(tmp_path / f"adapter-{seed}")[0].beacon_parameters()) for seed in (1, 2)]
+    for name, parameter in mean.beacon_parameters():
+        parameter.data = (parameter.data + others[0][name].data + others[1][name].data) / 3
+    mean.save_pretrained(tmp_path / "mean")
+    texts = [str(files / "texts.jsonl"), "--length", "128", "--batch-size", "2", "--steps", "1"]
+    several = [word for seed in range(3) for word in ("--adapter", f"adapter-{seed}")]
+    for name, begin in (("several", several), ("one", ["--adapter", "mean"]), ("first", ["--adapter", "adapter-0"])):
+        result = run(*texts, *begin, "-o", name, cwd=tmp_path)
+        assert result.exit_code == 0, result.output
+    got, wanted, first = (load_adapter_tensors(tmp_path / name / "adapter") for name in ("several", "one", "first"))
+    assert all(torch.allclose(tensor, wanted[name], atol=1e-3) for name, tensor in got.items())
+    assert any(not torch.allclose(tensor, first[name], atol=1e-2) for name, tensor in got.items())
+    recipe = json.loads((tmp_path / "several" / "recipe.json").read_text())
+    assert recipe["adapter"] == ["adapter-0", "adapter-1", "adapter-2"]
+    again = run(*several, "--resume", "-o", "several", cwd=tmp_path)
+    assert again.exit_code == 0, again.output
+    card = (tmp_path / "several" / "adapter" / "README.md").read_text()
+    assert '"adapter-1"' in card
+    missing = run(*texts, "--adapter", "adapter-0", "--adapter", "none", "-o", "missing", cwd=tmp_path)
+    assert missing.exit_code == 1
+    assert "none holds no adapter: beacon_config.json is missing." in missing.output
+
+
+def test_adapters_of_other_kinds_have_no_mean(files, tmp_path):
+    save_adapter(tmp_path / "paper", files / "base", seed=1)
+    save_adapter(tmp_path / "anchored", files / "base", seed=1, anchored=True)
+    begin = ["--adapter", "paper", "--adapter", "anchored", "--length", "128", "--steps", "1"]
+    result = run(str(files / "texts.jsonl"), *begin, "-o", "run", cwd=tmp_path)
+    assert result.exit_code == 1
+    assert "The adapter's tensors are not those of this base model and configuration (" in result.output
+
+
 def test_what_has_no_option_of_its_own_is_set_by_name(files, tmp_path):
     lines = (files / "texts.jsonl").read_text().replace('"text"', '"body"')
     (tmp_path / "bodies.jsonl").write_text(lines)

@@ -39,6 +39,15 @@ def test_a_run_that_was_begun_before_there_were_exact_ids_goes_on():
     assert TrainingSettings(output="a", documents=("t",)).fingerprint == "c55cf1cc7789a03d"
 
 
+def test_one_adapter_in_a_list_is_one_adapter():
+    def run(adapter):
+        return TrainingSettings(output="a", documents=("t",), adapter=adapter)
+
+    assert (run(["a"]).adapters, run("a").adapters, run([]).adapters, run(None).adapters) == (("a",), ("a",), (), ())
+    assert run(["a"]).fingerprint == run("a").fingerprint != run(["a", "b"]).fingerprint
+    assert TrainingSettings.from_dict(run(["a", "b"]).to_dict()).adapters == ("a", "b")
+
+
 def test_kinds_of_needles_decide_where_there_are_needles():
     def run(**stage):
         return TrainingSettings(output="a", documents=("t",), stages=(Stage(**stage),)).fingerprint
@@ -96,6 +105,9 @@ BAD_RUNS = [
     ({"stages": [3]}, "Stage 1 must hold names and values; got 3."),
     ({"stages": [{"step": 3}]}, "Stage 1 names step, which is not known. Known: batch_size, chunk_size,"),
     ({"config": {"chunk": 3}}, "config names chunk, which is not known. Known: anchored, chunk_size,"),
+    ({"adapter": 3}, "adapter must be a name, or a list of names; got 3."),
+    ({"adapter": ["a", 3]}, "adapter must be a name, or a list of names; got ['a', 3]."),
+    ({"adapter": ""}, "adapter must be a name, or a list of names; got ''."),
     ({"wrapper": "zero"}, "wrapper must be one of ddp, fsdp; got 'zero'."),
     (
         {"wrapper": "fsdp", "optimizer": "muon"},

@@ -168,8 +168,15 @@ def _shard_name(name: str) -> str:
 
 
 @torch.no_grad()
-def fill_parameters(parameters: Iterable[tuple[str, torch.Tensor]], tensors: Mapping[str, torch.Tensor]) -> None:
+def fill_parameters(
+    parameters: Iterable[tuple[str, torch.Tensor]], tensors: Mapping[str, torch.Tensor], *, weight: float = 1.0
+) -> None:
     """Copy an adapter's tensors into a model's beacon parameters, in whatever dtype these are.
+
+    Args:
+        parameters: by name.
+        tensors: by the same names.
+        weight: the share that the tensors have in what the parameters become; the rest is what they were.
 
     Raises:
         MismatchError: if names or shapes differ; nothing is copied then.
@@ -185,4 +192,7 @@ def fill_parameters(parameters: Iterable[tuple[str, torch.Tensor]], tensors: Map
                 f"{name} must have the shape {tuple(parameter.shape)}; the adapter's has {tuple(tensors[name].shape)}."
             )
     for name, parameter in wanted.items():
-        parameter.copy_(tensors[name])
+        if weight == 1:
+            parameter.copy_(tensors[name])
+        else:
+            parameter.lerp_(tensors[name].to(parameter), weight)

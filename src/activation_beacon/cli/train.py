@@ -40,8 +40,12 @@ def train(
         typer.Option("--base", metavar="NAME", help="Base model: default, a folder, or a hub id. [default: default]"),
     ] = None,
     adapter: Annotated[
-        str | None,
-        typer.Option("--adapter", metavar="NAME", help="Adapter to go on from: default, a folder, or a hub id."),
+        Sources,
+        typer.Option(
+            "--adapter",
+            metavar="NAME",
+            help="Adapter to go on from: default, a folder, or a hub id; repeated, the mean of them.",
+        ),
     ] = None,
     questions: Annotated[
         Sources,
@@ -264,6 +268,10 @@ def set_others(pairs: list[str], groups: dict[str, dict[str, Any]]) -> None:
 def _on_from(adapter: str, values: dict[str, Any]) -> dict[str, Any]:
     """Values of a run that goes on from an adapter: what they do not say, its base and settings, they have from it.
 
+    Args:
+        adapter: of several, the first.
+        values: of the run.
+
     Raises:
         StorageError, FileFormatError: if there is no such adapter, or it cannot be read.
     """
@@ -301,7 +309,7 @@ def _settings(
     resume: bool = False,
 ) -> "TrainingSettings":
     """The recipe's values, or those of a run without one, under the options that were given."""
-    from activation_beacon.training.settings import TrainingSettings, read_recipe
+    from activation_beacon.training.settings import TrainingSettings, adapter_names, read_recipe
 
     recipe = _recipe(sources, flags, resume=resume)
     if recipe is not None:
@@ -314,8 +322,8 @@ def _settings(
             stages.append({**stage, "documents": 0.2, "questions": 0.6, "needles": 0.1, "reconstruction": 0.1})
     config = _of_kind(config, is_paper=paper, is_default=recipe is None and "adapter" not in flags)
     values = {**values, **flags, "stages": stages, "config": {**(values.get("config") or {}), **config}}
-    if values.get("adapter"):
-        values = _on_from(values["adapter"], values)
+    if names := adapter_names(values.get("adapter")):
+        values = _on_from(names[0], values)
     if not values.get("output"):
         raise ConfigError("The run needs a folder for what comes of it. Add --output FOLDER.")
     return TrainingSettings.from_dict(values)

@@ -231,12 +231,12 @@ def _model(settings: TrainingSettings, group: Processes, device: str | None) -> 
             "--no-exact (in a recipe, leave exact_ids out)."
         )
     model = attach(base, with_digits(config, tokenizer))
-    if settings.adapter is not None:
+    for number, adapter in enumerate(settings.adapters, 1):
         with group.first_before_others():
-            folder = adapter_folder(settings.adapter) or settings.adapter
+            folder = adapter_folder(adapter) or adapter
         if group.is_first:
-            _tell_differences(settings.adapter, load_adapter_config(folder), model.beacon_config)
-        fill_parameters(model.beacon_parameters(), load_adapter_tensors(folder))
+            _tell_differences(adapter, load_adapter_config(folder), model.beacon_config)
+        fill_parameters(model.beacon_parameters(), load_adapter_tensors(folder), weight=1 / number)
     return model, tokenizer
 
 

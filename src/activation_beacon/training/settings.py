@@ -109,7 +109,7 @@ class TrainingSettings:
     Attributes:
         output: folder for checkpoints, metrics, curves and the adapter.
         base: base model: "default", a folder, or a hub id.
-        adapter: adapter to start from: "default", a folder, or a hub id; None for untrained beacons.
+        adapter: adapter to start from: "default", a folder, or a hub id; of several the mean; None for untrained beacons.
         dtype: of the base's weights; beacon weights are trained in float32.
         config: settings of the adapter (`BeaconConfig` without what is filled in by itself).
         lora_rank: train the difference to the base's projections as a product of this rank; None trains it in full.
@@ -142,7 +142,7 @@ class TrainingSettings:
 
     output: str
     base: str = "default"
-    adapter: str | None = None
+    adapter: str | tuple[str, ...] | None = None
     dtype: str | None = None
     config: BeaconConfig = dataclasses.field(default_factory=BeaconConfig)
     lora_rank: int | None = None
@@ -173,6 +173,8 @@ class TrainingSettings:
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
         object.__setattr__(self, "stages", tuple(self.stages))
+        names = adapter_names(self.adapter)
+        object.__setattr__(self, "adapter", names if len(names) > 1 else names[0] if names else None)
         if not self.stages:
             raise ConfigError("stages is empty. Name at least one.")
         if self.lora_rank is not None:
@@ -210,6 +212,11 @@ class TrainingSettings:
             if share and not needs[kind]:
                 source = "questions" if kind == "questions" else "documents"
                 raise ConfigError(f"Stage {number}: {kind} ({share}) needs {source}, and none are named.")
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters whose mean the run begins with; none for untrained beacons."""
+        return adapter_names(self.adapter)
 
     @property
     def length_of_dev_texts(self) -> int:
@@ -309,6 +316,18 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold names and values; got {type(values).__name__}.")
     return values
+
+
+def adapter_names(adapter: Any) -> tuple[str, ...]:
+    """The names in a recipe's `adapter`: one, a list of them, or none.
+
+    Raises:
+        ConfigError: if it is anything else.
+    """
+    names = (adapter,) if isinstance(adapter, str) else () if adapter is None else adapter
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"adapter must be a name, or a list of names; got {adapter!r}.")
+    return tuple(names)
 
 
 def _check_mapping(what: str, values: object, known: Any) -> None:
