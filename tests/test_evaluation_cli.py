@@ -324,7 +324,7 @@ def test_all_tasks_are_in_one_report_with_the_methods_that_each_has(everything):
     assert (folder / "report.html").exists()
     ways = {task: [(r["method"], r["ratio"]) for r in lines_of(folder) if r["task"] == task] for task in tasks}
     assert ways == {
-        "lm": [("alone", None), ("recent", None), ("beacons", 4)],
+        "lm": [("alone", None), ("recent", 4), ("beacons", 4)],
         **{task: [("recent", 4), ("beacons", 4)] for task in tasks[1:]},
     }
     assert "Left out" not in said

@@ -1,5 +1,6 @@
 """Nats per token: each method against the plain definition, on the model without beacons."""
 
+import dataclasses
 import math
 
 import pytest
@@ -94,16 +95,21 @@ def test_shuffled_reads_each_chunk_on_the_beacons_of_the_other_text(model):
     torch.testing.assert_close(found, lm.beacon_losses(model, mixed, 4).nll[2 * CHUNK :], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("window", [CHUNK, CHUNK + 5, 2 * CHUNK, 10 * CHUNK])
-def test_recent_equals_the_base_on_a_sliding_window(model, base, window):
+@pytest.mark.parametrize(
+    ("sinks", "ratio", "windows"), [(0, 2, (0, 8, 16, 24)), (0, 8, (0, 2, 4, 6)), (8, 2, (0, 16, 24, 32))]
+)
+@pytest.mark.parametrize("prefix", [(), (1,)])
+def test_recent_equals_the_base_on_as_many_tokens_as_beacons_have_entries(base, sinks, ratio, windows, prefix):
+    model = with_beacons("llama", dataclasses.replace(CONFIG, num_sinks=sinks))
     ids = text(3 * CHUNK + 5)
-    found = lm.recent_losses(model, ids, window=window).nll
-    assert len(found) == len(ids) - 1
-    for start in range(0, len(ids), CHUNK):
-        stop = min(start + CHUNK, len(ids))
-        begin = max(0, stop - window)
-        expected = plain_nll(base, ids[begin:stop])[-(stop - start - 1) :]
-        torch.testing.assert_close(found[start : stop - 1], expected, atol=1e-5, rtol=0)
+    found = lm.recent_losses(model, ids, ratio, prefix=prefix)
+    assert len(found.nll) == len(ids) - 1
+    assert found.cache_length == windows[-1] + 5 == lm.beacon_losses(model, ids, ratio).cache_length
+    for start, window in zip(range(0, len(ids), CHUNK), windows, strict=True):
+        before = ids[:start] if window >= start else [*prefix, *ids[start - window + len(prefix) : start]]
+        expected = plain_nll(base, [*before, *ids[start : start + CHUNK]])[max(len(before) - 1, 0) :]
+        at = max(start - 1, 0)
+        torch.testing.assert_close(found.nll[at : at + len(expected)], expected, atol=1e-5, rtol=0)
 
 
 def test_all_but_the_first_chunk_and_the_first_tokens_count():
@@ -168,12 +174,7 @@ def test_evaluate_leaves_the_mode_as_it_was(model):
         (
             lambda model: lm.measure(model, text(40), "beacons"),
             InputError,
-            'method must be "full", "alone", "recent", or with a ratio "beacons" or "shuffled"; got \'beacons\'.',
-        ),
-        (
-            lambda model: lm.recent_losses(model, text(40), window=8),
-            InputError,
-            "A window (8) must hold a chunk (16) at least.",
+            'method must be "full", "alone", or with a ratio "recent", "beacons" or "shuffled"; got \'beacons\'.',
         ),
         (
             lambda model: lm.measure(model, text(1200), "beacons", ratio=2),

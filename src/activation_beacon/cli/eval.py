@@ -58,8 +58,8 @@ def lm(
     """Loss on long documents: nats per token after the first chunk, and the gap closed.
 
     Each document that is long enough gives its first tokens. They are read in several ways: "full" with all of the text
-    before each token, "alone" with nothing before the chunk, "beacons" at each ratio, "recent" with as many tokens
-    as the base model has positions, and "shuffled" on another document's beacons. The gap closed
+    before each token, "alone" with nothing before the chunk, "beacons" at each ratio, "recent" with as many of
+    the tokens before the chunk as beacons have entries, and "shuffled" on another document's beacons. The gap closed
     is (alone - beacons) / (alone - full).
     """
     wanted = want(out, methods, ratios, length, limit, json=json)

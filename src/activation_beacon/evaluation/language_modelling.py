@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from activation_beacon.base_models import max_positions
 from activation_beacon.errors import InputError
 from activation_beacon.evaluation.metrics import Estimate, gap_closed, mean
-from activation_beacon.plan import Ratio
+from activation_beacon.plan import Ratio, entries_held
 
 # T tokens of a text · w chunk size · V vocabulary
 
@@ -67,25 +66,33 @@ def alone_losses(model: Any, ids: Sequence[int], *, prefix: Sequence[int] = ()) 
     return _joined(nll, parts)
 
 
-def recent_losses(model: Any, ids: Sequence[int], *, window: int) -> Losses:
-    """The base model on each chunk with as many tokens before it as make up `window`; read anew for each chunk.
+def recent_losses(model: Any, ids: Sequence[int], ratio: int, *, prefix: Sequence[int] = ()) -> Losses:
+    """The base model on each chunk with as many of the tokens before it as beacons of them have entries.
 
-    Raises:
-        InputError: if a window is smaller than a chunk.
+    They are read anew for each chunk, so that none knows what stood before the window, nor pays for it in positions.
+
+    Args:
+        model: with beacons attached, which are not used.
+        ids: the text.
+        ratio: of the beacons that it is compared with.
+        prefix: see `alone_losses`; a part of the window.
     """
-    size = model.beacon_config.chunk_size
-    if window < size:
-        raise InputError(f"A window ({window}) must hold a chunk ({size}) at least.")
-    if window >= len(ids):
-        return full_losses(model, ids)
+    config = model.beacon_config
+    size = config.chunk_size
     parts, nll = [], []
     for start in range(0, len(ids), size):
-        stop = min(start + size, len(ids))
-        begin = max(0, stop - window)
-        parts.append(_base_losses(model, ids[begin:stop]))
-        nll += [HOLE] if 0 < start == begin else []
-        nll.append(parts[-1].nll[max(start - 1 - begin, 0) :])
+        held = entries_held(config, start + 1, ratio) - 1  # when the chunk's first token is read
+        window = _window(ids[:start], held, prefix)
+        parts.append(_base_losses(model, [*window, *ids[start : start + size]]))
+        nll.append(parts[-1].nll[max(len(window) - 1, 0) :])
     return _joined(nll, parts)
+
+
+def _window(before: Sequence[int], num_entries: int, prefix: Sequence[int]) -> list[int]:
+    """The last of the ids that stand before a chunk, opened by the prefix, `num_entries` together."""
+    if num_entries >= len(before):
+        return list(before)
+    return [*prefix, *before[len(before) - num_entries + len(prefix) :]]
 
 
 @torch.no_grad()
@@ -214,8 +221,8 @@ def measure(
     Args:
         model: with beacons attached.
         ids: the text.
-        method: "full", "alone", "recent" (as many tokens as the base has positions), "beacons", or "shuffled" (beacons of `other`).
-        ratio: of the beacons.
+        method: "full", "alone", "recent", "beacons", or "shuffled" (beacons of `other`).
+        ratio: of the beacons, and of those that "recent" is as large as.
         prefix: see `alone_losses`.
         other: see `shuffled_losses`.
 
@@ -227,15 +234,15 @@ def measure(
         losses = full_losses(model, ids)
     elif method == "alone":
         losses = alone_losses(model, ids, prefix=prefix)
-    elif method == "recent":
-        losses = recent_losses(model, ids, window=max_positions(model) or len(ids))
+    elif method == "recent" and isinstance(ratio, int):
+        losses = recent_losses(model, ids, ratio, prefix=prefix)
     elif method == "beacons" and ratio is not None:
         losses = beacon_losses(model, ids, ratio)
     elif method == "shuffled" and ratio is not None:
         losses = shuffled_losses(model, ids, other, ratio)
     else:
         raise InputError(
-            f'method must be "full", "alone", "recent", or with a ratio "beacons" or "shuffled"; got {method!r}.'
+            f'method must be "full", "alone", or with a ratio "recent", "beacons" or "shuffled"; got {method!r}.'
         )
     return loss_record(losses, size)
 

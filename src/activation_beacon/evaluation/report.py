@@ -170,7 +170,8 @@ def _estimates(row: Row) -> Iterator[Estimate]:
 
 LM_TEXT = (
     "Loss of the tokens after the first chunk, but for the first of each chunk. **full**: the base model with the whole text "
-    "before each token; **alone**: with nothing before the chunk; **recent**: with as many tokens as it has positions; "
+    "before each token; **alone**: with nothing before the chunk; **recent**: with as many of the "
+    "tokens before it as beacons have entries; "
     "**shuffled**: on beacons of another text. Gap closed: (alone - method) / (alone - full); none where the full context is no "
     "better than nothing, as beyond the base's window."
 )

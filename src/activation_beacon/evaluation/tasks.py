@@ -73,7 +73,7 @@ class LanguageModelling:
 
     name = "lm"
     quality = "nats"
-    methods = {"full": False, "alone": False, "recent": False, "beacons": True, SHUFFLED: True}  # noqa: RUF012 - a constant
+    methods = {"full": False, "alone": False, "recent": True, "beacons": True, SHUFFLED: True}  # noqa: RUF012 - a constant
 
     def __init__(
         self,
