@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 import activation_beacon
 from activation_beacon import BeaconCache, ChatPrompt, load
 from activation_beacon.cli import app
-from activation_beacon.cli.answering import is_circle
 from saved_models import CHUNK, byte_tokenizer, save_adapter, save_base
 
 torch.set_num_threads(1)  # threads that wait for one another make models as small as these slower
@@ -348,31 +347,13 @@ def test_a_chat_replaces_a_file_when_it_is_told_to(run):
 
 
 def test_an_answer_that_goes_round_in_a_circle_is_ended(run, monkeypatch):
-    monkeypatch.setattr("activation_beacon.cli.answering.is_circle", lambda ids: len(ids) == 5)
+    monkeypatch.setattr("activation_beacon.conversation.is_circle", lambda ids: len(ids) == 5)
     args = ("ask", "{files}/adapter.beacon", "Who?", "--model", "{files}/adapter", "--max-new-tokens", "40")
     result = run(*args)
     assert re.search(r"^5 tokens in [\d.]+ s; ended, since it repeats itself$", result.stderr, re.MULTILINE)
     values = loaded_json(run(*args, "--json"))
     assert (values["answer_tokens"], values["is_complete"], values["is_repeating"]) == (5, False, True)
     assert loaded_json(run(*args, "--json", "--temperature", "1"))["answer_tokens"] > 5
-
-
-@pytest.mark.parametrize(
-    ("ids", "is_one"),
-    [
-        ([7] * 32, True),
-        ([7] * 31, False),
-        ([1, 2, *range(3, 19), *range(3, 19), *range(3, 19)], True),
-        ([1, 2, *range(3, 19), *range(3, 19), *range(3, 18)], False),
-        (list(range(60)) * 3, True),
-        (list(range(60)) * 2, False),
-        ([1, 2, 3] * 10, False),
-        ([1, 2, 3] * 11, True),
-        ([], False),
-    ],
-)
-def test_a_circle_is_the_same_three_times_and_at_some_length(ids, is_one):
-    assert is_circle(ids) is is_one
 
 
 def test_reset_goes_back_to_the_loaded_context(run):
@@ -402,27 +383,6 @@ def test_a_bad_line_does_not_end_the_chat(run):
     assert "/save is not a command" in result.stderr
     assert "exists already" in result.stderr or "there is no folder" in result.stderr
     assert "Error: The question has 1," in result.stderr
-
-
-def test_an_ended_answer_is_not_ended_twice(run, files, monkeypatch):
-    """The end-of-turn token that closes an answer comes with the next message's template."""
-    from activation_beacon.cli import answering, models
-    from activation_beacon.cli.chat import Conversation
-
-    loaded = models.load_model(str(files / "adapter"), base=None, device=None, dtype=None)
-    start = models.place_context(loaded, saved(files, "adapter.beacon"))
-    ids = loaded.prompt.question("Who?")
-    first = answering.answer(loaded, start, ids, answering.Sampling(6))
-    written = first.context.token_ids[0, -5:].tolist() + first.unread
-    loaded.model.generation_config.eos_token_id = written[-1]  # as if the model had ended its answer there
-    conversation = Conversation(loaded, start, answering.Sampling(6))
-    reply = conversation.say("Who?", lambda piece: None, lambda: False)
-    assert reply.is_complete
-    assert conversation.unread == []
-    conversation.say("Why?", lambda piece: None, lambda: False)
-    said = conversation.context.token_ids[0].tolist()[start.tokens_seen :]
-    whole = [*ids, *written[: reply.num_tokens - 1], *loaded.prompt.follow_up("Why?")]
-    assert said[: len(whole)] == whole
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------

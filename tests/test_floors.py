@@ -32,7 +32,7 @@ FLOORS = [
     {"at_once", "ragged"},
     {"generation", "persistence", "default_base", "prompts", "books"},
     {"base_models"},
-    {"model"},
+    {"conversation", "model"},
     {"hub", "official", "peers_environment"},
     {"__init__"},
     {"training", "evaluation", "bench"},

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from activation_beacon.base_models import load_pretrained_base
     from activation_beacon.cache import BeaconCache
     from activation_beacon.config import BeaconConfig
+    from activation_beacon.conversation import Conversation
     from activation_beacon.exact import digit_ids
     from activation_beacon.hub import load
     from activation_beacon.model import BeaconModel, BeaconOutput, attach, detach
@@ -21,6 +22,7 @@ __all__ = [
     "BeaconModel",
     "BeaconOutput",
     "ChatPrompt",
+    "Conversation",
     "attach",
     "detach",
     "digit_ids",
@@ -37,6 +39,7 @@ _MODULE_OF = {
     "BeaconModel": "model",
     "BeaconOutput": "model",
     "ChatPrompt": "prompts",
+    "Conversation": "conversation",
     "attach": "model",
     "detach": "model",
     "digit_ids": "exact",

@@ -1,7 +1,8 @@
 """`generate` on compressed contexts and long prompts: what transformers' own loop needs to be told.
 
-Two semi-private methods of transformers are overridden, `_prefill` and `prepare_inputs_for_generation`; everything else
-(sampling, beams, streamers, stopping, processors) is theirs. Ids go in and come out as text: the cache is shorter.
+Of transformers' semi-private methods, `_prefill` reads the prompt, `prepare_inputs_for_generation` hands on the new ids alone, and two
+others leave the cache and its length to us; everything else (sampling, beams, streamers, stopping, processors) is theirs. Ids
+go in and come out as text: the cache is shorter.
 """
 
 import inspect
@@ -79,7 +80,7 @@ class BeaconGeneration(Host):
             raise InputError("generate takes context or past_key_values, not both. Use context; it stays as it was.")
         if context is not None and not isinstance(context, BeaconCache):
             raise InputError(
-                f"context must be a BeaconCache; got {type(context).__name__}. Load it: BeaconCache.load(path)."
+                f"context must be a BeaconCache; got {type(context).__name__}. Load it: BeaconCache.load(path, model)."
             )
         if context is not None and input_ids is None:
             raise InputError("generate(context=...) needs input_ids: the ids of what follows the context, a question.")

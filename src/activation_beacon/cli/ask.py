@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 
 from activation_beacon.cli import options
-from activation_beacon.cli.answering import Sampling, answer
 from activation_beacon.cli.console import notice, print_json, seconds_text, trained_fields, warn_untrained
-from activation_beacon.cli.models import load_model, place_context, question_ids, read_context
+from activation_beacon.cli.models import load_model, place_context, read_context
+from activation_beacon.cli.sampling import Sampling
 
 
 def ask(
@@ -34,10 +34,13 @@ def ask(
     context = read_context(file)
     loaded = load_model(model, base=base, device=device, dtype=dtype)
     context = place_context(loaded, context)
-    ids = question_ids(loaded, context, question, plain=plain)
+    from activation_beacon.conversation import answer, question_ids
+
+    ids = question_ids(loaded.model, loaded.prompt, context, question, is_plain=plain)
     warn_untrained(loaded.config)
-    sampling = Sampling(max_new_tokens, temperature, seed)
-    reply = answer(loaded, context, ids, sampling, write=None if json else _write)
+    options_of_answer = Sampling(max_new_tokens, temperature, seed).begin()
+    write = None if json else _write
+    reply = answer(loaded.model, loaded.tokenizer, context, ids, write=write, **options_of_answer)
     if not json:
         typer.echo()
         end = "; ended, since it repeats itself" if reply.is_repeating else ""

@@ -11,21 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from activation_beacon.cli import options
-from activation_beacon.cli.answering import Answer, Sampling, ShouldStop, answer
 from activation_beacon.cli.console import notice, one_line, trained_mark, warn_untrained
-from activation_beacon.cli.models import (
-    Loaded,
-    check_question_fits,
-    load_model,
-    place_context,
-    question_ids,
-    read_context,
-)
+from activation_beacon.cli.models import load_model, place_context, read_context
+from activation_beacon.cli.sampling import Sampling
 from activation_beacon.cli.texts import check_output
 from activation_beacon.errors import BeaconError, InputError, StorageError
 
 if TYPE_CHECKING:
-    from activation_beacon.cache import BeaconCache
+    from activation_beacon.conversation import Conversation, ShouldStop
 
 COMMANDS = {
     "/info": "what the context holds now",
@@ -58,80 +51,37 @@ def chat(
     """
     context = None if file is None else read_context(file)
     loaded = load_model(model, base=base, device=device, dtype=dtype)
-    start = loaded.model.new_cache() if context is None else place_context(loaded, context)
-    conversation = Conversation(loaded, start, Sampling(max_new_tokens, temperature, seed))
-    conversation.check_can_begin()
+    from activation_beacon.conversation import Conversation
+
+    start = None if context is None else place_context(loaded, context)
+    conversation = Conversation(loaded.model, loaded.tokenizer, start, prompt=loaded.prompt)
     warn_untrained(loaded.config)
-    Terminal(conversation).run()
+    Terminal(conversation, Sampling(max_new_tokens, temperature, seed), trained_mark(loaded.config)).run()
 
 
-class Conversation:
-    """A context that grows turn by turn.
+def save(conversation: "Conversation", path: Path, *, force: bool = False) -> int:
+    """Write the context with all that has been said; bytes written.
 
-    Attributes:
-        start: the context that it began with.
-        context: what has been read so far.
-        unread: ids at the end of the last answer that the context has not seen.
-        num_turns: questions answered.
+    Raises:
+        InputError: if nothing has been said or read.
+        StorageError: if the file exists or cannot be written.
     """
-
-    def __init__(self, loaded: Loaded, start: "BeaconCache", sampling: Sampling) -> None:
-        self.loaded = loaded
-        self.sampling = sampling
-        self.start = start
-        self.reset()
-
-    def reset(self) -> None:
-        """Back to the start."""
-        self.context = self.start.fork()
-        self.unread: list[int] = []
-        self.num_turns = 0
-
-    def check_can_begin(self) -> None:
-        """Refuse a context that cannot be talked about.
-
-        Raises:
-            InputError: if it does not open with the chat template.
-        """
-        question_ids(self.loaded, self.context, "")
-
-    def say(self, text: str, write: Callable[[str], None], should_stop: ShouldStop) -> Answer:
-        """Answer the next message; if that fails, the conversation stays as it was."""
-        ids = [*self.unread, *self.loaded.prompt.follow_up(text)] if self.num_turns else self._first(text)
-        check_question_fits(self.loaded, ids)
-        reply = answer(self.loaded, self.context, ids, self.sampling, write=write, should_stop=should_stop)
-        self.context, self.unread = reply.context, reply.unread
-        self.num_turns += 1
-        return reply
-
-    def _first(self, text: str) -> list[int]:
-        return question_ids(self.loaded, self.context, text)
-
-    def save(self, path: Path, *, force: bool = False) -> int:
-        """Write the context with all that has been said; bytes written.
-
-        Raises:
-            InputError: if nothing has been said or read.
-            StorageError: if the file exists or cannot be written.
-        """
-        if path.exists() and not force:
-            raise StorageError(f"{path} exists already. Choose another name, or replace it: /save! {path}")
-        check_output(path, force=force)
-        if not self.context.token_ids.numel():
-            raise InputError("There is nothing to save yet: no text was read, and nothing was said.")
-        context = self.context.fork()
-        if self.unread:
-            self.loaded.model.compress([self.unread], cache=context)
-        return context.save(path)
+    if path.exists() and not force:
+        raise StorageError(f"{path} exists already. Choose another name, or replace it: /save! {path}")
+    check_output(path, force=force)
+    if not conversation.context.token_ids.numel():
+        raise InputError("There is nothing to save yet: no text was read, and nothing was said.")
+    return conversation.whole_context().save(path)
 
 
 class Terminal:
     """Reads lines, prints answers, and knows the commands that begin with a slash."""
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, conversation: "Conversation", sampling: Sampling, mark: str) -> None:
         self.conversation = conversation
+        self.sampling = sampling
         self.is_interactive = sys.stdin.isatty()
-        self.label = f"model{trained_mark(conversation.loaded.config)}: "
+        self.label = f"model{mark}: "
 
     def run(self) -> None:
         """Go on until /quit or the end of the input."""
@@ -174,7 +124,12 @@ class Terminal:
         with _first_interrupt_stops() as should_stop:
             typer.echo(self.label, nl=not self.is_interactive, err=True)
             try:
-                reply = self.conversation.say(line, lambda piece: typer.echo(piece, nl=False), should_stop)
+                reply = self.conversation.ask(
+                    line,
+                    write=lambda piece: typer.echo(piece, nl=False),
+                    should_stop=should_stop,
+                    **self.sampling.begin(),
+                )
             finally:
                 typer.echo()
             if should_stop():
@@ -191,13 +146,13 @@ class Terminal:
             notice("Back at the start.")
         elif name in ("/save", "/save!") and argument.strip():
             path = Path(argument.strip()).expanduser()
-            notice(f"{path}: {self.conversation.save(path, force=name == '/save!'):,} bytes")
+            notice(f"{path}: {save(self.conversation, path, force=name == '/save!'):,} bytes")
         else:
             notice(f"{line} is not a command. Commands are:\n{HELP}")
 
 
 @contextlib.contextmanager
-def _first_interrupt_stops() -> Iterator[ShouldStop]:
+def _first_interrupt_stops() -> "Iterator[ShouldStop]":
     """Within the block a first Ctrl-C only makes the yielded function true; a second one interrupts as ever."""
     interrupts: list[int] = []
 

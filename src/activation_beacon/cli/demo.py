@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from activation_beacon.cli import options
-from activation_beacon.cli.answering import Answer, Sampling, answer
 from activation_beacon.cli.compress import compress_ids
 from activation_beacon.cli.console import (
     bytes_text,
@@ -25,12 +24,13 @@ from activation_beacon.cli.console import (
     warn_untrained,
     working,
 )
-from activation_beacon.cli.models import Loaded, check_ratio, load_model, question_ids
+from activation_beacon.cli.models import Loaded, check_ratio, load_model
 from activation_beacon.cli.texts import check_output
 from activation_beacon.errors import StorageError
 
 if TYPE_CHECKING:
     from activation_beacon.cache import BeaconCache
+    from activation_beacon.conversation import Answer
 
 DEFAULT_RATIOS = "4,8,32"
 QUICK_RATIO = 8
@@ -68,7 +68,7 @@ class Report:
     ids: list[int]
     runs: list[Run]
     asked_ratio: int
-    answers: list[tuple[str, str, Answer]]
+    answers: list[tuple[str, str, "Answer"]]
     readings: list[Reading] = field(default_factory=list)
 
 
@@ -170,11 +170,14 @@ def _run(loaded: Loaded, ids: list[int], ratio: int, path: Path, *, measure: boo
 
 def _answers(
     loaded: Loaded, context: "BeaconCache", questions: Sequence[tuple[str, str]]
-) -> list[tuple[str, str, Answer]]:
-    return [
-        (question, expected, answer(loaded, context, question_ids(loaded, context, question), Sampling(ANSWER_TOKENS)))
-        for question, expected in questions
-    ]
+) -> list[tuple[str, str, "Answer"]]:
+    from activation_beacon.conversation import Conversation
+
+    found = []
+    for question, expected in questions:
+        conversation = Conversation(loaded.model, loaded.tokenizer, context, prompt=loaded.prompt)
+        found.append((question, expected, conversation.ask(question, max_new_tokens=ANSWER_TOKENS)))
+    return found
 
 
 def _base_readings(loaded: Loaded, ids: list[int], bytes_per_token: int) -> list[Reading]:

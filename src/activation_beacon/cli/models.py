@@ -1,7 +1,7 @@
 """Models and contexts as the commands need them: loaded quietly, checked in the cheapest order."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,42 +127,6 @@ def place_context(loaded: Loaded, context: "BeaconCache") -> "BeaconCache":
     if context.batch_size != 1:
         raise InputError(f"The file holds a batch of {context.batch_size} contexts. Save one of them: context.row(0).")
     return context.to(loaded.model.device, loaded.model.get_input_embeddings().weight.dtype)
-
-
-def question_ids(loaded: Loaded, context: "BeaconCache", text: str, *, plain: bool = False) -> list[int]:
-    """Ids that ask on from where a context stands: in an open message, after an answer, or at no message at all.
-
-    Raises:
-        InputError: if the context does not open with the chat template and `plain` is not asked for, or if the ids are
-            more than the base model reads at once.
-    """
-    prompt = loaded.prompt
-    if plain:
-        ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    elif not context.token_ids.numel():
-        ids = prompt.message(text)
-    elif not prompt.opens(context.token_ids[0].tolist()):
-        raise InputError(
-            "The context does not open with this model's chat template (it was compressed with --plain, or without "
-            "ChatPrompt.opening). Ask with --plain: the question then follows the text as it is."
-        )
-    else:
-        ids = prompt.follow_up(text) if prompt.is_in_answer(context.token_ids[0].tolist()) else prompt.question(text)
-    check_question_fits(loaded, ids)
-    return ids
-
-
-def check_question_fits(loaded: Loaded, ids: Sequence[int]) -> None:
-    """Refuse a question that is longer than what the base model reads at once.
-
-    Raises:
-        InputError: with both numbers.
-    """
-    if loaded.max_positions is not None and len(ids) > loaded.max_positions:
-        raise InputError(
-            f"The question has {len(ids):,} tokens; the base model reads {loaded.max_positions:,} at once. Put what is long "
-            "into a text, compress it (beacon compress TEXT... -o FILE), and ask about it in fewer words."
-        )
 
 
 def best_device() -> str:
