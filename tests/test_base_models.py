@@ -20,7 +20,7 @@ from activation_beacon.default_base import (
     default_base_folder,
     prepare_default_base,
 )
-from activation_beacon.errors import BaseModelError, BeaconError
+from activation_beacon.errors import BaseModelError, BeaconError, InputError
 
 GGUF_BYTES = b"stands for a GGUF file"
 
@@ -364,6 +364,55 @@ def test_a_hub_id_is_asked_for_with_its_revision(monkeypatch):
     monkeypatch.setattr(base_models, "has_file", lambda source, file, revision: False)
     assert load_pretrained_base("owner/model", revision="v1")[1] is None
     assert (asked["source"], asked["revision"], asked["use_safetensors"]) == ("owner/model", "v1", True)
+
+
+def test_further_options_go_to_the_model_and_what_concerns_the_hub_to_the_tokenizer(monkeypatch):
+    asked = {}
+
+    def answer(name, value):
+        return lambda source, *args, **options: asked.update({name: options}) or value
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", answer("model", (tiny_model(), {"missing_keys": []})))
+    monkeypatch.setattr(base_models, "has_file", answer("file", True))
+    monkeypatch.setattr(base_models.AutoTokenizer, "from_pretrained", answer("tokenizer", "tokenizer"))
+    options = {"attn_implementation": "eager", "token": "secret", "trust_remote_code": True}
+    assert load_pretrained_base("owner/model", options=options)[1] == "tokenizer"
+    assert options.items() <= asked["model"].items()
+    assert asked["file"] == {"revision": None, "token": "secret"}
+    assert {name: asked["tokenizer"][name] for name in ("token", "trust_remote_code")} == {
+        "token": "secret",
+        "trust_remote_code": True,
+    }
+    assert "attn_implementation" not in asked["tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"options": {"torch_dtype": "auto"}},
+            "torch_dtype is no option of the base here but an argument. Give dtype=.",
+        ),
+        ({"options": {"revision": "v1"}}, "revision is no option of the base here but an argument. Give revision=."),
+        (
+            {"options": {"use_safetensors": False}},
+            "use_safetensors cannot be set: base models are read from safetensors, and what is missing is refused.",
+        ),
+        (
+            {"options": {"device_map": "auto"}, "device": "cpu"},
+            "device (cpu) and device_map (auto) both place the model. Give one.",
+        ),
+    ],
+)
+def test_options_that_have_an_argument_or_are_not_the_callers_are_refused(tmp_path, arguments, text):
+    with pytest.raises(InputError) as caught:
+        load_pretrained_base(str(tmp_path), **arguments)
+    assert str(caught.value) == text
+
+
+def test_an_unknown_option_is_named(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    assert "nonsense" in message_of(load_pretrained_base, str(tmp_path), options={"nonsense": 1})
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path):

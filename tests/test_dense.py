@@ -412,3 +412,12 @@ def test_a_folder_of_a_quantised_base_may_be_named(tmp_path):
     assert is_quantised(model)
     assert tokenizer is None
     assert model.compress(random_ids(70)).num_beacons > 0
+
+
+def test_a_base_is_quantised_while_it_is_loaded(tmp_path):
+    base = save_base(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base, seed=1)
+    config = pytest.importorskip("bitsandbytes") and BitsAndBytesConfig(load_in_8bit=True)
+    model, _ = load(adapter, base_options={"quantization_config": config, "device_map": "cpu"})
+    assert is_quantised(model)
+    assert model.compress(random_ids(70)).num_beacons > 0

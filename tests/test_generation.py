@@ -1057,7 +1057,7 @@ def test_each_row_of_a_batch_goes_on_after_its_own_context(model):
         (
             lambda m, c: m.generate(QUESTION, context="book.beacon"),
             InputError,
-            "context must be a BeaconCache; got str. Load it: BeaconCache.load(path).",
+            "context must be a BeaconCache; got str. Load it: BeaconCache.load(path, model).",
         ),
         (
             lambda m, c: m.generate(context=c),

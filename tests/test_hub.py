@@ -84,6 +84,17 @@ def test_a_model_in_memory_keeps_its_own_dtype_and_device(tmp_path, options):
     assert not isinstance(base, BeaconModel)
 
 
+def test_options_of_the_base_are_for_loading_it(tmp_path):
+    folder = adapter_of(tmp_path / "adapter")
+    tiny("llama").save_pretrained(tmp_path / "base")
+    model, _ = load(folder, base=str(tmp_path / "base"), base_options={"attn_implementation": "eager"})
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(
+        InputError, match=r"^base_options \(attn_implementation\) are for loading the base model, and one was given"
+    ):
+        load(folder, base=tiny("llama"), base_options={"attn_implementation": "eager"})
+
+
 def test_an_adapter_that_names_no_base_needs_one(tmp_path):
     folder = adapter_of(tmp_path / "adapter")
     with pytest.raises(StorageError) as caught:

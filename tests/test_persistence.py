@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from activation_beacon import BeaconConfig, attach, detach, load, persistence
-from activation_beacon.errors import BeaconError, FileFormatError, MismatchError, StorageError
+from activation_beacon.errors import BeaconError, FileFormatError, MismatchError, StorageError, UnsupportedError
 from activation_beacon.persistence import (
     CARD_FILE,
     CONFIG_FILE,
@@ -173,6 +173,14 @@ def test_the_card_of_an_untrained_adapter_goes_once_it_is_trained(tmp_path, mode
 def test_the_options_of_transformers_own_saving_do_no_harm(tmp_path, model):
     model.save_pretrained(str(tmp_path / "deep" / "er"), safe_serialization=True, push_to_hub=False)
     assert WEIGHTS_FILE in files_of(tmp_path / "deep" / "er")
+
+
+def test_saving_does_not_push_without_a_word(tmp_path, model):
+    with pytest.raises(
+        UnsupportedError, match=r"^save_pretrained writes a folder only\. Use model\.push_to_hub\(repo_id\)\.$"
+    ):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    assert not list(tmp_path.iterdir())
 
 
 # --- model cards -----------------------------------------------------------------------------------------------------------------

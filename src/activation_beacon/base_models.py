@@ -1,5 +1,6 @@
 """Where base models come from: the embedded default model, a local folder, or a hub id. Knows nothing of beacons."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import has_file
 
 from activation_beacon.default_base import check_default_revision, first_line, prepare_default_base
-from activation_beacon.errors import BaseModelError
+from activation_beacon.errors import BaseModelError, InputError
 
 DEFAULT_BASE_NAME = "default"
+ARGUMENTS = {"dtype": "dtype", "torch_dtype": "dtype", "revision": "revision"}  # what options of transformers are here
+OWN_OPTIONS = ("use_safetensors", "output_loading_info")
+HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "proxies")
+TOKENIZER_OPTIONS = (*HUB_OPTIONS, "trust_remote_code", "force_download")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -20,6 +25,7 @@ def load_pretrained_base(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     revision: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a base model and its tokenizer.
 
@@ -28,13 +34,18 @@ def load_pretrained_base(
         dtype: Of the weights; None keeps what the files hold (float32 for the default model).
         device: Where the model goes; None leaves it on the CPU.
         revision: Branch, tag or commit of a hub id; `DEFAULT_BASE_REVISION` or None for the default model.
+        options: Further ones of transformers' `from_pretrained`, such as `attn_implementation`, `quantization_config`,
+            `device_map` or `trust_remote_code`.
 
     Returns:
         The model in eval mode, and its tokenizer or None where the folder holds none.
 
     Raises:
         BaseModelError: If the model cannot be found, fetched, built or placed on the device.
+        InputError: For an option that has an argument here, or that is not the caller's to set.
     """
+    options = dict(options or {})
+    _check_options(options, device)
     if name == DEFAULT_BASE_NAME:
         check_default_revision(revision)
         source, revision = str(prepare_default_base()), None
@@ -42,8 +53,8 @@ def load_pretrained_base(
         source = _resolve_name(name)
     # A foreign folder can be wrong in any way, and transformers raises a dozen kinds of errors for it.
     try:
-        model = _load_model(source, dtype=dtype, revision=revision)
-        tokenizer = _load_tokenizer(source, revision=revision)
+        model = _load_model(source, dtype=dtype, revision=revision, options=options)
+        tokenizer = _load_tokenizer(source, revision=revision, options=options)
     except Exception as error:
         raise BaseModelError(_explain_failed_load(name, source, error)) from error
     if name == DEFAULT_BASE_NAME:
@@ -85,10 +96,29 @@ def _check_folder(folder: Path) -> None:
     )
 
 
-def _load_model(source: str, *, dtype: torch.dtype | str | None, revision: str | None) -> PreTrainedModel:
+def _check_options(options: Mapping[str, Any], device: torch.device | str | None) -> None:
+    for name in options:
+        if name in ARGUMENTS:
+            raise InputError(f"{name} is no option of the base here but an argument. Give {ARGUMENTS[name]}=.")
+        if name in OWN_OPTIONS:
+            raise InputError(
+                f"{name} cannot be set: base models are read from safetensors, and what is missing is refused."
+            )
+    if device is not None and options.get("device_map") is not None:
+        raise InputError(f"device ({device}) and device_map ({options['device_map']}) both place the model. Give one.")
+
+
+def _load_model(
+    source: str, *, dtype: torch.dtype | str | None, revision: str | None, options: Mapping[str, Any]
+) -> PreTrainedModel:
     # Safetensors only: weights in pickle files can run code when they are read.
     model, report = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype or "auto", revision=revision or "main", use_safetensors=True, output_loading_info=True
+        source,
+        dtype=dtype or "auto",
+        revision=revision or "main",
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
     )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -96,12 +126,14 @@ def _load_model(source: str, *, dtype: torch.dtype | str | None, revision: str |
     return model
 
 
-def _load_tokenizer(source: str, *, revision: str | None) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(source: str, *, revision: str | None, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
     # Without this look AutoTokenizer may build an empty tokenizer from the model's type alone.
-    if not any(has_file(source, file, revision=revision) for file in TOKENIZER_FILES):
+    where = {name: options[name] for name in HUB_OPTIONS if name in options}
+    if not any(has_file(source, file, revision=revision, **where) for file in TOKENIZER_FILES):
         return None
     # Prompts of a batch are padded on the left.
-    return AutoTokenizer.from_pretrained(source, revision=revision or "main", padding_side="left")
+    shared = {name: options[name] for name in TOKENIZER_OPTIONS if name in options}
+    return AutoTokenizer.from_pretrained(source, revision=revision or "main", padding_side="left", **shared)
 
 
 def _explain_failed_load(name: str, source: str, error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Where adapters come from: a folder, the hub, or this package; with the base model that they were made for."""
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     revision: str | None = None,
+    base_options: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Load an adapter with its base model and tokenizer.
 
@@ -36,6 +38,8 @@ def load(
         dtype, device: of model and adapter, as in transformers; by default float32 for the default model. A model given as
             `base` keeps its own.
         revision: of the adapter on the hub.
+        base_options: further ones of transformers' `from_pretrained` for the base model, such as `attn_implementation`,
+            `quantization_config`, `device_map` or `trust_remote_code`.
 
     Returns:
         The model with beacons attached, in eval mode, and its tokenizer, which pads on the left (None where the base's
@@ -46,20 +50,19 @@ def load(
         FileFormatError: if the adapter is damaged.
         BaseModelError: if the base model cannot be found.
         MismatchError: if the base model is not the one that the adapter was made for.
-        InputError: for a dtype or device besides a base model that has its own.
+        InputError: for a dtype, device or options besides a base model that has its own.
     """
-    if isinstance(base, PreTrainedModel) and (dtype is not None or device is not None):
-        raise InputError(
-            f"A model given as base keeps its own dtype and device ({base.dtype}, {base.device}); got dtype={dtype}, "
-            f"device={device}. Leave them out, and give base.to(...)."
-        )
+    if isinstance(base, PreTrainedModel):
+        _refuse_options_of_loading(base, dtype=dtype, device=device, base_options=base_options)
     folder = adapter_folder(name, revision)
     config = _untrained_default() if folder is None else load_adapter_config(folder)
     if isinstance(base, PreTrainedModel):
         model, tokenizer = base, None
     else:
         source, base_revision = (base, None) if base else (base_name(config, folder), _hub_revision(config))
-        model, tokenizer = load_pretrained_base(source, dtype=dtype, device=device, revision=base_revision)
+        model, tokenizer = load_pretrained_base(
+            source, dtype=dtype, device=device, revision=base_revision, options=base_options
+        )
     model = attach(model, config if tokenizer is None else with_digits(config, tokenizer))
     if folder is not None:
         try:
@@ -68,6 +71,21 @@ def load(
             detach(model)
             raise
     return model.eval(), tokenizer
+
+
+def _refuse_options_of_loading(
+    base: PreTrainedModel, *, dtype: Any, device: Any, base_options: Mapping[str, Any] | None
+) -> None:
+    if dtype is not None or device is not None:
+        raise InputError(
+            f"A model given as base keeps its own dtype and device ({base.dtype}, {base.device}); got dtype={dtype}, "
+            f"device={device}. Leave them out, and give base.to(...)."
+        )
+    if base_options:
+        raise InputError(
+            f"base_options ({', '.join(base_options)}) are for loading the base model, and one was given as base. Load it with "
+            "them, or leave them out."
+        )
 
 
 def default_adapter_folder() -> Path | None:

@@ -596,7 +596,12 @@ class BeaconModel(BeaconGeneration):
         Args:
             save_directory: folder, made if missing.
             kwargs: `max_shard_size` as in transformers; its other options concern base models and are ignored.
+
+        Raises:
+            UnsupportedError: for `push_to_hub`.
         """
+        if kwargs.get("push_to_hub"):
+            raise UnsupportedError("save_pretrained writes a folder only. Use model.push_to_hub(repo_id).")
         tensors = {name: parameter.detach() for name, parameter in self.beacon_parameters()}
         shard_size = kwargs.get("max_shard_size", "5GB")
         save_adapter(save_directory, self._beacon.config, tensors, max_shard_size=shard_size)
