@@ -950,6 +950,9 @@ def test_demo_compares_ratios_and_no_compression(run, small_book, tmp_path):
     assert "takes 225.5 KiB,\nand the base model has 640 positions: 262 tokens are beyond them.\n" in out
     assert re.search(r"\n  base alone, the whole book, full attention +902 +225\.5 KiB +\d\.\d\d\n", out)
     assert re.search(r"\n  base alone, the last 640 tokens +640 +160\.0 KiB +\d\.\d\d\n", out)
+    assert "\nThe base's shorter window is as large as the cache at ratio 8:\n" in out
+    assert re.search(r"\n  base alone, the last 118 tokens +118 +29\.5 KiB +\d\.\d\d\n", out)
+    assert re.search(r"\n  base alone, nothing before them +65 +16\.2 KiB +\d\.\d\d\n", out)
     assert re.search(r"\n  beacons, ratio 8 \(untrained\) +118 +29\.5 KiB +\d\.\d\d\n", out)
     assert out.count("(untrained)") == 7
     assert UNTRAINED in result.stderr
@@ -963,11 +966,14 @@ def test_the_losses_of_the_demo_are_those_of_the_models(run, small_book, files):
     ids = torch.tensor([ChatPrompt(tokenizer).opening(TEXT)])
     with torch.no_grad(), model.beacon_disabled():
         whole = torch.nn.functional.cross_entropy(model(ids).logits[0, -65:-1], ids[0, -64:])
-        window = torch.nn.functional.cross_entropy(model(ids[:, -640:]).logits[0, -65:-1], ids[0, -64:])
+        windows = [
+            torch.nn.functional.cross_entropy(model(ids[:, -count:]).logits[0, -65:-1], ids[0, -64:])
+            for count in (640, values["nats_per_token"][-1]["cache_length"], 65)
+        ]
     with torch.no_grad():
         beacons = model(ids, labels=ids, beacon_ratio=4).nll[0, -64:].mean()
     nats = [reading["nats"] for reading in values["nats_per_token"]]
-    assert nats == pytest.approx([float(whole), float(window), float(beacons)], abs=2e-4)
+    assert nats == pytest.approx([float(whole), *map(float, windows), float(beacons)], abs=2e-4)
     assert values["uncompressed_bytes"] == 902 * values["nats_per_token"][1]["cache_bytes"] // 640
 
 

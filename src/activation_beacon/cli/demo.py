@@ -91,8 +91,8 @@ def demo(
 
     The book comes with the package, is in the public domain, and is longer than the default model's 8,192
     positions. For each ratio there is one row with the size of the cache, the time, and the file. A second table
-    measures what the model makes of the book's last tokens: on its own with the whole book before them, on its own
-    with as much as it has positions for, and on the beacons.
+    measures what the model makes of the book's last tokens: on its own with the whole book before them, with as
+    much as it has positions for, with as many tokens as there are entries of beacons, and with nothing; and on the beacons.
     """
     wanted = (QUICK_RATIO,) if quick else options.parse_ratios(ratios)
     for ratio in wanted:
@@ -147,7 +147,7 @@ def _report(loaded: Loaded, ratios: Sequence[int], folder: Path, *, compare: boo
         answers = _answers(loaded, asked.context, list(zip(books.DEMO_QUESTIONS, books.DEMO_ANSWERS, strict=True)))
     if compare:
         per_token = asked.context.uncompressed_bytes // asked.context.tokens_seen
-        readings = [*_base_readings(loaded, ids, per_token), *readings]
+        readings = [*_base_readings(loaded, ids, asked, per_token), *readings]
     return Report(loaded, title, ids, runs, asked.ratio, answers, readings)
 
 
@@ -180,11 +180,17 @@ def _answers(
     return found
 
 
-def _base_readings(loaded: Loaded, ids: list[int], bytes_per_token: int) -> list[Reading]:
-    """The base alone: with all of the book before its last tokens, and with the last window that it has positions for."""
+def _base_readings(loaded: Loaded, ids: list[int], run: Run, bytes_per_token: int) -> list[Reading]:
+    """The base alone: with the whole book, as much as it has positions for, as many tokens as a run has entries, and none.
+
+    Each is what stands before the book's last tokens, and these.
+    """
     windows = [("the whole book, full attention", ids)]
     if loaded.max_positions is not None and loaded.max_positions < len(ids):
         windows.append((f"the last {loaded.max_positions:,} tokens", ids[-loaded.max_positions :]))
+    if NUM_TARGETS < run.context.cache_length < len(ids):
+        windows.append((f"the last {run.context.cache_length:,} tokens", ids[-run.context.cache_length :]))
+    windows.append(("nothing before them", ids[-NUM_TARGETS - 1 :]))
     readings = []
     for name, window in windows:
         start = time.perf_counter()
@@ -248,7 +254,8 @@ def _print(report: Report, *, kept: Path | None) -> None:
         typer.echo(f"\n  question  {question}\n  book      {expected}\n  model     {one_line(reply.text)}{mark}")
     typer.echo(f"\n{_without_compression(report, full)}")
     if report.readings:
-        typer.echo(f"\nLoss of the book's last {NUM_TARGETS:,} tokens, in nats for each (less is better):\n")
+        typer.echo(f"\nLoss of the book's last {NUM_TARGETS:,} tokens, in nats for each (less is better).")
+        typer.echo(f"The base's shorter window is as large as the cache at ratio {report.asked_ratio}:\n")
         _print_table(
             ("what the model has read", "entries", "cache", "nats"),
             [(r.name, f"{r.num_entries:,}", bytes_text(r.num_bytes), f"{r.nll:.2f}") for r in report.readings],
