@@ -133,7 +133,14 @@ def _print_version(is_wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog=examples("beacon demo", "beacon compress --help"))
+@app.callback(
+    epilog=examples(
+        "beacon demo",
+        "beacon compress book.txt --ratio 8 -o book.beacon",
+        'beacon ask book.beacon "Who lives in the Emerald City?"',
+        "beacon chat book.beacon",
+    )
+)
 def beacon(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")

@@ -80,7 +80,10 @@ def demo(
         bool, typer.Option("--quick", help=f"Ratio {QUICK_RATIO} alone, and no comparison with the base model.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Keep the context files here; else they are removed.")
+        Path | None,
+        typer.Option(
+            "--output", "--out", "-o", metavar="DIR", help="Keep the context files here; else they are removed."
+        ),
     ] = None,
     force: options.Force = False,
     device: options.Device = None,

@@ -330,7 +330,9 @@ for command, lines in (
     )
 )
 def evaluate() -> None:
-    """Measure what compression loses: at which ratio, on which task, against what else.
+    """Measure what compression loses.
+
+    At which ratio, on which task, against what else.
 
     "all" runs every task whose inputs are at hand; the other commands run one task with options of its own.
     Every finished sample is a line of results.jsonl in the output folder. A run that was stopped goes on when it is

@@ -24,7 +24,9 @@ def compare(
     ] = "",
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Write the tables there as Markdown, and plots/ beside it."),
+        typer.Option(
+            "--output", "--out", "-o", metavar="FILE", help="Write the tables there as Markdown, and plots/ beside it."
+        ),
     ] = None,
     json: options.Json = False,
 ) -> None:

@@ -29,7 +29,9 @@ Progress = Callable[[int, int, str], None]
 
 Out = Annotated[
     Path,
-    typer.Option("--out", "-o", metavar="DIR", help="Folder of the results; an unfinished run there is continued."),
+    typer.Option(
+        "--output", "--out", "-o", metavar="DIR", help="Folder of the results; an unfinished run there is continued."
+    ),
 ]
 Ratios = Annotated[str, typer.Option("--ratios", help="Compression ratios, such as 4,8.")]
 Methods = Annotated[

@@ -56,7 +56,9 @@ def make_questions(
     dtype: options.DtypeOption = None,
     json: options.Json = False,
 ) -> None:
-    """Write questions with the base model's own answers, so that training does not teach it another manner.
+    """Write questions with the base model's own answers.
+
+    Trained on them, a model does not learn another manner of answering.
 
     The base reads short passages, of texts with something hidden in them and of given questions, and answers as it does in a
     chat. What it answers wrongly, or does not end, is left out; the rest are records for `beacon train --questions`, which

@@ -75,7 +75,9 @@ def serve(
     device: options.Device = None,
     dtype: options.DtypeOption = None,
 ) -> None:
-    """Serve a model over HTTP: OpenAI's API, contexts by handle, and a web page.
+    """Serve a model over HTTP.
+
+    OpenAI's API, contexts by handle, and a web page.
 
     A context is compressed once (POST /v1/contexts) and asked many times (`context` in a chat request). Contexts are
     files in one folder; a restart finds them again. Needs the extra "serve". Logs are JSON lines on stderr, without

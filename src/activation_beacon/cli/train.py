@@ -182,7 +182,9 @@ def train(
     dtype: options.DtypeOption = None,
     json: options.Json = False,
 ) -> None:
-    """Train an adapter: beacons learn to stand for the text before them; the base model stays as it is.
+    """Train an adapter.
+
+    Beacons learn to stand for the text before them; the base model stays as it is.
 
     A recipe says everything in one file (see recipes/), and options override what it says for all of its stages. Without
     a recipe, one stage on the given texts; with --questions, a second one on packed questions. A run that goes on from
