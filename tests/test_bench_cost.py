@@ -463,7 +463,7 @@ def test_the_break_evens_in_the_docs_are_those_that_are_computed(shape, placemen
             "holds an adapter, not a base model. Name the model that it was made for: owner/model.",
         ),
         (("--gpu-gib", "inf"), "--gpu-gib must be a number of GiB such as 24; got inf."),
-        (("--lengths", "0,5"), "--lengths must be ints such as 2048,4096; got '0,5'."),
+        (("--lengths", "0,5"), "--lengths must be ints of at least 1, such as 8192 or 2048,4096; got '0,5'."),
         (("--ratios", "two"), "--ratios must be ints such as 2,8,32; got 'two'."),
         (("--ratios", "3"), "chunk_size (1024) must be divisible by ratio (3), which is 2 or more."),
     ],

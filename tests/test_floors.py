@@ -12,7 +12,7 @@ FLOORS = [
     {"errors"},
     {"config"},
     {"plan"},
-    {"constants", "exact", "matmul"},
+    {"constants", "exact", "matmul", "sizes"},
     {
         "answer_scores",
         "causal",

@@ -46,7 +46,7 @@ def test_the_command_prints_a_table_or_one_json_object(options):
 @pytest.mark.parametrize(
     ("lengths", "text"),
     [
-        ("x", "Error: --lengths must be ints such as 2048,4096; got 'x'."),
+        ("x", "Error: --lengths must be ints of at least 1, such as 8192 or 2048,4096; got 'x'."),
         ("32,64", "Error: --lengths (32) must exceed the chunk (32): there is nothing to train on before."),
     ],
 )

@@ -28,6 +28,7 @@ from activation_beacon.errors import (
 )
 from activation_beacon.files import read_context_file, reason, write_context_file
 from activation_beacon.plan import RatioPolicy, Row
+from activation_beacon.sizes import bytes_text
 
 # B batch · S slots · N tokens seen · L layers
 
@@ -165,8 +166,8 @@ class BeaconCache(Cache):
     def __str__(self) -> str:
         lines = [f"BeaconCache: {_row_text(row)}" for row in self.rows]
         held, full = self.cache_bytes, self.uncompressed_bytes
-        saved = f", {_bytes_text(full - held)} saved of {_bytes_text(full)} ({full / held:.1f}x)" if held else ""
-        return "\n".join([*lines, f"{_bytes_text(held)} held{saved}"])
+        saved = f", {bytes_text(full - held)} saved of {bytes_text(full)} ({full / held:.1f}x)" if held else ""
+        return "\n".join([*lines, f"{bytes_text(held)} held{saved}"])
 
     def __repr__(self) -> str:
         return f"<{' / '.join(str(self).splitlines())}>"
@@ -537,11 +538,3 @@ def _row_text(row: Row) -> str:
         f"{row.tokens_seen:,} tokens seen | {row.num_sinks} sinks | {row.num_beacons:,} beacons{ratio_text}{raw_text} | "
         f"{row.tail_length:,} in the tail"
     )
-
-
-def _bytes_text(num_bytes: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if abs(num_bytes) < 1024:
-            return f"{num_bytes:,.0f} bytes" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:,.2f} GiB"

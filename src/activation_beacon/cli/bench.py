@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from activation_beacon.cli import options
-from activation_beacon.cli.console import bytes_text, notice, print_json
+from activation_beacon.cli.console import notice, print_json
 from activation_beacon.cli.models import Loaded, best_device, load_model
 from activation_beacon.config import Placement
 from activation_beacon.errors import InputError
+from activation_beacon.sizes import bytes_text
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ def training(
 
     The share is that of the speed of a large matrix product on the same hardware.
     """
-    sizes = parse_lengths(lengths)
+    sizes = options.parse_numbers(lengths, "--lengths")
     loaded = load_model(model, base=base, device=device, dtype=usual_dtype(device, dtype))
     loaded.model.cpu_matmul = str(cpu_matmul)
     shortest = loaded.config.chunk_size
@@ -197,7 +198,11 @@ def plan(
     kind: dict[str, Any] = {"placement": placement, "anchored": placement == "append"}
     ways = [Compression(ratio, chunk_size, **kind) for ratio in (None, *options.parse_ratios(ratios))]
     work: dict[str, int] = {"new_tokens": new_tokens, "batch_size": batch_size, "element_bytes": element_bytes}
-    rows = [_planned(known, length, how, gpu_bytes, **work) for length in parse_lengths(lengths) for how in ways]
+    rows = [
+        _planned(known, length, how, gpu_bytes, **work)
+        for length in options.parse_numbers(lengths, "--lengths")
+        for how in ways
+    ]
     limits = [_limits(known, how, gpu_bytes, **work) for how in ways]
     if json:
         setting = {"model": name, "shape": dataclasses.asdict(known), "chunk_size": chunk_size, **kind, **work}
@@ -348,14 +353,3 @@ def _limit_line(limits: dict[str, Any]) -> str:
     most = f"up to {limits['longest_text']:,} tokens"
     parts.append(f"{most} ({limits['limited_by']})" if limits["limited_by"] else f"{most} at least")
     return f"{_way_text(limits['ratio'])}: {', '.join(parts)}"
-
-
-def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
-    """What an option with a list of numbers asks for: each once, smallest first.
-
-    Raises:
-        InputError: if it is not a list of ints of at least 1.
-    """
-    if all(part.strip().isdecimal() and int(part) for part in text.split(",")):
-        return sorted({int(part) for part in text.split(",")})
-    raise InputError(f"{option} must be ints such as 2048,4096; got {text!r}.")

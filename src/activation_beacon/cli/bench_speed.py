@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from activation_beacon.cli import options
-from activation_beacon.cli.bench import BenchDtype, parse_lengths, usual_dtype
+from activation_beacon.cli.bench import BenchDtype, usual_dtype
 from activation_beacon.cli.console import notice, seconds_text
 from activation_beacon.cli.models import best_device, load_model
 from activation_beacon.errors import CapacityError, InputError
@@ -96,8 +96,8 @@ def speed(
     from activation_beacon.bench.records import Records
 
     sizes, batches, ways = (
-        parse_lengths(lengths),
-        parse_lengths(batch_sizes, "--batch-sizes"),
+        options.parse_numbers(lengths, "--lengths"),
+        options.parse_numbers(batch_sizes, "--batch-sizes"),
         options.parse_ratios(ratios),
     )
     presses = _presses(peers)
@@ -159,8 +159,8 @@ def _peers(
 
 
 def _texts(
-    sizes: list[int],
-    batches: list[int],
+    sizes: tuple[int, ...],
+    batches: tuple[int, ...],
     ways: tuple[int, ...],
     presses: tuple[str, ...],
     full_up_to: int | None,

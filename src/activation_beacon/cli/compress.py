@@ -9,7 +9,6 @@ import typer
 from activation_beacon.cli import options
 from activation_beacon.cli.console import (
     Progress,
-    bytes_text,
     factor_text,
     notice,
     print_json,
@@ -20,6 +19,7 @@ from activation_beacon.cli.console import (
 )
 from activation_beacon.cli.models import Loaded, check_ratio, load_model
 from activation_beacon.cli.texts import check_output, read_texts
+from activation_beacon.sizes import bytes_text
 
 if TYPE_CHECKING:
     from activation_beacon.cache import BeaconCache

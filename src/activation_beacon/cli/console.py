@@ -66,15 +66,6 @@ def warn_untrained(config: "BeaconConfig") -> None:
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def bytes_text(num_bytes: float) -> str:
-    """Such as "27.1 MiB"."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:,.0f} bytes" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:,.2f} GiB"
-
-
 def seconds_text(seconds: float) -> str:
     """Such as "8.3 s" or "2 min 5 s"."""
     if seconds < 60:

@@ -13,7 +13,6 @@ import typer
 from activation_beacon.cli import options
 from activation_beacon.cli.compress import compress_ids
 from activation_beacon.cli.console import (
-    bytes_text,
     factor_text,
     notice,
     one_line,
@@ -27,6 +26,7 @@ from activation_beacon.cli.console import (
 from activation_beacon.cli.models import Loaded, check_ratio, load_model
 from activation_beacon.cli.texts import check_output
 from activation_beacon.errors import StorageError
+from activation_beacon.sizes import bytes_text
 
 if TYPE_CHECKING:
     from activation_beacon.cache import BeaconCache

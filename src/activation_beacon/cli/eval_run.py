@@ -82,7 +82,7 @@ def want(
     """
     check_plots()
     names = tuple(dict.fromkeys(name.strip() for name in methods.split(",")))
-    numbers = options.parse_ratios(ratios), _lengths(length)
+    numbers = options.parse_ratios(ratios), options.parse_numbers(length, "--length")
     return Wanted(out, names, *numbers, limit, json, _peers(names, peers_python))
 
 
@@ -188,16 +188,6 @@ def _peers(methods: Sequence[str], python: Path | None) -> "Peers | None":
     from activation_beacon.evaluation.peers import PEERS, Peers
 
     return Peers(python) if PEERS.keys() & set(methods) else None
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        lengths = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        lengths = ()
-    if not lengths or lengths[0] < 1:
-        raise InputError(f"--length must be ints of at least 1, such as 8192 or 2048,4096; got {text!r}.")
-    return lengths
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ import typer
 
 from activation_beacon.cli import options
 from activation_beacon.cli.compress import cache_text, holding_text, numbers, ratios_text
-from activation_beacon.cli.console import bytes_text, print_json, trained_fields
+from activation_beacon.cli.console import print_json, trained_fields
 from activation_beacon.cli.models import adapter_at_hand, adapter_config, read_context
 from activation_beacon.config import short_fingerprint
 from activation_beacon.errors import StorageError
+from activation_beacon.sizes import bytes_text
 
 if TYPE_CHECKING:
     from activation_beacon.config import BeaconConfig

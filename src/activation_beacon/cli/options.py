@@ -105,6 +105,17 @@ def parse_ratios(text: str) -> tuple[int, ...]:
         raise RatioError(f"--ratios must be ints such as 2,8,32; got {text!r}.") from None
 
 
+def parse_numbers(text: str, option: str) -> tuple[int, ...]:
+    """What an option with a list of numbers asks for: each once, smallest first.
+
+    Raises:
+        InputError: if it is not a list of ints of at least 1.
+    """
+    if all(part.strip().isdecimal() and int(part) for part in text.split(",")):
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    raise InputError(f"{option} must be ints of at least 1, such as 8192 or 2048,4096; got {text!r}.")
+
+
 def check_text_given(what: str, text: str) -> None:
     """Refuse a question, or the like, of nothing but white space.
 

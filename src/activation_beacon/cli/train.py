@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from activation_beacon.cli import options
-from activation_beacon.cli.console import bytes_text, notice, print_json, seconds_text
+from activation_beacon.cli.console import notice, print_json, seconds_text
 from activation_beacon.cli.models import quiet_libraries
 from activation_beacon.errors import ConfigError
+from activation_beacon.sizes import bytes_text
 
 if TYPE_CHECKING:
     from activation_beacon.training.settings import TrainingSettings
