@@ -291,7 +291,10 @@ def test_chunks_and_idle_print_their_numbers(options):
             "--peers must be some of snapkv, expected-attention, pyramidkv, knorm; got 'kvzip'.",
         ),
         (["speed", "--batch-sizes", "0"], "--batch-sizes must be ints of at least 1, such as"),
-        (["speed", "--lengths", "many"], "--lengths must be ints of at least 1, such as 8192 or 2048,4096; got 'many'."),
+        (
+            ["speed", "--lengths", "many"],
+            "--lengths must be ints of at least 1, such as 8192 or 2048,4096; got 'many'.",
+        ),
     ],
 )
 def test_bad_options_are_refused(args, message):

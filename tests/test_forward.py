@@ -562,3 +562,82 @@ def test_a_cache_keeps_what_a_further_call_does_not_name():
     model.beacon_ratio = 8
     assert model.compress(text, spans=[(0, 4, None)]).ratios == (8, 8, 8)
     assert model.compress(text, budget=60).policy.ratio == "auto"
+
+
+# --- what a caller keeps -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 5])
+@pytest.mark.parametrize("held", [5, 20])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("counts", [(14, 1), (14, 9), (3, 14), (12, 12)])
+def test_kept_logits_are_those_of_the_last_columns_for_every_row_of_a_ragged_batch(keep, held, side, counts):
+    model = with_beacons("llama", config(num_sinks=2), attention="sdpa")
+    new, mask = random_ids(14, 2, batch=2), torch.zeros(2, 14, dtype=torch.long)
+    for row, count in enumerate(counts):
+        mask[row, 14 - count if side == "left" else 0 : 14 if side == "left" else count] = 1
+    with torch.no_grad():
+        before = model.compress(random_ids(held, 1, batch=2), ratio=4)
+        whole = model(new, attention_mask=mask, past_key_values=before.fork()).logits[:, -keep:]
+        kept = model(new, attention_mask=mask, past_key_values=before.fork(), logits_to_keep=keep).logits
+    is_text = mask[:, -keep:].bool()
+    assert kept.shape == whole.shape
+    close(kept[is_text], whole[is_text])
+    assert not kept[~is_text].any()
+
+
+class FailAt(TorchDispatchMode):
+    """Memory that runs out at the nth operation."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.count, self.at = 0, at
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count == self.at:
+            raise torch.OutOfMemoryError("injected")
+        return func(*args, **(kwargs or {}))
+
+
+NEXT = torch.tensor([[5, 6, 7], [8, 9, 10]])
+RAGGED_MASK = torch.tensor([[1, 1, 1], [0, 0, 1]])
+BATCH = ((20, 30),)
+READINGS = {
+    "compress": (BATCH, lambda model, found: model.compress(NEXT, attention_mask=RAGGED_MASK, cache=found[0])),
+    "forward": (BATCH, lambda model, found: model(NEXT, attention_mask=RAGGED_MASK, past_key_values=found[0])),
+    "a chunk closed": (BATCH, lambda model, found: model(NEXT.repeat(1, 5), past_key_values=found[0])),
+    "short, the first": ((), lambda model, found: model(NEXT, attention_mask=RAGGED_MASK, past_key_values=found[0])),
+    "read_next": (((20,), (30,), (25,)), lambda model, found: model.read_next(found, [5, 6, 7])),
+    "read_next, a chunk closed": (((20,), (32,), (25,)), lambda model, found: model.read_next(found, [5, 6, 7])),
+}
+
+
+@pytest.mark.parametrize("name", READINGS)
+@torch.no_grad()
+def test_wherever_memory_runs_out_the_callers_caches_are_as_they_were(name):
+    model = with_beacons("llama", config(num_sinks=2), attention="sdpa")
+    batches, call = READINGS[name]
+
+    def begun():
+        texts = [[random_ids(length, length)[0].tolist() for length in lengths] for lengths in batches]
+        return [model.compress(each, ratio=4) for each in texts] or [model.new_cache(2)]
+
+    call(model, begun())  # plans are kept from then on
+    caches = begun()
+    with FailAt(-1) as counted:
+        call(model, caches)
+    for at in [*range(1, counted.count, 7), *range(max(1, counted.count - 40), counted.count + 1)]:
+        caches, before = begun(), begun()
+        with pytest.raises(torch.OutOfMemoryError), FailAt(at):
+            call(model, caches)
+        for cache, other in zip(caches, before, strict=True):
+            assert cache.rows == other.rows
+            assert torch.equal(cache.token_ids, other.token_ids)
+            if cache.num_slots:
+                same_cache(cache, other)
+    same = [begun(), caches]
+    for found in same:
+        call(model, found)
+    for one, other in zip(*same, strict=True):
+        same_cache(one, other)

@@ -496,6 +496,70 @@ def test_a_text_that_is_rendered_anew_is_not_read_twice(model, differs, message)
             model.generate(torch.cat(prompts), past_key_values=BeaconCache.stack(contexts), **greedy(max_new_tokens=3))
 
 
+def test_a_row_taken_back_to_its_context_is_asked_on(model):
+    contexts = model.compress([random_ids(38, 1)[0].tolist(), random_ids(21, 2)[0].tolist()], ratio=4)
+    questions = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+    options = greedy(max_new_tokens=2, attention_mask=(questions != 0).long(), return_dict_in_generate=True)
+    grown = model.generate(questions, context=contexts, **options).past_key_values
+    grown.crop(-3)  # the first row to where its context ends, the second two tokens behind
+    assert [row.tokens_seen for row in grown.rows] == [38, 23]
+    new = random_ids(3, 4, batch=2)
+    rows = [model.generate(new[row : row + 1], context=grown.row(row), **greedy(max_new_tokens=2)) for row in (0, 1)]
+    together = model.generate(new, past_key_values=grown, **greedy(max_new_tokens=2))
+    assert torch.equal(together, torch.cat(rows))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"temprature": 0.5}, ValueError),
+        ({"attention_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])}, InputError),
+        ({"num_beams": 0}, ZeroDivisionError),
+        ({"stopping_criteria": [lambda *_, **__: 1 / 0]}, ZeroDivisionError),
+    ],
+)
+def test_a_call_that_fails_leaves_the_callers_cache_with_its_ratio_and_rows(model, options, error):
+    cache = model.compress(random_ids(38), ratio=4)
+    before = cache.fork()
+    with pytest.raises(error):
+        model.generate(random_ids(4, 3, batch=3), past_key_values=cache, beacon_ratio=8, max_new_tokens=3, **options)
+    assert cache.policies == before.policies
+    assert_same_cache(cache, before)
+    out = model.generate(
+        random_ids(4, 3, batch=3),
+        past_key_values=cache,
+        beacon_ratio=8,
+        return_dict_in_generate=True,
+        **greedy(max_new_tokens=3),
+    )
+    assert out.past_key_values is cache
+    assert (cache.batch_size, {policy.ratio for policy in cache.policies}) == (3, {8})
+
+
+def test_an_answer_that_local_tokens_leave_no_room_for_is_refused_before_it_begins():
+    settings = BeaconConfig(chunk_size=16, ratios=(2, 4, 8), local_tokens=25)
+    model = with_beacons("llama", settings, attention="sdpa", max_position_embeddings=73, eos_token_id=None)
+    context = model.compress(random_ids(170), ratio=4)
+    before = context.fork()
+    written = []
+
+    class Written(BaseStreamer):
+        def put(self, value):
+            written.append(value)
+
+        def end(self):
+            pass
+
+    for count, fits in ((6, True), (9, True), (10, False), (17, False)):
+        if fits:
+            model.generate(random_ids(3, 2), context=context, **greedy(max_new_tokens=count))
+            continue
+        with pytest.raises(CapacityError):
+            model.generate(random_ids(3, 2), context=context, streamer=Written(), **greedy(max_new_tokens=count))
+    assert not written
+    assert_same_cache(context, before)
+
+
 def test_past_key_values_of_a_ragged_batch_take_the_full_texts(model):
     texts = [random_ids(length, length)[0].tolist() for length in (21, 40, 9)]
     cache = model.compress([text[:-4] for text in texts], ratio=4)

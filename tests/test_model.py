@@ -1084,3 +1084,61 @@ def test_a_compiled_model_gives_what_it_gives_uncompiled(how):
         compiled = how(model, backend="eager")
         assert torch.equal(compiled(text, beacon_ratio=4).logits, expected)
     assert torch.equal(compiled.generate(text, beacon_ratio=4, max_new_tokens=20, do_sample=False), answer)
+
+
+# --- after training ----------------------------------------------------------------------------------------------------------
+
+
+def changed_by_hand(model):
+    for _, parameter in model.beacon_parameters():
+        parameter.add_(1.0)
+
+
+def changed_without_a_trace(model):
+    """As fused optimisers do."""
+    model.train()
+    for _, parameter in model.beacon_parameters():
+        parameter.data.numpy()[...] += 1.0
+    model.eval()
+
+
+@pytest.mark.parametrize("change", [changed_by_hand, changed_without_a_trace])
+@torch.no_grad()
+def test_a_context_in_use_is_refused_after_training_token_by_token_too(change):
+    model = with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4, 8)))
+    token = torch.tensor([[5]])
+    context = model.compress(random_ids(40), ratio=4)
+    model(token, past_key_values=context)
+    other = copy.deepcopy(model)
+    other(token, past_key_values=context)  # the same weights
+    change(model)
+    before = context.rows
+    for call in (
+        lambda: model(token, past_key_values=context),
+        lambda: model.compress(token, cache=context),
+        lambda: model.read_next([context], [5]),
+    ):
+        with pytest.raises(MismatchError, match="another adapter"):
+            call()
+    assert context.rows == before
+    other(token, past_key_values=context)
+
+
+@pytest.mark.parametrize("length", [0, 20])
+@pytest.mark.parametrize("num_new", [5, 15])
+@pytest.mark.parametrize("label", [97, -1])
+@torch.no_grad()
+def test_labels_of_no_token_are_refused_before_anything_is_read(length, num_new, label):
+    model = with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4, 8)))
+    cache = model.compress(random_ids(length, 1), ratio=4) if length else model.new_cache(ratio=4)
+    new = random_ids(num_new, 2)
+    labels = new.clone()
+    labels[0, -1] = label
+    before = (cache.rows, cache.num_slots)
+    with pytest.raises(
+        InputError, match=rf"^labels must be token ids within 0\.\.96, or -100 where none is; got {label}\."
+    ):
+        model(new, past_key_values=cache, labels=labels)
+    assert (cache.rows, cache.num_slots) == before
+    labels[0, -1] = -100
+    assert model(new, past_key_values=cache, labels=labels).loss.isfinite()

@@ -26,6 +26,11 @@ from activation_beacon.projection import (
 )
 
 
+def new_token() -> str:
+    """A name that nothing else has."""
+    return secrets.token_hex(8)
+
+
 @dataclass
 class Attachment:
     """What has been put on a model, and what is needed to take it off again."""
@@ -41,7 +46,7 @@ class Attachment:
     cuda_graphs: bool = False
     cpu_matmul: str = "auto"
     linears: list[nn.Linear] = field(default_factory=list)  # of the base, which have become a class of ours
-    token: str = field(default_factory=lambda: secrets.token_hex(8))  # names this attaching, for caches to remember
+    token: str = field(default_factory=new_token)  # names this attaching, and what it was before each training
     known_base: tuple[int, str] | None = None  # fingerprint of the base, and a name for the state of its tensors
     quantised_base: str | None = None  # fingerprint of one that is, whose library may lay out weights anew in use
 

@@ -47,7 +47,7 @@ class BeaconCache(Cache):
         policies: for each row, how its chunks to come get their ratios.
         token_ids: (B, N) ids of all tokens seen, right-aligned like the entries.
         base_fingerprint, adapter_fingerprint: of the weights that made it.
-        checked_by: the attaching that last compared the fingerprints; None for a cache that has not been used yet.
+        checked_by: the weights that the fingerprints were last compared with; None for a cache that has not been used yet.
         context_lengths: for each row, tokens seen before the first prompt of the generation that made this cache: what
             `generate` was given as `context`, and did not return among its ids.
         recorded: the step of decoding that was last recorded on it, a `recorded.RecordedStep`; no copy has it.
@@ -74,7 +74,7 @@ class BeaconCache(Cache):
         self.token_ids = torch.zeros((batch_size, 0), dtype=torch.long, device=device)
         self.base_fingerprint = base_fingerprint
         self.adapter_fingerprint = adapter_fingerprint
-        self.checked_by: str | None = None
+        self.checked_by: int | None = None
         self.is_continued = False
         self.recorded: Any = None
         self.context_lengths = (0,) * batch_size
@@ -243,8 +243,10 @@ class BeaconCache(Cache):
         """Drop the slots from `num_slots` on, as after a pass that failed."""
         for layer in self.layers:
             length = num_slots - layer.stored_length
-            if layer.keys is not None and layer.values is not None and layer.keys.dim() == 4:
-                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+            for name in ("keys", "values"):  # the one may have been appended to before the other
+                tensor = getattr(layer, name)
+                if tensor is not None and tensor.dim() == 4:
+                    setattr(layer, name, tensor[:, :, :length])
 
     # --- the caller's side ---
 

@@ -299,22 +299,23 @@ class _Reader:
                 use_cache=True,
                 **self.wanted.options,
             )
-        except BaseException:
+            if output is not None:
+                self.readout.last = output
+                self.readout.collect(
+                    output, range(len(counts)), starts, width, offsets=offsets, counts=counts, slots=wanted
+                )
+                if self.wanted.first_column is not None and self.readout.logits is None:  # what was wanted is padding
+                    shape = (len(counts), self.new.columns - self.wanted.first_column, output.logits.shape[-1])
+                    self.readout.logits = output.logits.new_zeros(shape)
+            self._settle(lengths, counts, num_slots, left)
+        except BaseException:  # nothing of the cache but its slots has changed
             cache.truncate(num_slots)
             raise
-        self._settle(lengths, counts, num_slots, left)
-        if output is not None:
-            self.readout.last = output
-            self.readout.collect(
-                output, range(len(counts)), starts, width, offsets=offsets, counts=counts, slots=wanted
-            )
-            if self.wanted.first_column is not None and self.readout.logits is None:  # all that was wanted is padding
-                shape = (len(counts), self.new.columns - self.wanted.first_column, output.logits.shape[-1])
-                self.readout.logits = output.logits.new_zeros(shape)
 
     def _settle(self, lengths: list[int], counts: list[int], num_slots: int, left: bool) -> None:
-        """Note what the tail's pass has added, and align rows of different lengths at the right again."""
+        """Note what the tail's pass has added, and align rows of different lengths at the right again: all of it or nothing."""
         cache = self.cache
+        rows = tuple(row.after_reading(reading.stop - row.tokens_seen) for row, reading in self._rows_and_readings())
         if not left and len(set(counts)) > 1:
             ends = [num_slots + count for count in counts]
             longest = max(length + count for length, count in zip(lengths, counts, strict=True))
@@ -322,10 +323,7 @@ class _Reader:
                 layer.dense().map(lambda tensor: take(tensor, range(len(ends)), ends, longest, dim=2))
                 for layer in cache.layers
             ]
-        cache.token_ids = self.ids
-        cache.rows = tuple(
-            row.after_reading(reading.stop - row.tokens_seen) for row, reading in self._rows_and_readings()
-        )
+        cache.token_ids, cache.rows = self.ids, rows
 
     # --- what both share ---
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import InputError, UnsupportedError
-from activation_beacon.plan import Ratio, TextPlanner, revised
+from activation_beacon.plan import Ratio, Row, TextPlanner, revised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Host
@@ -93,8 +93,31 @@ class BeaconGeneration(Host):
         elif self._is_compressible(input_ids, context is None and given is None, option, kwargs):
             cache = self._generation_cache(input_ids, context, given, beacon_ratio)
             self._check_capacity(cache, input_ids, option, kwargs["attention_mask"])
-            kwargs["past_key_values"] = cache if given is None else _brought_up_to(given, cache)
+            return self._generate_on(cache, given, inputs, generation_config, kwargs)
         return super().generate(inputs, generation_config, **kwargs)
+
+    def _generate_on(
+        self,
+        planned: BeaconCache,
+        given: BeaconCache | None,
+        inputs: torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Generate on a fork, or on the caller's own cache where it has the fork's policy and rows and so grows in place.
+
+        Else it becomes what the fork is in the end: a call that fails leaves it as it was.
+        """
+        if given is not None and (given.policies, given.rows) == (planned.policies, planned.rows):
+            given.is_continued = True
+            planned = given
+        output = super().generate(inputs, generation_config, **{**kwargs, "past_key_values": planned})
+        if given is not None and planned is not given:
+            given.adopt(planned)
+            given.is_continued = True
+            if getattr(output, "past_key_values", None) is planned:
+                output.past_key_values = given
+        return output
 
     def _options(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Option:
         """Finds an option of a call as transformers does: among its arguments, in its config, in the model's config."""
@@ -176,7 +199,8 @@ class BeaconGeneration(Host):
         counts = mask[:, -new_ids.shape[1] :].sum(dim=1).tolist()
         for row, policy, count in zip(cache.rows, cache.policies, counts, strict=True):
             planner = TextPlanner(cache.config, policy, self._beacon.site.max_positions)
-            planner.plan(row, int(count) + max(1, num_answer) - 1)
+            for num_new in _fullest(planner, row, int(count), max(1, num_answer) - 1):
+                planner.plan(row, num_new)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
@@ -287,12 +311,14 @@ def refuse_other_inputs(others: dict[str, Any]) -> None:
             )
 
 
-def _brought_up_to(given: BeaconCache, planned: BeaconCache) -> BeaconCache:
-    """The caller's own cache, with the policy and rows of a fork on which nothing was refused."""
-    if (given.policies, given.rows) != (planned.policies, planned.rows):
-        given.adopt(planned)
-    given.is_continued = True
-    return given
+def _fullest(planner: TextPlanner, row: Row, num_prompt: int, num_more: int) -> list[int]:
+    """Numbers of new tokens at which a text that grows token by token holds most: all, and the last before a chunk is closed.
+
+    With local tokens a tail is longer before than a chunk and its beacons, which is as much as is held while one is closed.
+    """
+    stop = row.tokens_seen + num_prompt + num_more
+    last = stop - (stop - planner.config.local_tokens) % planner.config.chunk_size - row.tokens_seen
+    return [num_prompt + num_more, *([last] if num_prompt < last else [])]
 
 
 def _unread(
@@ -309,7 +335,7 @@ def _unread(
     valid = torch.ones_like(prompt) if mask is None else mask[:, -width:].to(prompt.device)
     columns = [valid[b].nonzero()[:, 0] for b in range(len(valid))]
     repeated = [_num_repeated(b, prompt[b, columns[b]], cache) for b in range(len(valid))]
-    if all(number is None for number in repeated):
+    if not any(repeated):  # None, or 0 where nothing came after the context: that says nothing
         return prompt, mask
     unread = valid.clone()
     for b, number in enumerate(repeated):
@@ -326,18 +352,20 @@ def _unread(
 def _num_repeated(number: int, prompt: torch.Tensor, cache: BeaconCache) -> int | None:
     """How many tokens that a row of the cache has seen a prompt (T,) opens with; None where it only says what follows them.
 
+    0 where that and what an earlier `generate` returned are the same.
+
     Raises:
         InputError: if it repeats most of them, and not all.
     """
     row = cache.rows[number]
     counts = (row.tokens_seen, row.tokens_seen - cache.context_lengths[number])
-    texts = [cache.token_ids[number, cache.token_ids.shape[1] - count :].to(prompt.device) for count in counts]
+    texts = [cache.token_ids[number, cache.token_ids.shape[1] - count :].to(prompt.device) for count in counts if count]
     for seen in texts:
         if len(prompt) > len(seen) and torch.equal(prompt[: len(seen)], seen):
             return len(seen)
     for seen in texts:
         _refuse_another_beginning(number, prompt, seen)
-    return None
+    return None if all(counts) else 0
 
 
 def _refuse_another_beginning(row: int, prompt: torch.Tensor, seen: torch.Tensor) -> None:

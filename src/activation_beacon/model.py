@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from activation_beacon.attachment import (
     check_chunk_fits,
     check_in_memory,
     first_embedding,
+    new_token,
     put_on,
     take_off,
     with_base,
 )
 from activation_beacon.batch import (
+    IGNORED,
     NewTokens,
     as_batch,
     as_ids,
@@ -169,8 +171,7 @@ class BeaconModel(BeaconGeneration):
         if self._beacon.quantised_base is not None:
             return self._beacon.quantised_base
         tensors = list(base_weights(self))
-        # Which tensors, not only how often they changed: a copied model and load_state_dict(assign=True) bring others.
-        version = hash(tuple((id(t), 0 if t.is_inference() else t._version) for _, t in tensors))
+        version = _versions(tensor for _, tensor in tensors)
         known = self._beacon.known_base
         if known is None or known[0] != version:
             known = self._beacon.known_base = (version, fingerprint(tensors))
@@ -335,24 +336,38 @@ class BeaconModel(BeaconGeneration):
         self._check_ids(ids[:, None])
         device = self.get_input_embeddings().weight.device
         ids = ids.to(device) if isinstance(token_ids, torch.Tensor) else sent(ids, device)
+        weights = self._weights_now()
         for context, token in zip(contexts, ids.split(1), strict=True):
-            self._opened(context, token[None])
+            self._opened(context, token[None], weights)
         return read_next(self, self._beacon.site, contexts, ids)
 
-    def _opened(self, cache: BeaconCache | None, input_ids: torch.Tensor) -> BeaconCache:
+    def _opened(self, cache: BeaconCache | None, input_ids: torch.Tensor, weights: int | None = None) -> BeaconCache:
+        """The cache to read on, a new one where there is none; compared with the model's weights (`_weights_now`)."""
         if input_ids.dim() != 2 or input_ids.shape[0] == 0:
             raise InputError(f"input_ids must be (B, N) with at least one row; got {tuple(input_ids.shape)}.")
         if cache is None:
             cache = self.new_cache(input_ids.shape[0])
-        elif input_ids.shape[1] > 1 or cache.checked_by != self._beacon.token:  # not again at every decode step
-            self.check_can_read_on(cache)
-            cache.follow([layer.device for layer in self._beacon.site.layers])
-            cache.checked_by = self._beacon.token
+        else:
+            weights = self._weights_now() if weights is None else weights
+            if input_ids.shape[1] > 1 or cache.checked_by != weights:  # not again at every decode step
+                self.check_can_read_on(cache)
+                cache.follow([layer.device for layer in self._beacon.site.layers])
+                cache.checked_by = weights
         if cache.batch_size != input_ids.shape[0]:
             raise InputError(
                 f"The cache has {cache.batch_size} rows, the ids {input_ids.shape[0]}. Give as many of each."
             )
         return cache
+
+    def _weights_now(self) -> int:
+        """Another number after training, and for another model: what a cache remembers instead of a fingerprint at each step."""
+        return hash((self._beacon.token, _versions(parameter for _, parameter in self.beacon_parameters())))
+
+    def train(self, mode: bool = True) -> Any:
+        """As in torch; contexts are compared with the weights again after it, since fused optimisers leave no trace."""
+        if mode:
+            self._beacon.token = new_token()
+        return super().train(mode)
 
     def _check_names_every_chunk(self, cache: BeaconCache, new: NewTokens) -> None:
         for row, policy, count in zip(cache.rows, cache.policies, new.counts, strict=True):
@@ -383,6 +398,15 @@ class BeaconModel(BeaconGeneration):
         if least < 0 or most >= size:
             raise InputError(
                 f"Token ids must be within 0..{size - 1}; got {least if least < 0 else most}. Use the model's own tokenizer."
+            )
+
+    def _check_labels(self, labels: torch.Tensor) -> None:
+        """Refuse targets of no token before anything is read."""
+        size = self.get_input_embeddings().weight.shape[0]
+        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= size))]
+        if wrong.numel():
+            raise InputError(
+                f"labels must be token ids within 0..{size - 1}, or {IGNORED} where none is; got {int(wrong[0])}. Check them."
             )
 
     def _refuse_checkpointing(self) -> None:
@@ -453,6 +477,8 @@ class BeaconModel(BeaconGeneration):
         cache = self._opened(cache, input_ids)
         new = self._new_tokens(input_ids, attention_mask)
         is_short = cache.num_slots == 0 and max(new.counts) <= self.untouched_length
+        if labels is not None and (keep_cache or not is_short):
+            self._check_labels(labels)
         if keep_cache or not is_short:
             self._refuse_checkpointing()
         with _under_policies(cache, self._revised(cache, beacon_ratio)):
@@ -533,18 +559,18 @@ class BeaconModel(BeaconGeneration):
         num_items = kwargs.pop("num_items_in_batch", None) if labels is None or is_padded else None
         try:
             output = self.base_forward(input_ids, past_key_values=cache, **inputs, **kwargs)
+            nll, loss = None, output.loss
+            if labels is not None:
+                nll = token_losses(output.logits, targets(labels, new))
+                loss = mean_loss(nll, num_items) if is_padded else loss
+                output.logits = _kept(output.logits, given["logits_to_keep"])
+            if cache is not None:
+                self._move_to_origin(cache, new, given["position_ids"])
+                _note_read(cache, new)
         except BaseException:
             if cache is not None:
                 cache.truncate(0)
             raise
-        if cache is not None:
-            _note_read(cache, new)
-            self._move_to_origin(cache, new, given["position_ids"])
-        nll, loss = None, output.loss
-        if labels is not None:
-            nll = token_losses(output.logits, targets(labels, new))
-            loss = mean_loss(nll, num_items) if is_padded else loss
-            output.logits = _kept(output.logits, given["logits_to_keep"])
         fields = {name: output.get(name) for name in ("hidden_states", "attentions")}
         ours = BeaconOutput(loss=loss, logits=output.logits, past_key_values=output.past_key_values, nll=nll, **fields)
         for name in output.keys() - ours.keys():  # such as the router's logits of a mixture of experts
@@ -750,17 +776,23 @@ def _made_empty(base_class: Any) -> Any:
     return made.__new__(made)
 
 
+def _versions(tensors: Iterable[torch.Tensor]) -> int:
+    """Another number when torch has noted a change of tensors, or when they are others (a copy, `load_state_dict(assign=True)`)."""
+    return hash(tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors))
+
+
 # --- batches and losses ------------------------------------------------------------------------------------------------
 
 
 def _note_read(cache: BeaconCache, new: NewTokens) -> None:
-    """Enter into an empty cache what the base has just read into it, rows aligned at the right."""
+    """Enter into an empty cache what the base has just read into it, rows aligned at the right: all of it or nothing."""
+    rows = tuple(row.after_reading(count) for row, count in zip(cache.rows, new.counts, strict=True))
+    token_ids = new.right_aligned()
     if len(set(new.counts)) > 1 or new.counts[0] < new.columns:
         ends = [start + count for start, count in zip(new.starts, new.counts, strict=True)]
         cut = functools.partial(take, rows=range(len(ends)), ends=ends, length=max(new.counts), dim=2)
         cache.layers = [layer.map(cut) for layer in cache.layers]
-    cache.token_ids = new.right_aligned()
-    cache.rows = tuple(row.after_reading(count) for row, count in zip(cache.rows, new.counts, strict=True))
+    cache.token_ids, cache.rows = token_ids, rows
 
 
 def _kept(logits: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:

@@ -105,6 +105,7 @@ def read_next(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache]
     before = {row: caches[row].fork() for row in apart}
     num_slots = {row: caches[row].num_slots for row in together}  # what they are cut to again: no fork for each token
     logits: dict[int, torch.Tensor] = {}
+    seen: list[torch.Tensor] = []
     try:
         for row in apart:
             new = NewTokens(ids[row, None, None], [0], [1])
@@ -113,15 +114,18 @@ def read_next(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache]
             logits[row] = readout.logits[0, -1]
         if together:
             tokens = ids.index_select(0, constant(tuple(together), ids.device))[:, None]
-            rows = _append(model, site, [caches[row] for row in together], tokens)
+            rows, seen = _append(model, site, [caches[row] for row in together], tokens)
             logits |= dict(zip(together, rows, strict=True))
-        return torch.stack([logits[row] for row in range(len(caches))])
+        stacked = torch.stack([logits[row] for row in range(len(caches))])
     except BaseException:
         for row, own in before.items():
             caches[row].adopt(own)
         for row, count in num_slots.items():
             caches[row].truncate(count)
         raise
+    for row, token_ids in zip(together, seen, strict=True):
+        caches[row].token_ids, caches[row].rows = token_ids, (caches[row].rows[0].after_reading(1),)
+    return stacked
 
 
 def _can_append(site: DecoderSite, cache: BeaconCache) -> bool:
@@ -130,8 +134,13 @@ def _can_append(site: DecoderSite, cache: BeaconCache) -> bool:
     return cache.num_slots > 0 and not reading.closings and not reading.restart
 
 
-def _append(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache], ids: torch.Tensor) -> torch.Tensor:
-    """Read ids (B, 1) that close no chunk in one pass; logits (B, V)."""
+def _append(
+    model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache], ids: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Read ids (B, 1) that close no chunk in one pass; logits (B, V), and the ids (1, T) that each cache has seen then.
+
+    The caches have the new entries; that they have read something is not noted yet.
+    """
     mask = OwnEntries.on(ids.device)
     lengths = [cache.num_slots for cache in caches]
     layers = [
@@ -148,7 +157,8 @@ def _append(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache], 
             use_cache=True,
             logits_to_keep=1,
         )
-    for cache, token in zip(caches, ids.split(1), strict=True):
-        cache.token_ids = torch.cat((cache.token_ids.to(token.device), token), dim=1)
-        cache.rows = (cache.rows[0].after_reading(1),)
-    return output.logits[:, -1]
+    token_ids = [
+        torch.cat((cache.token_ids.to(token.device), token), dim=1)
+        for cache, token in zip(caches, ids.split(1), strict=True)
+    ]
+    return output.logits[:, -1], token_ids

@@ -93,18 +93,23 @@ class Readout:
         logits = output.logits
         first_slot = width - logits.shape[1]
         order = slots if slots is not None else list(range(first_slot, width))
+        pieces = []
         for b, row in enumerate(members):
             offset = 0 if offsets is None else offsets[b]
             count = width if counts is None else counts[b]
             column = self._column(row, starts[b])
             begin = max(self.seen[row] - starts[b], (self._first_column() or 0) - column, 0) + offset
             chosen = [n for n, slot in enumerate(order) if begin <= slot < offset + count]
-            if not chosen:
-                continue
-            piece = logits[b, chosen[0] : chosen[-1] + 1]
-            column = self._column(row, starts[b] + order[chosen[0]] - offset)
+            if chosen:
+                column = self._column(row, starts[b] + order[chosen[0]] - offset)
+                pieces.append((row, column, logits[b, chosen[0] : chosen[-1] + 1]))
+        is_all = self._is_all(pieces, logits.shape[1])
+        if is_all:
+            self.logits = logits  # one pass made them all
+        for row, column, piece in pieces:
             self._put_nll(row, column, piece)
-            self._put_logits(row, column, piece, logits, len(members))
+            if not is_all:
+                self._put_logits(row, column, piece)
 
     def _column(self, row: int, token: int) -> int:
         """Column of a text's token in the caller's batch; before the new tokens' first for those read earlier."""
@@ -125,22 +130,20 @@ class Readout:
         )
         self.nll[row, column:stop] = losses.masked_fill(targets == -100, torch.nan)
 
-    def _put_logits(self, row: int, column: int, piece: torch.Tensor, logits: torch.Tensor, num_rows: int) -> None:
+    def _is_all(self, pieces: Sequence[tuple[int, int, torch.Tensor]], width: int) -> bool:
+        """Whether the (B, width, V) logits of one pass are what is wanted of every row, each in its column."""
+        first = self.wanted.first_column
+        if first is None or len(pieces) < len(self.seen) or width != self.new.columns - first:
+            return False
+        return all(column == first and len(piece) == width for _, column, piece in pieces)
+
+    def _put_logits(self, row: int, column: int, piece: torch.Tensor) -> None:
         first = self.wanted.first_column
         if first is None:
             return
-        batch, width = len(self.seen), self.new.columns - first
         if self.logits is None:
-            if num_rows == batch and logits.shape[1] == width and not self._is_padded():
-                self.logits = logits  # one pass made them all
-                return
-            self.logits = logits.new_zeros((batch, width, logits.shape[-1]))
-        elif self.logits is logits:
-            return
+            self.logits = piece.new_zeros((len(self.seen), self.new.columns - first, piece.shape[-1]))
         skipped = max(0, first - column)
         if skipped < piece.shape[0]:
             begin = column + skipped - first
             self.logits[row, begin : begin + piece.shape[0] - skipped] = piece[skipped:]
-
-    def _is_padded(self) -> bool:
-        return any(count != self.new.columns for count in self.new.counts) and self.wanted.first_column == 0
