@@ -496,6 +496,17 @@ def test_a_text_that_is_rendered_anew_is_not_read_twice(model, differs, message)
             model.generate(torch.cat(prompts), past_key_values=BeaconCache.stack(contexts), **greedy(max_new_tokens=3))
 
 
+@pytest.mark.parametrize("count", [2, 4, 5])
+def test_a_text_that_is_rendered_anew_after_a_crop_is_not_read_twice(model, count):
+    text = random_ids(38, 1)
+    options = greedy(max_new_tokens=2, return_dict_in_generate=True)
+    cache = model.generate(random_ids(3, 2), context=model.compress(text, ratio=4), **options).past_key_values
+    cache.crop(-count)  # within the question, or to where the context ends, or below
+    other = torch.cat((text[:, :30], random_ids(9, 4)), dim=1)
+    with pytest.raises(InputError, match=r"^Row 0 of the prompt repeats the first 30 of the "):
+        model.generate(other, past_key_values=cache, **greedy(max_new_tokens=1))
+
+
 def test_a_row_taken_back_to_its_context_is_asked_on(model):
     contexts = model.compress([random_ids(38, 1)[0].tolist(), random_ids(21, 2)[0].tolist()], ratio=4)
     questions = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])

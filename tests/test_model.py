@@ -1124,6 +1124,16 @@ def test_a_context_in_use_is_refused_after_training_token_by_token_too(change):
     other(token, past_key_values=context)
 
 
+def test_a_change_of_any_beacon_weight_is_noted():
+    model = with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4, 8), anchored=True))
+    seen = {model._weights_now()}
+    for _, parameter in model.beacon_parameters():
+        with torch.no_grad():
+            parameter.add_(1.0)
+        assert model._weights_now() not in seen
+        seen.add(model._weights_now())
+
+
 @pytest.mark.parametrize("length", [0, 20])
 @pytest.mark.parametrize("num_new", [5, 15])
 @pytest.mark.parametrize("label", [97, -1])

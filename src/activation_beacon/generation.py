@@ -359,13 +359,15 @@ def _num_repeated(number: int, prompt: torch.Tensor, cache: BeaconCache) -> int 
     """
     row = cache.rows[number]
     counts = (row.tokens_seen, row.tokens_seen - cache.context_lengths[number])
-    texts = [cache.token_ids[number, cache.token_ids.shape[1] - count :].to(prompt.device) for count in counts if count]
+    texts = [
+        cache.token_ids[number, cache.token_ids.shape[1] - count :].to(prompt.device) for count in counts if count > 0
+    ]
     for seen in texts:
         if len(prompt) > len(seen) and torch.equal(prompt[: len(seen)], seen):
             return len(seen)
     for seen in texts:
         _refuse_another_beginning(number, prompt, seen)
-    return None if all(counts) else 0
+    return None if all(count > 0 for count in counts) else 0
 
 
 def _refuse_another_beginning(row: int, prompt: torch.Tensor, seen: torch.Tensor) -> None:

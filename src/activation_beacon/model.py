@@ -361,7 +361,12 @@ class BeaconModel(BeaconGeneration):
 
     def _weights_now(self) -> int:
         """Another number after training, and for another model: what a cache remembers instead of a fingerprint at each step."""
-        return hash((self._beacon.token, _versions(parameter for _, parameter in self.beacon_parameters())))
+        tensors = [self.beacon_embedding]
+        for layer in self._beacon.site.layers:
+            for site in layer.projections:  # as beacon_parameters, without names: once for each token
+                beacon: BeaconProjection = site.linear.beacon  # type: ignore[assignment]
+                tensors += [tensor for tensor in beacon._parameters.values() if tensor is not None]
+        return hash((self._beacon.token, _versions(tensors)))
 
     def train(self, mode: bool = True) -> Any:
         """As in torch; contexts are compared with the weights again after it, since fused optimisers leave no trace."""
