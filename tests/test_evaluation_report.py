@@ -391,3 +391,11 @@ def test_a_number_that_is_none_is_a_dash(tmp_path):
     text = write_report(tmp_path)[0].read_text()
     assert "| beacons x2 | 2.000 | 1 | - | 1 | 1.00 | 1.00 |" in text
     assert not math.isnan(summary.rows_of(list(results.records.values()), "nats")[0].quality.value)
+
+
+def test_a_ratio_has_one_colour_in_all_methods_and_others_have_others():
+    names = ["full", *(f"beacons x{ratio}" for ratio in (2, 8, 16)), "recent x8", "recent x16", "shuffled x8"]
+    shades = {name: plots._shade(name, names) for name in names}
+    assert shades["recent x8"] == shades["beacons x8"]
+    assert shades["recent x16"] == shades["beacons x16"]
+    assert len({shades[name] for name in names}) == 5

@@ -71,7 +71,11 @@ class Conversation:
         self.model, self.tokenizer = model, tokenizer
         self.prompt = prompt or ChatPrompt(tokenizer)
         self._start = model.new_cache() if context is None else context
-        check_is_one_text(self._start)
+        if self._start.batch_size != 1:
+            raise InputError(
+                f"A conversation is about one context; this is a batch of {self._start.batch_size}. "
+                "Use one of them: context.row(0)."
+            )
         model.check_context(self._start)
         self.reset()
         self._question_ids("")
@@ -118,18 +122,6 @@ class Conversation:
         ids = [*self.unread, *self.prompt.follow_up(text)]
         check_question_fits(self.model, ids)
         return ids
-
-
-def check_is_one_text(context: BeaconCache) -> None:
-    """Refuse a batch.
-
-    Raises:
-        InputError: with its size.
-    """
-    if context.batch_size != 1:
-        raise InputError(
-            f"A conversation is about one context; this is a batch of {context.batch_size}. Use one of them: context.row(0)."
-        )
 
 
 def question_ids(

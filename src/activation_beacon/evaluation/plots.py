@@ -197,14 +197,17 @@ def _colour(name: str, names: Sequence[str]) -> str:
 
 
 def _shade(name: str, names: Sequence[str]) -> Any:
-    """The colour of a way: that of its method, or for several ratios of one a place on a scale from dark to light."""
+    """The colour of a way: that of its method, or for several ratios of one the ratio's place on a scale from dark to light.
+
+    A ratio has the same place in all methods.
+    """
     from matplotlib import colormaps
 
-    method = name.split(" x")[0]
-    same = [other for other in names if other.split(" x")[0] == method]
-    if len(same) == 1:
+    method, _, ratio = name.partition(" x")
+    if sum(other.partition(" x")[0] == method for other in names) == 1:
         return _colour(method, [n.split(" x")[0] for n in names])
-    return colormaps["viridis"](same.index(name) / max(1, len(same) - 1) * 0.9)
+    ratios = sorted({other.partition(" x")[2] for other in names if " x" in other}, key=lambda text: (len(text), text))
+    return colormaps["viridis"](ratios.index(ratio) / max(1, len(ratios) - 1) * 0.9)
 
 
 def _log_x(axis: Any, ticks: Sequence[float]) -> None:
