@@ -200,6 +200,17 @@ def test_auto_takes_the_smallest_ratio_that_fits(run):
     assert values["cache_length"] <= 200
 
 
+def test_local_tokens_stay_raw_and_go_with_the_context(run):
+    args = ("compress", "{files}/text.txt", "-o", "o.beacon", "--model", "{files}/trained", "--ratio", "8", "--json")
+    values = loaded_json(run(*args, "--local-tokens", "40"))
+    assert (values["tokens"], values["beacons"], values["tail"]) == (902, 26 * 4, 902 - 26 * 32)
+    assert "at least 40 raw tokens in the tail" in good(run("inspect", "o.beacon"))
+    assert good(run("ask", "o.beacon", "Who?", "--model", "{files}/trained", "--max-new-tokens", "3"))
+    refused = run(*args[:-1], "--force", "--local-tokens", "100000")
+    assert refused.exit_code == 1
+    assert "100000 local tokens takes" in refused.stderr
+
+
 def test_compress_takes_a_ratio_for_each_chunk(run):
     ratios = [2, 4, 8, 2]
     Path("short.txt").write_text(TEXT[:140])
@@ -215,7 +226,7 @@ def test_several_texts_make_one_context_with_a_blank_line_between(run):
     good(result)
     ids = BeaconCache.load("out.beacon").token_ids[0]
     assert byte_tokenizer().decode(ids) == "one\n\nin between\n\ntwo"
-    assert "The text fits one chunk of 32 tokens: it is kept raw, without beacons." in result.stderr
+    assert "The text has at most 32 tokens: it is kept raw, without beacons." in result.stderr
 
 
 def test_plain_leaves_the_chat_template_out(run):

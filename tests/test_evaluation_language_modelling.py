@@ -79,6 +79,39 @@ def test_beacons_equal_the_model_s_own_losses(model, length, ratio):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("number", [5, CHUNK, CHUNK + 3])
+@torch.no_grad()
+def test_local_tokens_are_measured_as_they_are_decoded(model, length, number):
+    ids, cache, logits = text(length), model.new_cache(ratio=4, local_tokens=number), []
+    for token in ids:
+        logits.append(model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1])
+    expected = nn.functional.cross_entropy(torch.stack(logits[:-1]), torch.tensor(ids[1:]), reduction="none")
+    found = lm.beacon_losses(model, ids, 4, local_tokens=number)
+    torch.testing.assert_close(found.nll, expected, atol=1e-5, rtol=0)
+    assert (found.cache_length, found.cache_bytes) == (cache.cache_length, cache.cache_bytes)
+    assert model.local_tokens == 0
+
+
+def test_a_method_names_its_local_tokens(monkeypatch, model):
+    monkeypatch.setitem(lm.LOCAL_TOKENS, "beacons-local5", 5)
+    ids = text(3 * CHUNK)
+    expected = lm.loss_record(lm.beacon_losses(model, ids, 4, local_tokens=5), CHUNK)
+    found = lm.measure(model, ids, "beacons-local5", ratio=4)
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+    assert found["nats"] != lm.measure(model, ids, "beacons", ratio=4)["nats"]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("number", [5, CHUNK, CHUNK + 3])
+def test_shuffled_with_the_text_itself_is_what_beacons_of_local_tokens_are(length, number):
+    model = with_beacons("llama", dataclasses.replace(CONFIG, local_tokens=number))
+    expected = lm.beacon_losses(model, text(length), 4)
+    found = lm.shuffled_losses(model, text(length), text(length), 4)
+    mask = lm.counted(length, CHUNK)
+    torch.testing.assert_close(found.nll[mask], expected.nll[mask], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
 def test_shuffled_with_the_text_itself_is_what_beacons_are(model, length):
     expected = lm.beacon_losses(model, text(length), 4)
     found = lm.shuffled_losses(model, text(length), text(length), 4)
@@ -174,7 +207,10 @@ def test_evaluate_leaves_the_mode_as_it_was(model):
         (
             lambda model: lm.measure(model, text(40), "beacons"),
             InputError,
-            'method must be "full", "alone", or with a ratio "recent", "beacons" or "shuffled"; got \'beacons\'.',
+            (
+                'method must be "full", "alone", or with a ratio "recent", "beacons", "shuffled" or some of '
+                f"{', '.join(lm.LOCAL_TOKENS)}; got 'beacons'."
+            ),
         ),
         (
             lambda model: lm.measure(model, text(1200), "beacons", ratio=2),

@@ -111,8 +111,13 @@ def test_streaming_with_room_for_all_is_the_full_context(model, monkeypatch):
 @pytest.mark.parametrize("method", [name for name in ALL if methods.METHODS[name].has_ratio])
 @pytest.mark.parametrize("ratio", [2, 4, 8])
 def test_methods_with_a_ratio_hold_as_many_entries_as_beacons(model, method, ratio):
+    number = methods.LOCAL_TOKENS.get(method, 0)
     held = methods.read_context(model, TEXT, method, ratio=ratio, opening=3)
-    assert held.cache_length == 5 * CHUNK // ratio + 7 == model.compress(TEXT, ratio=ratio).cache_length
+    closed = max(0, len(TEXT) - 1 - number) // CHUNK
+    assert held.cache_length == len(TEXT) - closed * (CHUNK - CHUNK // ratio)
+    assert (
+        held.cache_length == model.compress(TEXT, cache=model.new_cache(local_tokens=number), ratio=ratio).cache_length
+    )
 
 
 def test_the_number_of_entries_is_known_without_reading():

@@ -126,9 +126,7 @@ def test_a_base_has_one_name_with_and_without_beacons_and_in_any_dtype(family):
         assert is_same_fingerprint(attach(tiny(family).to(dtype), CONFIG).base_fingerprint, first)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"chunk_size": 32}, {"num_sinks": 1}, {"local_tokens": 1}, {"placement": "append"}, {"anchored": True}]
-)
+@pytest.mark.parametrize("changes", [{"chunk_size": 32}, {"num_sinks": 1}, {"placement": "append"}, {"anchored": True}])
 def test_settings_that_a_context_depends_on_count_for_the_adapter(changes):
     settings = {"chunk_size": 16, "ratios": (2, 4)}
     plain = with_beacons("llama", BeaconConfig(**settings))

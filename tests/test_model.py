@@ -608,6 +608,73 @@ def test_the_models_own_ratio_is_used_where_a_call_names_none():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
+def test_local_tokens_are_set_on_the_model_and_stay_with_the_context(family, tmp_path):
+    model, base, ids = with_beacons(family, SINKS), tiny(family), random_ids(60)
+    begun_without = model.compress(ids[:, :30], ratio=4)
+    name = model.adapter_fingerprint
+    model.local_tokens = 5
+    assert (model.local_tokens, model.beacon_config.local_tokens, model.untouched_length) == (5, 5, CHUNK + 5)
+    assert model.adapter_fingerprint == name
+    with_five = model.compress(ids[:, :50], ratio=4)
+    assert (begun_without.tail_length, with_five.tail_length) == (14, 18)
+    with_five.save(tmp_path / "five.beacon")
+    expected = {5: reference_of(model, base)(ids, 4)}
+    model.local_tokens = 0
+    expected[0] = reference_of(model, base)(ids, 4)
+    held = [(0, begun_without), (5, with_five), (5, BeaconCache.load(tmp_path / "five.beacon", model))]
+    held += [(5, model.new_cache(ratio=4, local_tokens=5)), (0, model.new_cache(ratio=4))]
+    for number, context in held:
+        for token in range(context.tokens_seen, 60):  # 1 at a time: the boundary at 48 tokens, or at 53, is crossed
+            logits = model(ids[:, token : token + 1], past_key_values=context).logits[0, -1]
+        close(logits, expected[number].logits[-1])
+        for layer, keys in zip(context.layers, expected[number].keys, strict=True):
+            close(layer.keys[0], keys)
+
+
+@torch.no_grad()
+def test_a_new_cache_of_more_local_tokens_is_the_bases_up_to_them():
+    model, base, ids = with_beacons("llama", CONFIG), tiny("llama"), random_ids(CHUNK + 5)
+    at_once = model(ids, past_key_values=model.new_cache(local_tokens=5))
+    assert torch.equal(at_once.logits, base(ids).logits)
+    assert at_once.past_key_values.ratios == ()
+    ids, cache = ids[:, : CHUNK + 2], model.new_cache(local_tokens=5)
+    answer = model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert torch.equal(answer, base.generate(ids, max_new_tokens=3, do_sample=False))
+
+
+@torch.no_grad()
+def test_contexts_of_other_local_tokens_are_answered_side_by_side_but_not_stacked():
+    model, ids = with_beacons("llama", CONFIG, attention="sdpa"), random_ids(60)
+    contexts = [model.compress(ids[:, :50], cache=model.new_cache(ratio=4, local_tokens=n)) for n in (0, 5)]
+    alone = [model(ids[:, 50:51], past_key_values=context.fork()).logits[0, -1] for context in contexts]
+    with pytest.raises(MismatchError, match=r"^Contexts of one batch must share their local_tokens; these differ\."):
+        BeaconCache.stack(contexts)
+    for logits, expected in zip(model.read_next(contexts, [int(ids[0, 50])] * 2), alone, strict=True):
+        close(logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (-1, "local_tokens must be an int of at least 0; got -1."),
+        (2.5, "local_tokens must be an int of at least 0; got 2.5."),
+        (
+            500,
+            "A chunk of 16 tokens with its beacons at ratio 16, 500 local tokens takes 517 positions; the base model has 512.",
+        ),
+    ],
+)
+def test_local_tokens_that_cannot_be_are_refused_and_the_model_keeps_its_own(number, message):
+    model = with_beacons("llama", CONFIG)
+    for change in (lambda: setattr(model, "local_tokens", number), lambda: model.new_cache(local_tokens=number)):
+        with pytest.raises(ConfigError) as caught:
+            change()
+        assert str(caught.value).startswith(message)
+        assert model.local_tokens == 0
+
+
+@torch.no_grad()
 def test_auto_is_the_smallest_ratio_that_fits_and_is_chosen_anew_as_the_text_grows():
     positions = 80
     model = with_beacons("llama", SINKS, max_position_embeddings=positions)

@@ -60,9 +60,10 @@ def test_no_piece_closes_more_than_one_chunk(model):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_answers_that_join_and_leave_at_any_step_are_what_they_are_alone(attention):
-    """Rows of different lengths, ratios and starts; chunks are closed in the middle of answers."""
+    """Rows of different lengths, ratios, local tokens and starts; chunks are closed in the middle of answers."""
     model = serving_model(attention=attention)
-    contexts = [model.compress(ids_of(20 + 17 * n, n), ratio=(2, 4, 8)[n % 3]) for n in range(6)]
+    empty = [model.new_cache(ratio=(2, 4, 8)[n % 3], local_tokens=n % 4 * 3) for n in range(6)]
+    contexts = [model.compress(ids_of(20 + 17 * n, n), cache=cache) for n, cache in enumerate(empty)]
     questions = [ids_of(3 + 2 * n, 50 + n) for n in range(6)]
     lengths = [3, 40, 9, 25, 1, 33]
     engine = engine_of(model)
@@ -96,14 +97,15 @@ def test_a_context_stays_as_it_was(model):
     assert_same_cache(context, before, atol=0)
 
 
-def test_auto_reads_anew_in_pieces_when_its_ratio_no_longer_fits():
+@pytest.mark.parametrize("local_tokens", [0, 3])
+def test_auto_reads_anew_in_pieces_when_its_ratio_no_longer_fits(local_tokens):
     """The text outgrows ratio 2 while an answer is written: as `generate` does, but piece by piece."""
     model = serving_model(max_position_embeddings=64)
-    prompt = ids_of(90)
-    expected, grown = plain(model, model.new_cache(ratio="auto"), prompt, 40)
+    prompt, empty = ids_of(90), model.new_cache(ratio="auto", local_tokens=local_tokens)
+    expected, grown = plain(model, empty, prompt, 40)
     assert grown.ratios[0] > model.compress(prompt, ratio="auto").ratios[0]
     engine = engine_of(model)
-    heard = Heard(engine, model.new_cache(ratio="auto"), prompt, Sampling(max_tokens=40, temperature=0.0))
+    heard = Heard(engine, empty, prompt, Sampling(max_tokens=40, temperature=0.0))
     most = 0
     while not heard.is_over:
         engine.step()

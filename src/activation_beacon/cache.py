@@ -370,6 +370,7 @@ class BeaconCache(Cache):
             "base model": is_same_fingerprint(self.base_fingerprint, other.base_fingerprint),
             "adapter": is_same_fingerprint(self.adapter_fingerprint, other.adapter_fingerprint),
             "settings": self.config.fingerprint_settings == other.config.fingerprint_settings,
+            "local_tokens": self.config.local_tokens == other.config.local_tokens,
         }
         for what, is_same in same.items():
             if not is_same:
@@ -484,6 +485,12 @@ class BeaconCache(Cache):
             raise FileFormatError(f"ids must be within 0..{size - 1}; got {int(self.token_ids.max())}")
 
     # --- the forward's side ---
+
+    def emptied(self) -> "BeaconCache":
+        """A cache of the same makers and settings that has read nothing."""
+        other = self._like(self.token_ids[:, :0])
+        other.rows = tuple(Row(row.chunk_size) for row in self.rows)
+        return other
 
     def _like(self, token_ids: torch.Tensor) -> "BeaconCache":
         """A cache of the same rows and makers, without entries yet."""

@@ -111,10 +111,18 @@ class BeaconConfig:
 
     @property
     def fingerprint_settings(self) -> str:
-        """The settings that a compressed context depends on, as they enter the adapter's fingerprint."""
+        """The settings that beacons depend on, as they enter the adapter's fingerprint; a 0 stands where `local_tokens` stood.
+
+        Local tokens say when a chunk is closed, not what comes of it: each context has its own.
+        """
         anchored = " anchored" if self.anchored else ""
         exact = f" exact {self.exact_ids}" if self.exact_ids else ""
-        return f"{self.chunk_size} {self.projections} {self.num_sinks} {self.local_tokens} {self.placement}{anchored}{exact}"
+        return f"{self.chunk_size} {self.projections} {self.num_sinks} 0 {self.placement}{anchored}{exact}"
+
+    @property
+    def untouched_length(self) -> int:
+        """Tokens up to which no chunk is closed: the longest tail."""
+        return self.chunk_size + self.local_tokens
 
     @functools.cached_property
     def exact(self) -> frozenset[int]:

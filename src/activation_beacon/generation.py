@@ -223,7 +223,7 @@ class BeaconGeneration(Host):
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
         copies = input_ids.shape[0] // cache.batch_size
         mask = model_kwargs.get("attention_mask")
-        is_short = cache.num_slots == 0 and input_ids.shape[1] <= self.untouched_length
+        is_short = cache.num_slots == 0 and input_ids.shape[1] <= cache.config.untouched_length
         if copies > 1 and is_short:  # as the base does, bit for bit
             cache.batch_repeat_interleave(copies)
             copies = 1

@@ -96,6 +96,30 @@ class BeaconModel(BeaconGeneration):
         self._beacon.policy = self.ratio_policy(ratio)
 
     @property
+    def local_tokens(self) -> int:
+        """Raw tokens that tails of new contexts keep at least when a chunk is closed; the adapter's unless set (0 in the paper).
+
+        They hold the wording right before a text's next token, which beacons blur. `beacon_config` follows; a context keeps the
+        number that it began with.
+
+        Raises:
+            ConfigError: where it is set to a number that is no number of tokens, or that the base has not the positions for.
+        """
+        return self._beacon.config.local_tokens
+
+    @local_tokens.setter
+    def local_tokens(self, number: int) -> None:
+        self._beacon.config = self._config_with(number)
+
+    def _config_with(self, local_tokens: int | None) -> BeaconConfig:
+        """The adapter's settings, with another number of local tokens where one is given."""
+        if local_tokens is None:
+            return self._beacon.config
+        config = dataclasses.replace(self._beacon.config, local_tokens=local_tokens)
+        check_chunk_fits(config, self._beacon.site)
+        return config
+
+    @property
     def cuda_graphs(self) -> bool:
         """Whether steps of decoding are recorded as CUDA graphs and replayed; off unless set, and without effect on a CPU.
 
@@ -141,7 +165,7 @@ class BeaconModel(BeaconGeneration):
     @property
     def untouched_length(self) -> int:
         """Tokens up to which no chunk is closed and outputs are the base model's."""
-        return self._beacon.config.chunk_size + self._beacon.config.local_tokens
+        return self._beacon.config.untouched_length
 
     @property
     def max_positions(self) -> int | None:
@@ -208,10 +232,18 @@ class BeaconModel(BeaconGeneration):
         config = cache.config
         return tuple(revised(config, policy, ratio=ratio, budget=budget, spans=spans) for policy in cache.policies)
 
-    def new_cache(self, batch_size: int = 1, *, ratio: Ratio | None = None) -> BeaconCache:
-        """An empty cache of this model and adapter."""
+    def new_cache(
+        self, batch_size: int = 1, *, ratio: Ratio | None = None, local_tokens: int | None = None
+    ) -> BeaconCache:
+        """An empty cache of this model and adapter, for `compress(cache=...)` and the like.
+
+        Args:
+            batch_size: texts that it is for.
+            ratio: as in `compress`.
+            local_tokens: by default the model's.
+        """
         return BeaconCache(
-            self._beacon.config,
+            self._config_with(local_tokens),
             num_layers=len(self._beacon.site.layers),
             batch_size=batch_size,
             policy=self._beacon.policy if ratio is None else self.ratio_policy(ratio),
@@ -481,7 +513,7 @@ class BeaconModel(BeaconGeneration):
         keep_cache = cache is not None or self._keeps_cache(use_cache)
         cache = self._opened(cache, input_ids)
         new = self._new_tokens(input_ids, attention_mask)
-        is_short = cache.num_slots == 0 and max(new.counts) <= self.untouched_length
+        is_short = cache.num_slots == 0 and max(new.counts) <= cache.config.untouched_length
         if labels is not None and (keep_cache or not is_short):
             self._check_labels(labels)
         if keep_cache or not is_short:

@@ -135,7 +135,7 @@ def _check_budget(config: BeaconConfig, budget: int | None, ratio: object) -> in
         return None
     if ratio != "auto":
         raise RatioError(f'A budget ({budget}) chooses the ratio by itself and needs ratio="auto"; got {ratio!r}.')
-    num_beacons, tail = config.num_beacons(config.ratios[-1]), config.chunk_size + config.local_tokens
+    num_beacons, tail = config.num_beacons(config.ratios[-1]), config.untouched_length
     least = config.num_sinks + tail + num_beacons
     if not isinstance(budget, int) or budget < least:
         raise RatioError(
@@ -434,7 +434,7 @@ class TextPlanner:
         config = self.config
         least = num_closed * config.num_beacons(config.ratios[-1])
         if any(least > limit for limit in self._limits):
-            tail = config.chunk_size + config.local_tokens
+            tail = config.untouched_length
             raise self._beyond_all_ratios(num_tokens, config.num_sinks + least + tail)
 
     def _layouts_that_fit(self, num_closed: int, num_tokens: int) -> list[ChunkLayout]:
@@ -461,7 +461,7 @@ class TextPlanner:
 
     def _has_room(self, held_before: int, last: ChunkLayout | None) -> bool:
         """Whether a text fits of whose chunks all but the last leave so many entries."""
-        tail = self.config.chunk_size + self.config.local_tokens  # at its longest
+        tail = self.config.untouched_length  # at its longest
         entries = held_before + (len(last.kept_slots) if last else 0) + tail
         positions = max(entries, held_before + (last.num_slots if last else 0))  # the pass that closes the last chunk
         budget_ok = self.policy.budget is None or entries <= self.policy.budget
@@ -469,7 +469,7 @@ class TextPlanner:
 
     def _entries(self, layouts: Sequence[ChunkLayout]) -> int:
         """Entries held at most, with the tail at its longest."""
-        return self._held(layouts) + self.config.chunk_size + self.config.local_tokens
+        return self._held(layouts) + self.config.untouched_length
 
     def _held(self, layouts: Sequence[ChunkLayout]) -> int:
         return sum(len(layout.kept_slots) for layout in layouts)
@@ -531,7 +531,7 @@ class TextPlanner:
         for index in itertools.count():
             layout = self._layout(index, ratio)
             if not self._has_room(held, layout):
-                return (index + 1) * self.config.chunk_size + self.config.local_tokens
+                return index * self.config.chunk_size + self.config.untouched_length
             held += len(layout.kept_slots)
         raise AssertionError("unreachable: a limit exists where this is asked")
 

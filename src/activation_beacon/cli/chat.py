@@ -37,6 +37,7 @@ def chat(
     ] = None,
     model: options.Model = "default",
     base: options.Base = None,
+    local_tokens: options.LocalTokens = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = None,
@@ -50,7 +51,7 @@ def chat(
     Ctrl-D ends. Lines may also come through a pipe.
     """
     context = None if file is None else read_context(file)
-    loaded = load_model(model, base=base, device=device, dtype=dtype)
+    loaded = load_model(model, base=base, device=device, dtype=dtype, local_tokens=local_tokens)
     from activation_beacon.conversation import Conversation
 
     start = None if context is None else place_context(loaded, context)

@@ -45,6 +45,7 @@ def compress(
         bool, typer.Option("--plain", help="Take the text as it is, not as the opening of a user's message.")
     ] = False,
     force: options.Force = False,
+    local_tokens: options.LocalTokens = None,
     device: options.Device = None,
     dtype: options.DtypeOption = None,
     json: options.Json = False,
@@ -61,7 +62,7 @@ def compress(
     text = read_texts(texts)
     check_output(output, force=force)
     check_ratio(model, wanted, budget=budget)
-    loaded = load_model(model, base=base, device=device, dtype=dtype)
+    loaded = load_model(model, base=base, device=device, dtype=dtype, local_tokens=local_tokens)
     warn_untrained(loaded.config)
     ids = loaded.tokenizer(text, verbose=False)["input_ids"] if plain else loaded.prompt.opening(text)
     context, seconds = compress_ids(loaded, ids, ratio=wanted, budget=budget)
@@ -69,7 +70,8 @@ def compress(
         context = context.quantize(int(quantize))
     file_bytes = context.save(output)
     if not context.ratios:
-        notice(f"The text fits one chunk of {loaded.config.chunk_size:,} tokens: it is kept raw, without beacons.")
+        longest = context.config.untouched_length
+        notice(f"The text has at most {longest:,} tokens: it is kept raw, without beacons.")
     elif wanted == "auto" and budget is None:
         _suggest_usual_ratio(context)
     if json:

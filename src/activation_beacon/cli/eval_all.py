@@ -137,7 +137,7 @@ def _methods_of(tasks: Sequence[str], methods: Sequence[str]) -> dict[str, tuple
     """
     from activation_beacon.evaluation.tasks import Answering, LanguageModelling
 
-    every = list(LanguageModelling.methods | Answering.methods)
+    every = list({**LanguageModelling.methods, **Answering.methods})
     for method in methods:
         if method not in every:
             raise InputError(f"There is no method {method!r}. Use some of {', '.join(every)}.")

@@ -40,11 +40,13 @@ class Loaded:
         return max_positions(self.model)
 
 
-def load_model(name: str, *, base: str | None, device: str | None, dtype: Dtype | None) -> Loaded:
+def load_model(
+    name: str, *, base: str | None, device: str | None, dtype: Dtype | None, local_tokens: int | None = None
+) -> Loaded:
     """Load an adapter with its base model and tokenizer.
 
     Raises:
-        BeaconError: as `hub.load` does, or if the base model has no tokenizer.
+        BeaconError: as `hub.load` does, or if the base model has no tokenizer, or not the positions for that many local tokens.
     """
     with working(f"loading {name}"), quiet_libraries():
         from activation_beacon.hub import load
@@ -58,6 +60,8 @@ def load_model(name: str, *, base: str | None, device: str | None, dtype: Dtype 
                 f"The base model of {name} has no tokenizer, and text cannot be read without one. "
                 "Put its tokenizer.json beside the base model's config.json."
             )
+        if local_tokens is not None:
+            model.local_tokens = local_tokens
         return Loaded(name, model, tokenizer, ChatPrompt(tokenizer))
 
 

@@ -47,6 +47,15 @@ Device = Annotated[
 DtypeOption = Annotated[
     Dtype | None, typer.Option("--dtype", help="Float type to load the model in; by default its own.")
 ]
+LocalTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--local-tokens",
+        min=0,
+        help="Last tokens of a text that stay raw at least, such as 128; by default the adapter's number.",
+        show_default=False,
+    ),
+]
 CpuMatmulOption = Annotated[
     CpuMatmul,
     typer.Option("--cpu-matmul", help="What multiplies float32 matrices on a CPU with beacons; auto: the faster one."),

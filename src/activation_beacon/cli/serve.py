@@ -72,6 +72,7 @@ def serve(
             "By default any, and on this machine's own address without a key only its own names.",
         ),
     ] = None,
+    local_tokens: options.LocalTokens = None,
     device: options.Device = None,
     dtype: options.DtypeOption = None,
 ) -> None:
@@ -115,7 +116,7 @@ def serve(
         **sizes,
     )
     with bound_socket(host, port) as bound:
-        loaded = load_model(model, base=base, device=device, dtype=dtype)
+        loaded = load_model(model, base=base, device=device, dtype=dtype, local_tokens=local_tokens)
         warn_untrained(loaded.config)
         app = create_app(loaded.model, loaded.tokenizer, settings)
         if host not in LOOPBACK and settings.api_key is None:

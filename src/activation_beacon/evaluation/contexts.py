@@ -94,9 +94,11 @@ class BeaconContext(Context):
     """Beacons and a raw tail."""
 
     @classmethod
-    def of(cls, model: Any, ids: Sequence[int], ratio: Any, *, bits: int | None = None) -> "BeaconContext":
-        """The text compressed; with `bits`, its beacons quantised."""
-        cache = model.compress(list(ids), ratio=ratio)
+    def of(
+        cls, model: Any, ids: Sequence[int], ratio: Any, *, bits: int | None = None, local_tokens: int | None = None
+    ) -> "BeaconContext":
+        """The text compressed; with `bits`, its beacons quantised; with `local_tokens`, as many kept raw as they say."""
+        cache = model.compress(list(ids), cache=model.new_cache(ratio=ratio, local_tokens=local_tokens))
         if bits is not None:
             cache = cache.quantize(bits)
         return cls(model, cache, cache_length=cache.cache_length, cache_bytes=cache.cache_bytes)

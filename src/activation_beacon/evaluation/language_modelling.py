@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import InputError
+from activation_beacon.evaluation.methods import LOCAL_TOKENS
 from activation_beacon.evaluation.metrics import Estimate, gap_closed, mean
 from activation_beacon.plan import Ratio, entries_held
 
@@ -96,17 +98,39 @@ def _window(before: Sequence[int], num_entries: int, prefix: Sequence[int]) -> l
 
 
 @torch.no_grad()
-def beacon_losses(model: Any, ids: Sequence[int], ratio: Ratio) -> Losses:
-    """The text read chunk by chunk on the beacons of the chunks before.
+def beacon_losses(model: Any, ids: Sequence[int], ratio: Ratio, *, local_tokens: int | None = None) -> Losses:
+    """The text read on the beacons of the chunks before: chunk by chunk, as in training, or as it is read in decoding.
+
+    Args:
+        model: with beacons attached.
+        ids: the text.
+        ratio: of the beacons.
+        local_tokens: by default the model's. Where there are any, tokens are predicted from the tail, the first ones of a chunk
+            before the chunk in front of them is closed.
 
     Raises:
         CapacityError: if the beacons do not fit the base model's positions.
     """
     start = time.perf_counter()
-    row = torch.tensor([list(ids)], device=model.device)
-    output = model(row, labels=row, beacon_ratio=ratio, logits_to_keep=1, use_cache=True)
-    nll, cache = output.nll[0].float().cpu(), output.past_key_values
+    cache = model.new_cache(ratio=ratio, local_tokens=local_tokens)
+    nll = _beacon_nll(model, cache, ids)
     return Losses(nll, cache.cache_length, cache.cache_bytes, time.perf_counter() - start)
+
+
+def _beacon_nll(model: Any, cache: BeaconCache, ids: Sequence[int]) -> torch.Tensor:
+    """Losses (N - 1,) of tokens that are read on a cache of whole chunks, or of nothing; see `beacon_losses`."""
+    size, local = cache.config.chunk_size, cache.config.local_tokens
+    # Where a chunk is due: each piece closes one before its first token is read, and none within.
+    cuts = range(local % size or size, len(ids), size) if local else ()
+    nll, before, last = [], 0, None
+    for stop in (*cuts, len(ids)):
+        piece = torch.tensor([list(ids[before:stop])], device=model.device)
+        output = model(piece, labels=piece, past_key_values=cache, logits_to_keep=1)
+        if last is not None:
+            nll.append(nn.functional.cross_entropy(last, piece[0, :1], reduction="none"))
+        nll.append(output.nll[0].float())
+        before, last = stop, output.logits[0].float()
+    return torch.cat(nll).cpu()
 
 
 @torch.no_grad()
@@ -123,18 +147,15 @@ def shuffled_losses(model: Any, ids: Sequence[int], other: Sequence[int], ratio:
         CapacityError: if the beacons do not fit the base model's positions.
     """
     start_time = time.perf_counter()
-    size = model.beacon_config.chunk_size
-    row, others = (torch.tensor([list(each)], device=model.device) for each in (ids, other))
-    nll, before = [], model.new_cache()
+    before = model.new_cache(ratio=ratio)
+    size, others = before.config.chunk_size, torch.tensor([list(other)], device=model.device)
+    nll = []
     for start in range(0, len(ids), size):
-        chunk = row[:, start : start + size + 1]  # the token after it closes the chunk
-        output = model(
-            chunk, labels=chunk, past_key_values=before.fork(), beacon_ratio=ratio, logits_to_keep=1, use_cache=True
-        )
-        cache = output.past_key_values
-        nll += [HOLE, output.nll[0, : size - 1].float().cpu()]
+        cache = before.fork()
+        more = 0 if before.config.local_tokens else 1  # the token after it closes the chunk
+        nll += [HOLE, _beacon_nll(model, cache, ids[start : start + size + more])[: size - 1]]
         if start + size < len(ids):
-            model(others[:, start : start + size], past_key_values=before, beacon_ratio=ratio, logits_to_keep=1)
+            model(others[:, start : start + size], past_key_values=before, logits_to_keep=1)
     return Losses(torch.cat(nll[1:]), cache.cache_length, cache.cache_bytes, time.perf_counter() - start_time)
 
 
@@ -221,7 +242,7 @@ def measure(
     Args:
         model: with beacons attached.
         ids: the text.
-        method: "full", "alone", "recent", "beacons", or "shuffled" (beacons of `other`).
+        method: "full", "alone", "recent", "beacons", "shuffled" (beacons of `other`), or a key of `LOCAL_TOKENS`.
         ratio: of the beacons, and of those that "recent" is as large as.
         prefix: see `alone_losses`.
         other: see `shuffled_losses`.
@@ -236,13 +257,14 @@ def measure(
         losses = alone_losses(model, ids, prefix=prefix)
     elif method == "recent" and isinstance(ratio, int):
         losses = recent_losses(model, ids, ratio, prefix=prefix)
-    elif method == "beacons" and ratio is not None:
-        losses = beacon_losses(model, ids, ratio)
+    elif (method == "beacons" or method in LOCAL_TOKENS) and ratio is not None:
+        losses = beacon_losses(model, ids, ratio, local_tokens=LOCAL_TOKENS.get(method))
     elif method == "shuffled" and ratio is not None:
         losses = shuffled_losses(model, ids, other, ratio)
     else:
         raise InputError(
-            f'method must be "full", "alone", or with a ratio "recent", "beacons" or "shuffled"; got {method!r}.'
+            f'method must be "full", "alone", or with a ratio "recent", "beacons", "shuffled" or some of '
+            f"{', '.join(LOCAL_TOKENS)}; got {method!r}."
         )
     return loss_record(losses, size)
 

@@ -28,6 +28,7 @@ from activation_beacon.rope import KeyMover
 # B batch · K kv heads · S cache entries · D head dim
 
 SINKS = 4  # first tokens that StreamingLLM keeps
+LOCAL_TOKENS = {f"beacons-local{number}": number for number in (64, 128, 256)}  # methods whose tails keep so many raw
 
 Read = Callable[[Any, list[int], int, Any], Context]
 
@@ -148,9 +149,9 @@ def _quantized(bits: int) -> Read:
     return read
 
 
-def _beacons(bits: int | None) -> Read:
+def _beacons(bits: int | None = None, local_tokens: int | None = None) -> Read:
     def read(model: Any, ids: list[int], _opening: int, ratio: Any) -> Context:
-        return BeaconContext.of(model, ids, ratio, bits=bits)
+        return BeaconContext.of(model, ids, ratio, bits=bits, local_tokens=local_tokens)
 
     return read
 
@@ -165,8 +166,12 @@ METHODS: dict[str, Method] = {
         Method("recent", "the text's last tokens", _recent, has_ratio=True),
         Method("head-tail", "the text's first and last tokens", _head_tail, has_ratio=True),
         Method("streaming-llm", "first tokens and a sliding window", _streaming, has_ratio=True),
-        Method("beacons", "beacons", _beacons(None), has_ratio=True),
-        Method("beacons-int8", "beacons in 8 bits", _beacons(8), has_ratio=True),
-        Method("beacons-int4", "beacons in 4 bits", _beacons(4), has_ratio=True),
+        Method("beacons", "beacons", _beacons(), has_ratio=True),
+        Method("beacons-int8", "beacons in 8 bits", _beacons(bits=8), has_ratio=True),
+        Method("beacons-int4", "beacons in 4 bits", _beacons(bits=4), has_ratio=True),
+        *(
+            Method(name, f"beacons, and {number} local tokens at least", _beacons(local_tokens=number), has_ratio=True)
+            for name, number in LOCAL_TOKENS.items()
+        ),
     )
 }

@@ -4,14 +4,14 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from activation_beacon.config import BeaconConfig
 from activation_beacon.data.sources import OnError
 from activation_beacon.errors import InputError
 from activation_beacon.evaluation import language_modelling
 from activation_beacon.evaluation.documents import Text, digests, prefix_ids, read_documents, texts, told_apart
-from activation_beacon.evaluation.methods import METHODS
+from activation_beacon.evaluation.methods import LOCAL_TOKENS, METHODS
 from activation_beacon.evaluation.multi_turn import multi_turn_samples
 from activation_beacon.evaluation.needles import KINDS, SCORE, needle_samples
 from activation_beacon.evaluation.packed_qa import packed_samples, read_passages
@@ -73,7 +73,14 @@ class LanguageModelling:
 
     name = "lm"
     quality = "nats"
-    methods = {"full": False, "alone": False, "recent": True, "beacons": True, SHUFFLED: True}  # noqa: RUF012 - a constant
+    methods: ClassVar[Mapping[str, bool]] = {
+        "full": False,
+        "alone": False,
+        "recent": True,
+        "beacons": True,
+        SHUFFLED: True,
+        **dict.fromkeys(LOCAL_TOKENS, True),
+    }
 
     def __init__(
         self,

@@ -80,7 +80,7 @@ class Reading:
         self.num_new = len(ids)
         self.ids = [*cache.token_ids[0].tolist(), *ids]
         pieces = cut(cache.config, cache.policy, model.max_positions, cache.rows[0], len(ids))
-        self.cache = model.new_cache() if pieces.restart else cache
+        self.cache = cache.emptied() if pieces.restart else cache
         self.cache.policy = pieces.policy
         self.stops = pieces.stops
         self.num_done = 0
