@@ -226,6 +226,27 @@ def test_processes_that_begin_together_build_once_whichever_comes_first(monkeypa
     assert kept() == [default_base_folder().name]
 
 
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), OSError(37, "No locks"), NotImplementedError()]
+)
+def test_where_there_can_be_no_lock_it_is_built_without(monkeypatch, pip, conversion, error):
+    def refuse(self, *args, **options):
+        raise error
+
+    monkeypatch.setattr(building.FileLock, "acquire", refuse)
+    assert prepare_default_base() == default_base_folder()
+    assert kept() == [default_base_folder().name]
+
+
+def test_a_lock_that_is_never_given_back_is_waited_for_and_left(monkeypatch, pip, conversion, caplog):
+    monkeypatch.setattr(building, "PATIENCE_S", 0.05)
+    default_base_folder().parent.mkdir(parents=True)
+    with building.FileLock(default_base_folder().parent / building.LOCK_NAME), caplog.at_level(logging.INFO):
+        assert prepare_default_base() == default_base_folder()
+    assert "another process prepares the default model; waiting for it" in caplog.text
+    assert "going on without a lock" in caplog.text
+
+
 def test_a_process_that_was_overtaken_uses_the_other_ones_folder(monkeypatch, pip, conversion):
     folder = default_base_folder()
 

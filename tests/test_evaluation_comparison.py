@@ -140,6 +140,13 @@ def test_a_base_read_in_half_precision_is_the_same_base(tmp_path):
     assert Paragraph("**Not the adapter alone**: the folders differ in dtype too.") in blocks_of(found)
 
 
+@pytest.mark.parametrize(("number", "is_told"), [(0, False), (64, True)])
+def test_local_tokens_are_named_too(tmp_path, number, is_told):
+    found = compare([folder_of(tmp_path / "a", SCORES), folder_of(tmp_path / "b", SCORES, local_tokens=number)])
+    told = Paragraph("**Not the adapter alone**: the folders differ in local tokens too.") in blocks_of(found)
+    assert told == is_told
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 

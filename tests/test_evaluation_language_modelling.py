@@ -8,12 +8,16 @@ import torch
 from torch import nn
 
 from activation_beacon import BeaconConfig
-from activation_beacon.errors import CapacityError, InputError
+from activation_beacon.errors import CapacityError, InputError, RatioError
 from activation_beacon.evaluation import language_modelling as lm
 from families import random_ids, tiny, with_beacons
 
 CHUNK = 16
 CONFIG = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8))
+TOO_FEW = (
+    "ratio names 2 chunks, but the text of 90 tokens closes 5. Give one ratio for each chunk of the whole text, "
+    "or one int for all."
+)
 LENGTHS = (3 * CHUNK, 3 * CHUNK + 5, 2 * CHUNK + 1)
 
 
@@ -211,6 +215,16 @@ def test_evaluate_leaves_the_mode_as_it_was(model):
                 'method must be "full", "alone", or with a ratio "recent", "beacons", "shuffled" or some of '
                 f"{', '.join(lm.LOCAL_TOKENS)}; got 'beacons'."
             ),
+        ),
+        (
+            lambda model: lm.measure(model, text(90), "beacons", ratio=(2, 4)),
+            RatioError,
+            TOO_FEW,
+        ),
+        (
+            lambda model: lm.measure(model, text(90), "shuffled", ratio=(2, 4), other=text(90)),
+            RatioError,
+            TOO_FEW,
         ),
         (
             lambda model: lm.measure(model, text(1200), "beacons", ratio=2),

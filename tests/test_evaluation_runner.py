@@ -228,7 +228,7 @@ def test_one_context_cannot_be_shuffled():
     [
         (
             Plan(("best",), (2,), (96,)),
-            "The task lm has no method 'best'. Use some of full, alone, recent, beacons, shuffled.",
+            f"The task lm has no method 'best'. Use some of {', '.join(LanguageModelling.methods)}.",
         ),
         (
             Plan(("full",), (2,), (96, 10**5)),
@@ -268,6 +268,13 @@ def test_a_length_that_has_no_room_is_refused_with_one_that_has_for_all_samples(
         asked = sum(len(byte_prompt().question(each.text)) + each.max_new_tokens for each in sample.questions)
         assert sample.context
         assert len(byte_prompt().opening(sample.context)) + asked <= least
+
+
+def test_a_folder_that_does_not_say_has_no_local_tokens(tmp_path):
+    Results(tmp_path, MODEL)
+    Results(tmp_path, {**MODEL, "local_tokens": 0})
+    with pytest.raises(MismatchError, match=r"\(local_tokens 0, this one has 8\)"):
+        Results(tmp_path, {**MODEL, "local_tokens": 8})
 
 
 def test_results_of_another_model_are_not_mixed_in(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -661,7 +662,10 @@ def test_contexts_of_other_local_tokens_are_answered_side_by_side_but_not_stacke
         (2.5, "local_tokens must be an int of at least 0; got 2.5."),
         (
             500,
-            "A chunk of 16 tokens with its beacons at ratio 16, 500 local tokens takes 517 positions; the base model has 512.",
+            (
+                "A chunk of 16 tokens with its beacons at ratio 16, 500 local tokens takes 517 positions; the base model has "
+                "512. Use fewer local tokens."
+            ),
         ),
     ],
 )
@@ -670,8 +674,17 @@ def test_local_tokens_that_cannot_be_are_refused_and_the_model_keeps_its_own(num
     for change in (lambda: setattr(model, "local_tokens", number), lambda: model.new_cache(local_tokens=number)):
         with pytest.raises(ConfigError) as caught:
             change()
-        assert str(caught.value).startswith(message)
+        assert str(caught.value) == message
         assert model.local_tokens == 0
+    with pytest.raises(ConfigError, match=r"^local_tokens must be an int of at least 0; got None\.$"):
+        model.local_tokens = None
+
+
+def test_the_number_of_local_tokens_is_saved_with_the_adapter(tmp_path):
+    model = with_beacons("llama", CONFIG)
+    model.local_tokens = 7
+    model.save_pretrained(tmp_path)
+    assert BeaconConfig.from_dict(json.loads((tmp_path / "beacon_config.json").read_text())).local_tokens == 7
 
 
 @torch.no_grad()

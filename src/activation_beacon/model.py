@@ -99,8 +99,8 @@ class BeaconModel(BeaconGeneration):
     def local_tokens(self) -> int:
         """Raw tokens that tails of new contexts keep at least when a chunk is closed; the adapter's unless set (0 in the paper).
 
-        They hold the wording right before a text's next token, which beacons blur. `beacon_config` follows; a context keeps the
-        number that it began with.
+        They hold the wording right before a text's next token, which beacons blur. `beacon_config` follows, and with it what
+        `save_pretrained` writes; a context keeps the number that it began with.
 
         Raises:
             ConfigError: where it is set to a number that is no number of tokens, or that the base has not the positions for.
@@ -111,10 +111,8 @@ class BeaconModel(BeaconGeneration):
     def local_tokens(self, number: int) -> None:
         self._beacon.config = self._config_with(number)
 
-    def _config_with(self, local_tokens: int | None) -> BeaconConfig:
-        """The adapter's settings, with another number of local tokens where one is given."""
-        if local_tokens is None:
-            return self._beacon.config
+    def _config_with(self, local_tokens: int) -> BeaconConfig:
+        """The adapter's settings with another number of local tokens."""
         config = dataclasses.replace(self._beacon.config, local_tokens=local_tokens)
         check_chunk_fits(config, self._beacon.site)
         return config
@@ -243,7 +241,7 @@ class BeaconModel(BeaconGeneration):
             local_tokens: by default the model's.
         """
         return BeaconCache(
-            self._config_with(local_tokens),
+            self._beacon.config if local_tokens is None else self._config_with(local_tokens),
             num_layers=len(self._beacon.site.layers),
             batch_size=batch_size,
             policy=self._beacon.policy if ratio is None else self.ratio_policy(ratio),

@@ -345,6 +345,7 @@ def _setting(name: str, model: Any) -> dict[str, Any]:
     return {
         "model": name,
         "chunk_size": model.beacon_config.chunk_size,
+        "local_tokens": model.beacon_config.local_tokens,
         "placement": model.beacon_config.placement,
         "anchored": model.beacon_config.anchored,
         "cuda_graphs": model.cuda_graphs,

@@ -51,6 +51,11 @@ def chat(
     Ctrl-D ends. Lines may also come through a pipe.
     """
     context = None if file is None else read_context(file)
+    if context is not None and local_tokens is not None:
+        raise InputError(
+            f"--local-tokens is for a chat without a file: the context in {file} keeps its own number "
+            f"({context.config.local_tokens}). Leave it out, or give it to beacon compress."
+        )
     loaded = load_model(model, base=base, device=device, dtype=dtype, local_tokens=local_tokens)
     from activation_beacon.conversation import Conversation
 

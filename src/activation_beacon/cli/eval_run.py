@@ -149,6 +149,7 @@ def model_facts(loaded: Loaded) -> dict[str, Any]:
         "adapter_fingerprint": model.adapter_fingerprint,
         "dtype": str(model.dtype).removeprefix("torch."),
         "chunk_size": config.chunk_size,
+        "local_tokens": config.local_tokens,
         "is_trained": config.is_trained,
     }
 

@@ -12,10 +12,10 @@ from typing import Any
 from activation_beacon.config import is_same_fingerprint, short_fingerprint
 from activation_beacon.errors import InputError, MismatchError
 from activation_beacon.evaluation.metrics import Estimate, mean, mean_difference
-from activation_beacon.evaluation.results import CONTENTS, Results, first_difference
+from activation_beacon.evaluation.results import CONTENTS, UNTOLD, Results, first_difference
 from activation_beacon.evaluation.summary import Record, Way, lengths_of, paired, select, ways_of
 
-CONFOUNDERS = ("dtype", "chunk_size")  # that a difference may come of, besides the adapter
+CONFOUNDERS = ("dtype", "chunk_size", "local_tokens")  # that a difference may come of, besides the adapter
 
 Owners = tuple[int, ...]  # places of folders in the order given
 
@@ -58,7 +58,11 @@ class Comparison:
     @property
     def confounders(self) -> list[str]:
         """Facts besides the adapter in which the folders differ."""
-        return [name for name in CONFOUNDERS if len({str(each.model.get(name)) for each in self.folders}) > 1]
+        return [
+            name
+            for name in CONFOUNDERS
+            if len({str(each.model.get(name, UNTOLD.get(name))) for each in self.folders}) > 1
+        ]
 
     def unshared_text(self) -> str:
         """One line that names what is left out; nothing where nothing is."""

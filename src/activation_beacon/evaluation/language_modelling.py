@@ -18,7 +18,7 @@ from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import InputError
 from activation_beacon.evaluation.methods import LOCAL_TOKENS
 from activation_beacon.evaluation.metrics import Estimate, gap_closed, mean
-from activation_beacon.plan import Ratio, entries_held
+from activation_beacon.plan import Ratio, TextPlanner, entries_held
 
 # T tokens of a text · w chunk size · V vocabulary
 
@@ -109,12 +109,20 @@ def beacon_losses(model: Any, ids: Sequence[int], ratio: Ratio, *, local_tokens:
             before the chunk in front of them is closed.
 
     Raises:
+        RatioError: if a list of ratios names fewer than the text has chunks.
         CapacityError: if the beacons do not fit the base model's positions.
     """
     start = time.perf_counter()
-    cache = model.new_cache(ratio=ratio, local_tokens=local_tokens)
+    cache = _new_cache(model, ids, ratio, local_tokens)
     nll = _beacon_nll(model, cache, ids)
     return Losses(nll, cache.cache_length, cache.cache_bytes, time.perf_counter() - start)
+
+
+def _new_cache(model: Any, ids: Sequence[int], ratio: Ratio, local_tokens: int | None = None) -> BeaconCache:
+    """An empty one for a text that is read in several calls: a list of ratios has to be long enough for all of it."""
+    cache: BeaconCache = model.new_cache(ratio=ratio, local_tokens=local_tokens)
+    TextPlanner(cache.config, cache.policy, model.max_positions).check_names_every_chunk(len(ids))
+    return cache
 
 
 def _beacon_nll(model: Any, cache: BeaconCache, ids: Sequence[int]) -> torch.Tensor:
@@ -147,7 +155,7 @@ def shuffled_losses(model: Any, ids: Sequence[int], other: Sequence[int], ratio:
         CapacityError: if the beacons do not fit the base model's positions.
     """
     start_time = time.perf_counter()
-    before = model.new_cache(ratio=ratio)
+    before = _new_cache(model, ids, ratio)
     size, others = before.config.chunk_size, torch.tensor([list(other)], device=model.device)
     nll = []
     for start in range(0, len(ids), size):

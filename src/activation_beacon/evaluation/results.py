@@ -18,6 +18,7 @@ from activation_beacon.json_lines import append_lines, lines_from, read_lines
 RESULTS, HARNESS, RUN = "results.jsonl", "harness.jsonl", "run.json"
 CONTENTS = "sha256"  # the setting that tells files of one name apart
 PART = "results-{}.jsonl"  # what a process that is not the first has finished
+UNTOLD = {"local_tokens": 0}  # what is so of a model where run.json does not say
 FORMAT_VERSION = 1
 
 
@@ -196,10 +197,11 @@ class Results:
             self.run["model"] = model
             self._write_run()
         for name, ours in model.items():
-            if self.run["model"].get(name) != ours:
+            theirs = self.run["model"].get(name, UNTOLD.get(name))
+            if theirs != ours:
                 raise MismatchError(
-                    f"{self.folder} holds results of another model ({name} {self.run['model'].get(name)}, this one has "
-                    f"{ours}). Choose another folder."
+                    f"{self.folder} holds results of another model ({name} {theirs}, this one has {ours}). "
+                    "Choose another folder."
                 )
 
     def _read_run(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from activation_beacon.errors import CapacityError, InputError
+from activation_beacon.errors import CapacityError, ConfigError, InputError
 from activation_beacon.evaluation.language_modelling import evaluating
 from activation_beacon.evaluation.peers import PEERS, Peers, peer_records
 from activation_beacon.evaluation.results import Key, Results
@@ -120,7 +120,7 @@ def _run(
 ) -> dict[str, Any]:
     try:
         return task.run(model, samples, index, method, ratio)
-    except CapacityError as error:
+    except (CapacityError, ConfigError) as error:  # the latter where not even a method's local tokens fit
         return {"refused": str(error)}
 
 
