@@ -230,6 +230,51 @@ def test_broken_questions_and_those_that_do_not_fit_are_counted_or_stop_the_run(
     assert "questions.jsonl, line 2: the line is not JSON" in stopped.stderr
 
 
+def chats_file(folder: Path) -> str:
+    said = "The lion spoke to the moon. " * 4
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{number}. {said * size}"},
+                {"role": "assistant", "content": "Why?"},
+            ]
+        }
+        for number, size in enumerate((0, 1, 1, 9))
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"text": "no chat"}]))
+    return "chats.jsonl"
+
+
+@pytest.mark.parametrize("has_texts", [True, False])
+def test_conversations_are_trained_on_after_texts_or_alone(files, tmp_path, has_texts):
+    texts = arguments(files) if has_texts else arguments(files)[1:]
+    flags = [*texts, "--chats", chats_file(tmp_path), "--steps", "2", "--length", "320", "-o", "run"]
+    result = run(*flags, cwd=tmp_path)
+    assert result.exit_code == 0, result.output
+    assert (
+        "Conversations: 4 with 4 answers. 4 records read, 1 skipped: 1 no conversation (chats.jsonl, line 5)."
+        in result.stderr
+    )
+    assert "Conversations: 2 are read, 1 are longer than 320 tokens, 1 are no longer than a chunk." in result.stderr
+    stages = json.loads((tmp_path / "run" / "recipe.json").read_text())["stages"]
+    mixes = [(stage["documents"], stage["chats"], stage["questions"]) for stage in stages]
+    assert mixes == ([(1.0, 0.0, 0.0), (0.2, 0.8, 0.0)] if has_texts else [(0.0, 1.0, 0.0)])
+    [*_, last] = checkpoints(tmp_path / "run" / "checkpoints")
+    digests = json.loads((last / "state.json").read_text())["digests"]
+    assert digests.keys() == ({"documents", "chats"} if has_texts else {"chats"})
+    again = run("-o", "run", "--resume", cwd=tmp_path)
+    assert again.exit_code == 0, again.output
+
+
+def test_questions_and_conversations_share_the_second_stage(files, tmp_path):
+    asked = ["--questions", str(files / "questions.jsonl"), "--chats", chats_file(tmp_path)]
+    result = run(*arguments(files), *asked, "--steps", "1", "--length", "320", "-o", "run", cwd=tmp_path)
+    assert result.exit_code == 0, result.output
+    _, stage = json.loads((tmp_path / "run" / "recipe.json").read_text())["stages"]
+    shares = {name: stage[name] for name in ("documents", "questions", "chats", "needles", "reconstruction")}
+    assert shares == {"documents": 0.2, "questions": 0.3, "chats": 0.3, "needles": 0.1, "reconstruction": 0.1}
+
+
 def test_a_broken_record_is_skipped_and_counted_or_stops_the_run(files, tmp_path):
     broken = [str(files / "broken.jsonl"), *arguments(files)[1:], "--steps", "1"]
     result = run(*broken, "-o", "run", cwd=tmp_path)
@@ -594,7 +639,7 @@ BAD = [
     (["{files}/texts.jsonl", "-o", "run", "--set", "decay"], "--set decay is no NAME=VALUE. Write text_field=body, or stage."),
     (["{files}/texts.jsonl", "-o", "run", "--set", "stages.decay=1"], "--set stages.decay=1 is no NAME=VALUE."),
     (["{files}/texts.jsonl", "-o", "run", "--set", "exclude=[a"], "--set exclude=[a: the value is not valid YAML"),
-    (["{files}/texts.jsonl", "-o", "run", "--set", "stage.decoy=1"], "Stage 1 names decoy, which is not known. Known: batch_size"),
+    (["{files}/texts.jsonl", "-o", "run", "--set", "stage.decoy=1"], "Stage 1 names decoy, which is not known. Known: "),
     (["{files}/texts.jsonl", "-o", "run", "--set", "stage.decay=often"], "decay must be a number of at least 0; got 'often'."),
     (["{files}/texts.jsonl", "-o", "run", "--ratios", "2,x"], "--ratios must be ints such as 2,8,32; got '2,x'."),
     (["{files}/texts.jsonl", "-o", "run", "--chunk-size", "1000"], "chunk_size (1000) must be divisible by every ratio"),

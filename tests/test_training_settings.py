@@ -76,7 +76,10 @@ BAD_STAGES = [
     ({"chunk_size": 1}, "chunk_size must be an int of at least 2; got 1."),
     ({"learning_rate": 0}, "learning_rate must be a number of more than 0; got 0."),
     ({"learning_rate": "1e-3"}, "learning_rate must be a number of more than 0; got '1e-3'."),
-    ({"documents": 0.0}, "documents, questions, needles and reconstruction are all 0: no text is left. Raise one."),
+    (
+        {"documents": 0.0},
+        "documents, questions, needles, reconstruction and chats are all 0: no text is left. Raise one.",
+    ),
     ({"needles": -1}, "needles must be a number of at least 0; got -1."),
     (
         {"needle_kinds": ("word", "pin")},
@@ -103,7 +106,7 @@ BAD_RUNS = [
     ({"stages": []}, "stages is empty. Name at least one."),
     ({"stages": 3}, "stages must be a list; got 3."),
     ({"stages": [3]}, "Stage 1 must hold names and values; got 3."),
-    ({"stages": [{"step": 3}]}, "Stage 1 names step, which is not known. Known: batch_size, chunk_size,"),
+    ({"stages": [{"step": 3}]}, "Stage 1 names step, which is not known. Known: batch_size, chats, chunk_size,"),
     ({"config": {"chunk": 3}}, "config names chunk, which is not known. Known: anchored, chunk_size,"),
     ({"adapter": 3}, "adapter must be a name, or a list of names; got 3."),
     ({"adapter": ["a", 3]}, "adapter must be a name, or a list of names; got ['a', 3]."),
@@ -123,6 +126,7 @@ BAD_RUNS = [
     ),
     ({"stages": [{"length": 1024}]}, "Stage 1: length (1024) must exceed chunk_size (1024): beacons learn from"),
     ({"stages": [{"questions": 0.5}]}, "Stage 1: questions (0.5) needs questions, and none are named."),
+    ({"stages": [{"chats": 0.5}]}, "Stage 1: chats (0.5) needs chats, and none are named."),
     ({"documents": []}, "Stage 1: documents (1.0) needs documents, and none are named."),
 ]
 

@@ -39,6 +39,10 @@ class ChatPrompt:
     def _render(self, messages: list[dict[str, str]]) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
+    def holds(self, system: str) -> bool:
+        """Whether a system message stands in what opens a conversation."""
+        return system in self._before
+
     def opening(self, document: str) -> list[int]:
         """Ids of the message as far as the document goes: what is compressed."""
         return self._ids(self._before + document, special=not self.has_template)

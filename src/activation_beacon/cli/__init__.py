@@ -104,6 +104,7 @@ for command, lines in (
         train.train,
         (
             "beacon train my-texts/ -o my-run --base my/decoder --max-minutes 60",
+            "beacon train my-texts/ --chats my-chats.jsonl --adapter default -o my-run",
             "beacon train recipes/default-gpu.yaml -o my-run",
             "beacon train -o my-run --resume",
             "torchrun --nproc-per-node 8 -m activation_beacon train recipes/7b-8-gpus.yaml -o my-run",

@@ -54,6 +54,14 @@ def train(
             "--questions", metavar="SOURCE", help="Questions with contexts, for a second stage; may be repeated."
         ),
     ] = None,
+    chats: Annotated[
+        Sources,
+        typer.Option(
+            "--chats",
+            metavar="SOURCE",
+            help="Conversations (messages, ShareGPT, Alpaca, ...), for a second stage; may be repeated.",
+        ),
+    ] = None,
     dev: Annotated[
         Sources, typer.Option("--dev", metavar="SOURCE", help="Held-out texts to measure on; may be repeated.")
     ] = None,
@@ -188,15 +196,15 @@ def train(
     Beacons learn to stand for the text before them; the base model stays as it is.
 
     A recipe says everything in one file (see recipes/), and options override what it says for all of its stages. Without
-    a recipe, one stage on the given texts; with --questions, a second one on packed questions. A run that goes on from
-    an adapter takes its base and its settings from it, where nothing else is said. Defaults below are those of a run
-    with neither: its beacons are of the default adapter's kind.
+    a recipe, one stage on the given texts; with --questions or --chats, a second one on packed questions, conversations,
+    or both. A run that goes on from an adapter takes its base and its settings from it, where nothing else is said.
+    Defaults below are those of a run with neither: its beacons are of the default adapter's kind.
 
     The run's folder gets checkpoints, metrics.jsonl, and the adapter. Ctrl-C, SIGTERM and --max-minutes save and end it;
     --resume goes on to the same weights as an unbroken run.
     """
     flags = {
-        "base": base, "adapter": adapter, "questions": questions, "dev": dev, "dev_questions": dev_questions,
+        "base": base, "adapter": adapter, "questions": questions, "chats": chats, "dev": dev, "dev_questions": dev_questions,
         "max_tokens": max_tokens, "lora_rank": lora_rank,
         "optimizer": optimizer, "gradient_checkpointing": gradient_checkpointing, "wrapper": wrapper,
         "on_error": on_error, "report_to": report_to, "save_every": save_every, "seed": seed,
@@ -320,9 +328,7 @@ def _settings(
         stages = [{**each, **stage} for each in values.get("stages") or [{}]]
     else:
         values = {"documents": sources}
-        stages = [stage]
-        if "questions" in flags:
-            stages.append({**stage, "documents": 0.2, "questions": 0.6, "needles": 0.1, "reconstruction": 0.1})
+        stages = [{**stage, **shares} for shares in _mixes(sources, flags)]
     config = _of_kind(config, is_paper=paper, is_default=recipe is None and "adapter" not in flags)
     values = {**values, **flags, "stages": stages, "config": {**(values.get("config") or {}), **config}}
     if names := adapter_names(values.get("adapter")):
@@ -330,6 +336,18 @@ def _settings(
     if not values.get("output"):
         raise ConfigError("The run needs a folder for what comes of it. Add --output FOLDER.")
     return TrainingSettings.from_dict(values)
+
+
+def _mixes(sources: list[str], flags: dict[str, Any]) -> list[dict[str, float]]:
+    """What the stages of a run without a recipe read: texts, then questions and conversations, with some texts among them."""
+    asked = [name for name in ("questions", "chats") if name in flags]
+    if not sources:
+        return [{"documents": 0.0, **dict.fromkeys(asked, 1.0)}]
+    if not asked:
+        return [{}]
+    beside = {"needles": 0.1, "reconstruction": 0.1} if "questions" in asked else {}
+    share = round((0.8 - sum(beside.values())) / len(asked), 2)
+    return [{}, {"documents": 0.2, **dict.fromkeys(asked, share), **beside}]
 
 
 def _recipe(sources: list[str], flags: dict[str, Any], *, resume: bool) -> str | None:
@@ -340,7 +358,7 @@ def _recipe(sources: list[str], flags: dict[str, Any], *, resume: bool) -> str |
     """
     if len(sources) == 1 and (sources[0].endswith(RECIPE_SUFFIXES) or Path(sources[0]).name == RECIPE_OF_RUN):
         return sources[0]
-    if sources:
+    if sources or (flags.keys() & {"questions", "chats"} and not resume):
         return None
     way_out = "Name texts, or a recipe such as recipes/default-cpu.yaml."
     if not (resume and flags.get("output")):

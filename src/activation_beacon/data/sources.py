@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from activation_beacon.data.chat_shapes import flat_chat
 from activation_beacon.data.data_files import (
     FORMATS,
     RECORD_FORMATS,
@@ -108,6 +109,15 @@ class Question:
     question: str
     answer: str
     answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation: a system message ("" for none), then questions with their answers."""
+
+    id: str
+    system: str
+    turns: tuple[tuple[str, str], ...]
 
 
 class _Intake:
@@ -223,6 +233,29 @@ def questions(
             continue
         intake.report.records += 1
         yield question
+
+
+def chats(
+    sources: Source | Sequence[Source],
+    *,
+    exclude: Collection[str] = (),
+    on_error: OnError = "skip",
+    report: ReadReport | None = None,
+) -> Iterator[Chat]:
+    """Read conversations, in the shapes that `chat_shapes` knows.
+
+    Raises:
+        As `read_records`; a conversation in which nothing is answered, or not all is text, is a bad record.
+    """
+    intake = _Intake(on_error, report)
+    for record in _wanted(_all_records(sources, intake, "text", RECORD_FORMATS), exclude, intake):
+        try:
+            system, turns = flat_chat(record.fields)
+        except BadRecord as bad:
+            intake.refuse(record.place, bad)
+            continue
+        intake.report.records += 1
+        yield Chat(record.name, system, tuple(turns))
 
 
 # --- documents ---------------------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 
 from activation_beacon.errors import InputError
-from activation_beacon.prompts import ChatPrompt
+from activation_beacon.prompts import GAP, ChatPrompt
 from activation_beacon.training.sampling import Sample
 
+MOST_PROMPTS = 1024
 AT_A_TIME = 256  # a tokenizer holds a hundred bytes for each token that it hands out
 
 
@@ -40,6 +42,7 @@ class Conversations:
             raise InputError("The tokenizer has no eos_token, so that no answer could end. Set tokenizer.eos_token.")
         self.end: int = end
         self.overhead = len(self.prompt.opening("")) + len(self.prompt.question("")) + 1
+        self._prompts: dict[str, ChatPrompt] = {}  # by their system messages
         self.turn_overhead = len(self.prompt.follow_up("")) + 1
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
@@ -52,11 +55,40 @@ class Conversations:
         return self._ids([text])[0]
 
     def sample(self, document: str, turns: Sequence[Turn]) -> Sample:
-        """One conversation; every answer and the token that ends it are targets."""
-        ids = self.prompt.opening(document)
+        """One conversation on a document; every answer and the token that ends it are targets."""
+        return self._written(self.prompt.opening(document) + self.prompt.question(turns[0].question), turns)
+
+    def chat(self, system: str, turns: Sequence[Turn]) -> Sample:
+        """One conversation on nothing but what is said in it; every answer and the token that ends it are targets.
+
+        Args:
+            system: a system message; it opens the first question where the chat template has no place for one. "" for none.
+            turns: one at least.
+        """
+        prompt, first = self._prompt_with(system), turns[0].question
+        if system and prompt is self.prompt:
+            first = f"{system}{GAP}{first}"
+        return self._written(prompt.message(first), turns)
+
+    def _prompt_with(self, system: str) -> ChatPrompt:
+        """Prompts with a system message; those without where the template has no place for it."""
+        if not (system and self.prompt.has_template):
+            return self.prompt
+        if system not in self._prompts:
+            try:
+                made = ChatPrompt(self.tokenizer, system=system)
+            except (TemplateError, InputError):
+                made = self.prompt
+            if len(self._prompts) >= MOST_PROMPTS:
+                self._prompts.clear()
+            self._prompts[system] = made if made.holds(system) else self.prompt
+        return self._prompts[system]
+
+    def _written(self, ids: list[int], turns: Sequence[Turn]) -> Sample:
+        """A conversation from the ids of its first question on."""
         is_target = [False] * len(ids)
         for number, turn in enumerate(turns):
-            asking = self.prompt.follow_up(turn.question) if number else self.prompt.question(turn.question)
+            asking = self.prompt.follow_up(turn.question) if number else []
             if number and self._template_ends:
                 asking = asking[1:]  # the answer before has ended already
             answer = [*self.ids(turn.answer if self.prompt.has_template else f" {turn.answer}"), self.end]

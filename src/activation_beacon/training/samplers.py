@@ -1,7 +1,7 @@
 """What a run reads: its sources, read once, and for each stage a sampler of the mix that it is given."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from activation_beacon.training.settings import Stage, TrainingSettings
 from activation_beacon.training.token_store import BuildProgress, TokenStore, build_token_store
 
 if TYPE_CHECKING:
+    from activation_beacon.data.sources import Chat
     from activation_beacon.training.questions import QuestionGroup
 
 Tell = Callable[[str], None]
@@ -28,12 +29,13 @@ DEV = ("dev", "dev_answers")  # what is measured on the way: texts, and answers 
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads: tokens of its documents and dev texts, None where there are none, and questions on contexts."""
+    """What a run reads: tokens of its documents and dev texts, None where there are none, questions on contexts, conversations."""
 
     documents: TokenStore | None
     dev: TokenStore | None
     questions: "list[QuestionGroup]"
     dev_questions: "list[QuestionGroup]"
+    chats: "list[Chat]" = field(default_factory=list)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -43,6 +45,10 @@ class RunData:
             from activation_beacon.training.questions import digest_of
 
             found["questions"] = digest_of(self.questions)
+        if self.chats:
+            from activation_beacon.training import chats
+
+            found["chats"] = chats.digest_of(self.chats)
         return found
 
 
@@ -59,7 +65,8 @@ def check_sources(settings: TrainingSettings, tell: Tell) -> None:
         InputError: if no dev text can be long enough.
     """
     texts, questions = (*settings.documents, *settings.dev), (*settings.questions, *settings.dev_questions)
-    named = [(source, FORMATS) for source in texts] + [(source, RECORD_FORMATS) for source in questions]
+    records = (*questions, *settings.chats)
+    named = [(source, FORMATS) for source in texts] + [(source, RECORD_FORMATS) for source in records]
     for source, formats in named:
         data_files(source, formats)
     for source, formats in dict.fromkeys(named):
@@ -105,7 +112,8 @@ def read_sources(settings: TrainingSettings, tokenizer: Any, folder: Path, group
         dev = _store(settings, "dev", tokenizer, folder, settings.length_of_dev_texts, tell)
     with group.first_before_others():
         documents = _store(settings, "documents", tokenizer, folder, LEAST_CHUNKS * smallest, tell)
-    return RunData(documents, dev, _groups(settings, "questions", tell), _groups(settings, "dev_questions", tell))
+    questions, dev_questions = (_groups(settings, name, tell) for name in ("questions", "dev_questions"))
+    return RunData(documents, dev, questions, dev_questions, _chats(settings, tell))
 
 
 def _store(
@@ -154,6 +162,18 @@ def _groups(settings: TrainingSettings, name: str, tell: Tell) -> "list[Question
     return groups
 
 
+def _chats(settings: TrainingSettings, tell: Tell) -> "list[Chat]":
+    if not settings.chats:
+        return []
+    from activation_beacon.data.sources import chats
+
+    report = ReadReport()
+    found = list(chats(settings.chats, on_error=settings.on_error, exclude=settings.exclude, report=report))
+    answers = sum(len(chat.turns) for chat in found)
+    tell(f"Conversations: {len(found):,} with {answers:,} answers. {report.summary()}")
+    return found
+
+
 def _title(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
@@ -182,6 +202,8 @@ def _stage_sampler(settings: TrainingSettings, number: int, data: RunData, token
 def _sampler(kind: str, stage: Stage, data: RunData, tokenizer: Any, sizes: dict[str, Any], tell: Tell) -> Sampler:
     if kind == "questions":
         return _packed(data.questions, "questions", tokenizer, sizes, tell)
+    if kind == "chats":
+        return _whole(data.chats, tokenizer, sizes, tell)
     assert data.documents is not None, "settings are checked: documents are named"
     if kind == "documents":
         return DocumentSampler(data.documents, **sizes)
@@ -200,6 +222,18 @@ def _packed(groups: "list[QuestionGroup]", name: str, tokenizer: Any, sizes: dic
         length = sizes["length"]
         tell(f"{_title(name)}: {packed.left_out:,} are left out: with their contexts they exceed {length:,} tokens.")
     return packed
+
+
+def _whole(chats: "list[Chat]", tokenizer: Any, sizes: dict[str, Any], tell: Tell) -> Sampler:
+    from activation_beacon.training.chats import Chats
+
+    made = Chats(chats, tokenizer, **sizes)
+    if made.num_longer or made.num_shorter:
+        tell(
+            f"Conversations: {len(made):,} are read, {made.num_longer:,} are longer than {sizes['length']:,} tokens, "
+            f"{made.num_shorter:,} are no longer than a chunk."
+        )
+    return made
 
 
 def dev_samplers(settings: TrainingSettings, data: RunData, tokenizer: Any, tell: Tell) -> dict[str, Sampler]:

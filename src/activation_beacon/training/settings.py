@@ -14,6 +14,7 @@ from activation_beacon.training.needle_words import KINDS
 
 Optimizer = Literal["adamw", "muon"]
 RatioDraw = Literal["chunk", "text"]
+SHARES = ("documents", "questions", "needles", "reconstruction", "chats")  # what a stage is a mix of
 Wrapper = Literal["ddp", "fsdp"]
 
 
@@ -29,6 +30,7 @@ class Stage:
         micro_batch_size: texts that one process reads at once.
         documents: share of texts that are cut from documents.
         questions: share of packed questions, with the loss on the answers only.
+        chats: share of whole conversations, likewise.
         needles: share of hidden needles, likewise.
         needle_kinds: kinds of needles, as `needles.make_needle` knows them; one that is named twice is drawn twice as often.
         reconstruction: share of texts of which a passage is to be repeated, likewise.
@@ -53,6 +55,7 @@ class Stage:
     needles: float = 0.0
     needle_kinds: tuple[str, ...] = KINDS
     reconstruction: float = 0.0
+    chats: float = 0.0
     cross_entropy: float = 1.0
     distillation: float = 0.0
     context_weight: float = 0.0
@@ -73,7 +76,7 @@ class Stage:
         for name in ("warmup", "decay", *self.shares):
             _check_number(name, getattr(self, name), least=0.0)
         if not sum(self.shares.values()) > 0:
-            raise ConfigError("documents, questions, needles and reconstruction are all 0: no text is left. Raise one.")
+            raise ConfigError(f"{', '.join(SHARES[:-1])} and {SHARES[-1]} are all 0: no text is left. Raise one.")
         if self.warmup + self.decay > 1:
             raise ConfigError(f"warmup ({self.warmup}) and decay ({self.decay}) must not exceed 1 together.")
         _check_choice("ratio_draw", self.ratio_draw, get_args(RatioDraw))
@@ -92,7 +95,7 @@ class Stage:
     @property
     def shares(self) -> dict[str, float]:
         """Share of each kind of texts."""
-        return {name: getattr(self, name) for name in ("documents", "questions", "needles", "reconstruction")}
+        return {name: getattr(self, name) for name in SHARES}
 
     def rate(self, progress: float) -> float:
         """Learning rate when `progress` (0 to 1) of the stage is done: up, level, down to a hundredth."""
@@ -115,6 +118,7 @@ class TrainingSettings:
         lora_rank: train the difference to the base's projections as a product of this rank; None trains it in full.
         documents: files, folders or hub data sets of long texts.
         questions: the same of questions with their contexts.
+        chats: the same of conversations.
         dev: texts nobody trains on, for the curves.
         dev_questions: questions nobody trains on, with their contexts: nats per token of their answers.
         exclude: ids of records to leave out.
@@ -148,6 +152,7 @@ class TrainingSettings:
     lora_rank: int | None = None
     documents: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
+    chats: tuple[str, ...] = ()
     dev: tuple[str, ...] = ()
     dev_questions: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -169,7 +174,7 @@ class TrainingSettings:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("documents", "questions", "dev", "dev_questions", "exclude"):
+        for name in ("documents", "questions", "chats", "dev", "dev_questions", "exclude"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -206,11 +211,9 @@ class TrainingSettings:
                 f"Stage {number}: length ({stage.length}) must exceed chunk_size ({chunk_size}): beacons learn from what "
                 "follows their chunk."
             )
-        needs = {"questions": self.questions, "documents": self.documents}
-        needs |= {"needles": self.documents, "reconstruction": self.documents}
         for kind, share in stage.shares.items():
-            if share and not needs[kind]:
-                source = "questions" if kind == "questions" else "documents"
+            source = kind if kind in ("questions", "chats") else "documents"
+            if share and not getattr(self, source):
                 raise ConfigError(f"Stage {number}: {kind} ({share}) needs {source}, and none are named.")
 
     @property
@@ -240,7 +243,7 @@ class TrainingSettings:
     def fingerprint(self) -> str:
         """Of all that decides what weights come out: a run is continued under the same one only."""
         values = {name: value for name, value in self.to_dict().items() if name not in NOT_DECISIVE}
-        for name in ("average_decay", "max_tokens"):
+        for name in ("average_decay", "max_tokens", "chats"):
             if not values[name]:
                 del values[name]  # runs from before there was one go on
         if not values["config"]["exact_ids"]:
@@ -248,6 +251,8 @@ class TrainingSettings:
         for stage in values["stages"]:
             if not stage["needles"]:
                 del stage["needle_kinds"]
+            if not stage["chats"]:
+                del stage["chats"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
