@@ -399,3 +399,18 @@ def test_a_ratio_has_one_colour_in_all_methods_and_others_have_others():
     assert shades["recent x8"] == shades["beacons x8"]
     assert shades["recent x16"] == shades["beacons x16"]
     assert len({shades[name] for name in names}) == 5
+
+
+def test_the_picture_of_positions_is_as_high_as_what_reads_the_text_and_tells_local_tokens_apart(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path, axes: drawn.extend(axes))
+    lines = {"full": [2.5, 2.4], "alone": [9.0, 3.0], "beacons x8": [3.5, 2.5], "beacons-local128 x8": [2.6, 2.5]}
+    panels = {"8,192 tokens": {name: [(1, 2, high), (2, 4, low)] for name, (high, low) in lines.items()}}
+    plots.draw_positions(tmp_path / "x.png", panels, y_label="nats per token")
+    low, high = drawn[0].get_ylim()
+    assert low < 2.4
+    assert 3.5 < high < 4
+    styles = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in drawn[0].lines}
+    assert len(set(styles.values())) == len(lines)
+    plots.draw_positions(tmp_path / "x.png", {"t": {"alone": [(1, 2, 9.0)]}}, y_label="nats per token")

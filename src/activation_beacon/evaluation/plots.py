@@ -30,7 +30,16 @@ COLOURS = {
 MARKERS = "osD^vPX"
 DODGE = 0.03  # by which methods at one x stand apart, as a share of it
 MORE_COLOURS = ("#882255", "#117733", "#999933", "#332288", "#AA4499", "#661100")
-DASHES = {"full": "-", "alone": "--", "shuffled": ":", "recent": "-."}
+DASHES: dict[str, Any] = {
+    "full": "-",
+    "alone": "--",
+    "shuffled": ":",
+    "recent": "-.",
+    "beacons-local64": (0, (6, 1)),
+    "beacons-local128": (0, (3, 1)),
+    "beacons-local256": (0, (1, 1)),
+}
+WITHOUT_CONTEXT = ("alone", "shuffled")  # they may leave a picture of positions: a chunk's beginning is hard for them
 WIDTH, HEIGHT, DPI = 4.2, 3.4, 130
 COLUMNS = 3  # panels beside one another
 
@@ -90,7 +99,10 @@ def draw_lines(
 def draw_positions(
     path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[int, int, float]]]], *, y_label: str
 ) -> None:
-    """Losses over the position within the chunk: for each title, the ranges and means of each way."""
+    """Losses over the position within the chunk: for each title, the ranges and means of each way.
+
+    The picture is as high as it takes for all but those that read without the text's own context.
+    """
     figure, axes = _figure(len(panels))
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
@@ -99,7 +111,17 @@ def draw_positions(
             shade = _shade(name, names)
             x = [low for low, _, _ in ranges]
             style = DASHES.get(method, "-")
-            axis.plot(x, [mean for _, _, mean in ranges], style, color=shade, label=name, marker="o", markersize=3)
+            y = [mean for _, _, mean in ranges]
+            axis.plot(x, y, linestyle=style, color=shade, label=name, marker="o", markersize=3)
+        seen = [
+            mean
+            for name, ranges in lines.items()
+            if name.split(" x")[0] not in WITHOUT_CONTEXT
+            for _, _, mean in ranges
+        ]
+        if seen:
+            margin = 0.1 * max(max(seen) - min(seen), 0.1)
+            axis.set_ylim(min(seen) - margin, max(seen) + margin)
         _log_x(axis, sorted({low for ranges in lines.values() for low, _, _ in ranges}))
         _label(axis, title, "position within the chunk (from)", y_label)
     _save(figure, path, axes)

@@ -331,7 +331,10 @@ def _positions(name: str, records: Sequence[Record], folder: Path) -> Picture:
         }
         panels[f"{length:,} tokens"] = {label: ranges for label, ranges in lines.items() if ranges}
     plots.draw_positions(folder / f"{name}-positions.png", panels, y_label=QUALITIES["nats"])
-    return Picture(f"{name}-positions.png", f"{name}: nats per token by position within the chunk")
+    return Picture(
+        f"{name}-positions.png",
+        f"{name}: nats per token by position within the chunk (chunks alone, or on another text, may lie above)",
+    )
 
 
 def _heat_maps(name: str, records: Sequence[Record], folder: Path) -> Picture:
