@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -331,6 +332,20 @@ def test_a_model_that_has_moved_is_recorded_anew(recordings):
     model.double().float()
     go_on(model, cache, 3)
     assert recordings.made == 2
+
+
+@torch.no_grad()
+def test_weights_that_have_moved_never_stand_where_those_of_the_recording_did(recordings):
+    model = graphed()
+    cache = model.compress(random_ids(CHUNK + 2), ratio=4)
+    for token in (5, 6):
+        step(model, cache, token)
+    memory = StorageWeakRef(model.get_input_embeddings().weight.untyped_storage())
+    model.double().float()
+    assert not memory.expired()
+    assert not cache.recorded.serves(model, cache)
+    step(model, cache, 7)
+    assert memory.expired()
 
 
 @torch.no_grad()

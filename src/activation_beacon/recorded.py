@@ -117,6 +117,8 @@ class RecordedStep:
             room.clear()
         self.padding = _padding(cache)
         self.weights = _weights(model)
+        # Kept, so that no other weights come to stand where these did: a model that has moved is known by their place.
+        self._embeddings = model.get_input_embeddings().weight.detach()
         device = cache.token_ids.device
         num_slots, size = cache.num_slots, self.rooms[0].num_slots
         with torch.inference_mode(False):  # where they are made there, they are written nowhere else
