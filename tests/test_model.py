@@ -1204,6 +1204,20 @@ def test_a_context_in_use_is_refused_after_training_token_by_token_too(change):
     other(token, past_key_values=context)
 
 
+@torch.no_grad()
+def test_a_context_without_beacons_is_refused_when_beacons_of_other_weights_would_be_made():
+    model = with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4, 8)))
+    token = torch.tensor([[5]])
+    context = model.compress(random_ids(14), ratio=4)
+    model(token, past_key_values=context)
+    changed_by_hand(model)
+    model(token, past_key_values=context)  # raw: the base's weights are what they were
+    before = context.rows
+    with pytest.raises(MismatchError, match="another adapter"):
+        model(token, past_key_values=context)
+    assert (context.rows, context.tokens_seen, context.ratios) == (before, 16, ())
+
+
 def test_a_change_of_any_beacon_weight_is_noted():
     model = with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4, 8), anchored=True))
     seen = {model._weights_now()}

@@ -74,7 +74,7 @@ class BeaconCache(Cache):
         self.token_ids = torch.zeros((batch_size, 0), dtype=torch.long, device=device)
         self.base_fingerprint = base_fingerprint
         self.adapter_fingerprint = adapter_fingerprint
-        self.checked_by: int | None = None
+        self.checked_by: int | str | None = None
         self.is_continued = False
         self.recorded: Any = None
         self.context_lengths = (0,) * batch_size
@@ -485,6 +485,11 @@ class BeaconCache(Cache):
             raise FileFormatError(f"ids must be within 0..{size - 1}; got {int(self.token_ids.max())}")
 
     # --- the forward's side ---
+
+    def stays_raw(self, num_new: int) -> bool:
+        """Whether no beacons are held, nor will be when so many tokens have been read: beacon weights do not matter then."""
+        longest = self.config.untouched_length - num_new
+        return all(not row.chunks and row.tokens_seen <= longest for row in self.rows)
 
     def emptied(self) -> "BeaconCache":
         """A cache of the same makers and settings that has read nothing."""

@@ -371,14 +371,17 @@ class BeaconModel(BeaconGeneration):
             self._opened(context, token[None], weights)
         return read_next(self, self._beacon.site, contexts, ids)
 
-    def _opened(self, cache: BeaconCache | None, input_ids: torch.Tensor, weights: int | None = None) -> BeaconCache:
+    def _opened(
+        self, cache: BeaconCache | None, input_ids: torch.Tensor, weights: int | str | None = None
+    ) -> BeaconCache:
         """The cache to read on, a new one where there is none; compared with the model's weights (`_weights_now`)."""
         if input_ids.dim() != 2 or input_ids.shape[0] == 0:
             raise InputError(f"input_ids must be (B, N) with at least one row; got {tuple(input_ids.shape)}.")
         if cache is None:
             cache = self.new_cache(input_ids.shape[0])
         else:
-            weights = self._weights_now() if weights is None else weights
+            if weights is None:
+                weights = self._beacon.token if cache.stays_raw(input_ids.shape[1]) else self._weights_now()
             if input_ids.shape[1] > 1 or cache.checked_by != weights:  # not again at every decode step
                 self.check_can_read_on(cache)
                 cache.follow([layer.device for layer in self._beacon.site.layers])
