@@ -172,6 +172,6 @@ def test_a_run_has_own_and_other_methods_in_one_table(model, peers, tmp_path):
 
 
 def test_every_method_has_a_place_in_tables():
-    from activation_beacon.evaluation.summary import RATIO_ORDER
+    from activation_beacon.evaluation.names import RATIO_ORDER
 
     assert RATIO_ORDER[-len(PEERS) :] == tuple(PEERS)

@@ -5,6 +5,8 @@ import math
 import random
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -414,3 +416,9 @@ def test_the_picture_of_positions_is_as_high_as_what_reads_the_text_and_tells_lo
     styles = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in drawn[0].lines}
     assert len(set(styles.values())) == len(lines)
     plots.draw_positions(tmp_path / "x.png", {"t": {"alone": [(1, 2, 9.0)]}}, y_label="nats per token")
+
+
+def test_records_are_summed_up_without_torch():
+    source = "import sys, activation_beacon.evaluation.summary\nprint('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert found.stdout == "False\n", found.stderr

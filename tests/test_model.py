@@ -639,6 +639,8 @@ def test_a_new_cache_of_more_local_tokens_is_the_bases_up_to_them():
     at_once = model(ids, past_key_values=model.new_cache(local_tokens=5))
     assert torch.equal(at_once.logits, base(ids).logits)
     assert at_once.past_key_values.ratios == ()
+    third = model(ids, past_key_values=model.new_cache(local_tokens=5), logits_to_keep=torch.tensor([3])).logits
+    assert torch.equal(third, base(ids, logits_to_keep=torch.tensor([3])).logits)
     ids, cache = ids[:, : CHUNK + 2], model.new_cache(local_tokens=5)
     answer = model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
     assert torch.equal(answer, base.generate(ids, max_new_tokens=3, do_sample=False))

@@ -105,6 +105,15 @@ def step(model, cache, tokens):
     return model(input_ids=torch.as_tensor(tokens).view(-1, 1), past_key_values=cache).logits
 
 
+def recorded_model():
+    """A model, and a context on which a step has been recorded."""
+    model = graphed()
+    cache = model.compress(random_ids(CHUNK + 2), ratio=4)
+    for token in (5, 6):
+        step(model, cache, token)
+    return model, cache
+
+
 def assert_same(ours, expected):
     assert ours.rows == expected.rows
     assert torch.equal(ours.token_ids, expected.token_ids)
@@ -325,10 +334,7 @@ def test_autocast_gradients_and_hidden_states_are_for_passes(recordings):
 
 @torch.no_grad()
 def test_a_model_that_has_moved_is_recorded_anew(recordings):
-    model = graphed()
-    cache = model.compress(random_ids(CHUNK + 2), ratio=4)
-    for token in (5, 6):
-        step(model, cache, token)
+    model, cache = recorded_model()
     model.double().float()
     go_on(model, cache, 3)
     assert recordings.made == 2
@@ -336,10 +342,7 @@ def test_a_model_that_has_moved_is_recorded_anew(recordings):
 
 @torch.no_grad()
 def test_weights_that_have_moved_never_stand_where_those_of_the_recording_did(recordings):
-    model = graphed()
-    cache = model.compress(random_ids(CHUNK + 2), ratio=4)
-    for token in (5, 6):
-        step(model, cache, token)
+    model, cache = recorded_model()
     memory = StorageWeakRef(model.get_input_embeddings().weight.untyped_storage())
     model.double().float()
     assert not memory.expired()

@@ -154,10 +154,8 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
         except Timeout:
             logger.info("another process prepares the default model; waiting for it")
             lock.acquire(timeout=PATIENCE_S)
-    except (
-        OSError,
-        NotImplementedError,
-    ) as error:  # somebody else's file, a file system without locks, or too long a wait
+    except (OSError, NotImplementedError) as error:
+        # It is somebody else's file, or on a file system without locks, or the wait was too long.
         logger.info("going on without a lock: %s", first_line(error))
     try:
         yield

@@ -20,9 +20,10 @@ from activation_beacon.evaluation.blocks import (
 from activation_beacon.evaluation.comparison import Comparison, Line, names_of
 from activation_beacon.evaluation.harness_tasks import HarnessResults
 from activation_beacon.evaluation.metrics import FEW, MIN_SAMPLES, Estimate
+from activation_beacon.evaluation.names import FULL
 from activation_beacon.evaluation.report import QUALITIES
 from activation_beacon.evaluation.results import Results
-from activation_beacon.evaluation.summary import FULL, dates_text
+from activation_beacon.evaluation.summary import dates_text
 from activation_beacon.files import reason, write_text
 
 TEXT = (

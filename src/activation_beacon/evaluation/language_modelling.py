@@ -16,8 +16,8 @@ from torch import nn
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import InputError
-from activation_beacon.evaluation.methods import LOCAL_TOKENS
 from activation_beacon.evaluation.metrics import Estimate, gap_closed, mean
+from activation_beacon.evaluation.names import LOCAL_TOKENS
 from activation_beacon.plan import Ratio, TextPlanner, entries_held
 
 # T tokens of a text · w chunk size · V vocabulary

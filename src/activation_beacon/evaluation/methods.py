@@ -22,13 +22,13 @@ from activation_beacon.evaluation.contexts import (
     base_read,
     timed,
 )
+from activation_beacon.evaluation.names import LOCAL_TOKENS
 from activation_beacon.plan import Ratio, entries_held
 from activation_beacon.rope import KeyMover
 
 # B batch · K kv heads · S cache entries · D head dim
 
 SINKS = 4  # first tokens that StreamingLLM keeps
-LOCAL_TOKENS = {f"beacons-local{number}": number for number in (64, 128, 256)}  # methods whose tails keep so many raw
 
 Read = Callable[[Any, list[int], int, Any], Context]
 

@@ -4,15 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from activation_beacon.evaluation.methods import LOCAL_TOKENS
 from activation_beacon.evaluation.metrics import Estimate, gap_closed, mean, mean_difference, share
-
-FULL, ALONE = "full", "alone"
-ORDER = ("full", "recent", "alone", "shuffled", "int8", "int4")  # of methods without a ratio
-RATIO_ORDER = (
-    *("beacons", "beacons-int8", "beacons-int4", *LOCAL_TOKENS, "recent", "head-tail", "streaming-llm"),
-    *("snapkv", "expected-attention", "pyramidkv", "kvzip", "knorm", "streaming-llm-kvpress"),
-)
+from activation_beacon.evaluation.names import ALONE, FULL, ORDER, RATIO_ORDER
 
 Record = Mapping[str, Any]
 

@@ -11,8 +11,9 @@ from activation_beacon.data.sources import OnError
 from activation_beacon.errors import InputError
 from activation_beacon.evaluation import language_modelling
 from activation_beacon.evaluation.documents import Text, digests, prefix_ids, read_documents, texts, told_apart
-from activation_beacon.evaluation.methods import LOCAL_TOKENS, METHODS
+from activation_beacon.evaluation.methods import METHODS
 from activation_beacon.evaluation.multi_turn import multi_turn_samples
+from activation_beacon.evaluation.names import LOCAL_TOKENS
 from activation_beacon.evaluation.needles import KINDS, SCORE, needle_samples
 from activation_beacon.evaluation.packed_qa import packed_samples, read_passages
 from activation_beacon.evaluation.peers import PEERS

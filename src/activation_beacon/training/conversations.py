@@ -10,7 +10,7 @@ from activation_beacon.errors import InputError
 from activation_beacon.prompts import GAP, ChatPrompt
 from activation_beacon.training.sampling import Sample
 
-MOST_PROMPTS = 1024
+MOST_PROMPTS = 1024  # system messages whose prompts are kept
 AT_A_TIME = 256  # a tokenizer holds a hundred bytes for each token that it hands out
 
 

@@ -21,6 +21,7 @@ Tell = Callable[[str], None]
 
 LEAST_CHUNKS = 2
 SMALL_FILES = 1 << 21  # bytes
+MANY_CHATS = 10_000  # take half a minute to be counted
 PLAIN = (".txt", ".md", ".jsonl")  # a text in such a file has no more tokens than the file has bytes
 PURPOSE = "to train on"
 DEV_PURPOSE = "of those that --dev names to measure on"
@@ -227,6 +228,8 @@ def _packed(groups: "list[QuestionGroup]", name: str, tokenizer: Any, sizes: dic
 def _whole(chats: "list[Chat]", tokenizer: Any, sizes: dict[str, Any], tell: Tell) -> Sampler:
     from activation_beacon.training.chats import Chats
 
+    if len(chats) >= MANY_CHATS:
+        tell(f"Conversations: the tokens of {len(chats):,} are being counted.")
     made = Chats(chats, tokenizer, **sizes)
     if made.num_longer or made.num_shorter:
         tell(
