@@ -123,6 +123,17 @@ def test_chunks_of_another_size_equal_those_of_a_model_made_for_them():
     assert torch.equal(got, expected)
 
 
+def test_training_does_not_depend_on_local_tokens():
+    model, ids = with_beacons("llama", CONFIG), random_ids(3 * CHUNK + 5)
+    states = []
+    for number in (0, 5, 2 * CHUNK):
+        model.local_tokens = number
+        with chunks_at_once(model):
+            states.append(model.hidden_states(ids, (4, 2, 8)))
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states[0], states[2])
+
+
 def test_a_text_of_one_chunk_is_read_as_the_base_reads_it():
     model = with_beacons("llama", CONFIG)
     ids = random_ids(CHUNK)

@@ -408,6 +408,14 @@ def test_the_plan_of_a_batch_is_that_of_its_texts_but_for_the_weights():
     assert one["peak_bytes"] < four["peak_bytes"] < 4 * one["peak_bytes"]
 
 
+def test_the_plan_counts_local_tokens():
+    args = ("--lengths", "2100", "--ratios", "8", "--json")
+    none, some = (json.loads(plan(*args, *more).stdout) for more in ((), ("--local-tokens", "128")))
+    assert (none["local_tokens"], some["local_tokens"]) == (0, 128)
+    entries = [values["rows"][1]["cache_bytes"] / values["rows"][0]["cache_bytes"] * 2100 for values in (none, some)]
+    assert entries == pytest.approx([2 * 128 + 52, 128 + 1076])  # one chunk less is closed
+
+
 def test_the_plan_of_a_model_of_ones_own_needs_its_config_only(tmp_path):
     name = saved_config(tmp_path, "mistral", **SIZES, sliding_window=24)
     args = ("--model", name, "--lengths", "400,4000", "--ratios", "2,8", "--chunk-size", "64", "--new-tokens", "0")

@@ -248,6 +248,15 @@ def test_speed_leaves_full_attention_out_where_it_takes_too_long(options):
     ]
 
 
+def test_speed_with_other_local_tokens_than_the_adapters(options):
+    args = ["--lengths", "64", "--ratios", "4", "--new-tokens", "1", "--repeats", "1", "--full-up-to", "0", "--json"]
+    own, more = (
+        json.loads(invoke("speed", *options, *args, *others).stdout) for others in ([], ["--local-tokens", "20"])
+    )
+    assert (own["local_tokens"], more["local_tokens"]) == (0, 20)
+    assert own["rows"][0]["cache_bytes"] < more["rows"][0]["cache_bytes"]
+
+
 def test_speed_goes_on_after_a_text_that_does_not_fit_the_gpu(options, tmp_path, monkeypatch):
     whole = measure.run
 

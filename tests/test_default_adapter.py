@@ -66,9 +66,10 @@ def test_a_number_is_found_through_beacons(ratio):
 def test_a_chunk_that_has_been_read_is_closed_to_the_same_cache():
     model, tokenizer = load("default")
     size = model.beacon_config.chunk_size
-    ids = torch.tensor([tokenizer(read_demo_book(), verbose=False)["input_ids"][: size + 1]])
+    ids = torch.tensor([tokenizer(read_demo_book(), verbose=False)["input_ids"][: model.untouched_length + 1]])
     in_pieces = model.compress(ids[:, : size - 24], ratio=8)
     model.compress(ids[:, size - 24 :], cache=in_pieces)
+    assert in_pieces.num_beacons == size // 8
     for layer, expected in zip(in_pieces.layers, model.compress(ids, ratio=8).layers, strict=True):
         torch.testing.assert_close(layer.keys, expected.keys, rtol=0, atol=1e-4)
         torch.testing.assert_close(layer.values, expected.values, rtol=0, atol=1e-4)

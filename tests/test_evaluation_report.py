@@ -13,7 +13,7 @@ import pytest
 from activation_beacon.errors import InputError, StorageError
 from activation_beacon.evaluation import plots, summary
 from activation_beacon.evaluation.blocks import Heading, Paragraph, Picture, Table, markdown_of, page_of
-from activation_beacon.evaluation.metrics import FEW, mean
+from activation_beacon.evaluation.metrics import FEW, Estimate, mean
 from activation_beacon.evaluation.report import INTERVALS, rows_as_json, tables, write_report
 from activation_beacon.evaluation.results import Key, Results
 from activation_beacon.evaluation.summary import Way
@@ -416,6 +416,15 @@ def test_the_picture_of_positions_is_as_high_as_what_reads_the_text_and_tells_lo
     styles = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in drawn[0].lines}
     assert len(set(styles.values())) == len(lines)
     plots.draw_positions(tmp_path / "x.png", {"t": {"alone": [(1, 2, 9.0)]}}, y_label="nats per token")
+
+
+def test_ways_at_one_ratio_stand_side_by_side_in_the_middle_of_the_picture(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path, axes: drawn.extend(axes))
+    ways = {name: [plots.Point(8, Estimate(0.5, 0.4, 0.6, 9))] for name in ("beacons", "recent", "head-tail")}
+    plots.draw_lines(tmp_path / "x.png", [plots.Panel("t", ways, {})], x_label="ratio", y_label="score")
+    assert drawn[0].get_xlim() == (4, 16)
 
 
 def test_records_are_summed_up_without_torch():

@@ -409,8 +409,8 @@ def test_processes_that_must_wait_are_told_of_with_the_way_out(batch_size, micro
     assert notices == ([] if way_out is None else [told])
 
 
-PAPERS = {"anchored": False, "placement": "interleave", "exact_ids": [], "num_sinks": 0}
-DEFAULTS = {"anchored": True, "placement": "append", "exact_ids": "digits", "num_sinks": 4}
+PAPERS = {"anchored": False, "placement": "interleave", "exact_ids": [], "num_sinks": 0, "local_tokens": 0}
+DEFAULTS = {"anchored": True, "placement": "append", "exact_ids": "digits", "num_sinks": 4, "local_tokens": 128}
 KINDS = [
     ([], DEFAULTS),
     (["--paper"], PAPERS),
@@ -419,11 +419,12 @@ KINDS = [
     (["--placement", "interleave"], DEFAULTS | {"exact_ids": [], "placement": "interleave"}),
     (["--set", "config.placement=interleave"], DEFAULTS | {"exact_ids": [], "placement": "interleave"}),
     (["--sinks", "0"], DEFAULTS | {"num_sinks": 0}),
+    (["--local-tokens", "0"], DEFAULTS | {"local_tokens": 0}),
     (["--anchored"], DEFAULTS),
     (["--exact", "--sinks", "2"], DEFAULTS | {"num_sinks": 2}),
     (["--paper", "--anchored", "--sinks", "1"], PAPERS | {"anchored": True, "num_sinks": 1}),
     (["--paper", "--placement", "append"], PAPERS | {"placement": "append"}),
-    (["--paper", "--exact"], DEFAULTS | {"num_sinks": 0}),
+    (["--paper", "--exact"], DEFAULTS | {"num_sinks": 0, "local_tokens": 0}),
 ]
 
 
@@ -538,6 +539,7 @@ def test_dev_texts_that_are_too_short_are_refused_by_name(files, tmp_path, monke
     line = refused.stderr.splitlines()[-1]
     assert line == f"Error: No document is left of those that --dev names to measure on: {text} {way_out}"
     assert "Documents: " not in refused.stderr
+    assert (tmp_path / "run").exists() == bool(options)  # an empty folder is not left
 
 
 def test_a_run_goes_on_by_its_own_recipe_if_nothing_else_is_named(files, tmp_path):

@@ -534,7 +534,8 @@ class BeaconModel(BeaconGeneration):
         """Hidden states (B, T, M) of raw tokens before the head, all chunks in one pass, as reading chunk by chunk gives.
 
         For training: no cache is made, gradients flow through all chunks, and gradient checkpointing works. Call it in a
-        block of `at_once.chunks_at_once`, backward pass included.
+        block of `at_once.chunks_at_once`, backward pass included. Every full chunk but the last has beacons, whatever
+        the model's local tokens: beacons do not depend on them, and learn from all that follows.
 
         Args:
             input_ids: (B, T) texts of one length; shorter ones are padded on the right, within the tail.
@@ -549,7 +550,7 @@ class BeaconModel(BeaconGeneration):
         """
         self._refuse_disabled()
         new = self._new_tokens(input_ids, None)
-        config = self._beacon.config
+        config = dataclasses.replace(self._beacon.config, local_tokens=0)
         if chunk_size is not None:
             config = dataclasses.replace(config, chunk_size=chunk_size)
         planner = TextPlanner(config, as_policy(config, tuple(ratios)), self.max_positions)

@@ -106,7 +106,8 @@ def card_front(config: BeaconConfig) -> str:
     return (
         f"---\nlibrary_name: activation-beacon\n{hub_base}tags:\n- activation-beacon\n- long-context\n---\n\n"
         f"# Activation Beacon adapter\n\nBase model: `{base}`. Chunks of {config.chunk_size} tokens, compression ratios "
-        f"{', '.join(map(str, config.ratios))}, {config.num_sinks} sinks, projections {', '.join(config.projections)}"
+        f"{', '.join(map(str, config.ratios))}, {config.num_sinks} sinks, {config.local_tokens} local tokens, "
+        f"projections {', '.join(config.projections)}"
         f"{', anchored' if config.anchored else ''}"
         f"{', numbers and codes token by token' if config.exact_ids else ''}.\n\n"
         f'```python\nfrom activation_beacon import load\n\nmodel, tokenizer = load("path-or-hub-id")\n```\n'

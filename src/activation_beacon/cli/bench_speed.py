@@ -70,6 +70,7 @@ def speed(
     base: options.Base = None,
     shape: Shape = None,
     chunk_size: ChunkSize = 1024,
+    local_tokens: options.LocalTokens = None,
     device: options.Device = None,
     dtype: BenchDtype = None,
     threads: Threads = None,
@@ -102,6 +103,8 @@ def speed(
     )
     presses = _presses(peers)
     name, attached = _model(model, base, shape, chunk_size, device, dtype, threads)
+    if local_tokens is not None:
+        attached.local_tokens = local_tokens
     _set_graphs(attached, cuda_graphs)
     attached.cpu_matmul = str(cpu_matmul)
     records = Records(output, {**_setting(name, attached), "new_tokens": new_tokens})

@@ -52,7 +52,7 @@ LocalTokens = Annotated[
     typer.Option(
         "--local-tokens",
         min=0,
-        help="Last tokens of a text that stay raw at least, such as 128; by default the adapter's number.",
+        help="Last tokens of a text that stay raw at least; by default the adapter's number (the default one's is 128).",
         show_default=False,
     ),
 ]

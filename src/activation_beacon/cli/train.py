@@ -22,8 +22,10 @@ RECIPE_OF_RUN = "recipe.json"
 STOPPED = 1
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_OF_SILENCE = 20.0  # in a long step or measurement
-DEFAULT_KIND = {"num_sinks": 4, "anchored": True, "placement": "append", "exact_ids": "digits"}  # the default adapter's
-PAPER_KIND = {"num_sinks": 0, "anchored": False, "placement": "interleave", "exact_ids": []}
+DEFAULT_KIND = {  # the default adapter's
+    "num_sinks": 4, "local_tokens": 128, "anchored": True, "placement": "append", "exact_ids": "digits",
+}  # fmt: skip
+PAPER_KIND = {"num_sinks": 0, "local_tokens": 0, "anchored": False, "placement": "interleave", "exact_ids": []}
 Sources = list[str] | None
 
 
@@ -101,10 +103,19 @@ def train(
     paper: Annotated[
         bool,
         typer.Option(
-            "--paper", help="Beacons of the paper's kind: interleaved, not anchored, not exact, without sinks."
+            "--paper",
+            help="Beacons of the paper's kind: interleaved, not anchored, not exact, without sinks or local tokens.",
         ),
     ] = False,
     sinks: Annotated[int | None, typer.Option("--sinks", help="First tokens that are kept raw. [default: 4]")] = None,
+    local_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--local-tokens",
+            help="Last tokens of a text that the adapter's contexts keep raw at least; training does not depend on them. "
+            "[default: 128]",
+        ),
+    ] = None,
     anchored: Annotated[
         bool | None,
         typer.Option(
@@ -167,7 +178,7 @@ def train(
             "--set",
             metavar="NAME=VALUE",
             help="Any other setting of a recipe, as often as needed: text_field=body, stage.context_weight=1 (all stages), "
-            "config.local_tokens=64.",
+            "config.projections=[q,k,v,o].",
         ),
     ] = None,
     seed: Annotated[
@@ -214,6 +225,7 @@ def train(
         "chunk_size": chunk_size,
         "ratios": None if ratios is None else list(options.parse_ratios(ratios)),
         "num_sinks": sinks,
+        "local_tokens": local_tokens,
         "anchored": True if exact and anchored is None else anchored,
         "placement": "append" if exact and placement is None else placement,
         "exact_ids": None if exact is None else "digits" if exact else [],

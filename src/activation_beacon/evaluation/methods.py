@@ -170,7 +170,7 @@ METHODS: dict[str, Method] = {
         Method("beacons-int8", "beacons in 8 bits", _beacons(bits=8), has_ratio=True),
         Method("beacons-int4", "beacons in 4 bits", _beacons(bits=4), has_ratio=True),
         *(
-            Method(name, f"beacons, and {number} local tokens at least", _beacons(local_tokens=number), has_ratio=True)
+            Method(name, f"beacons, and {number or 'no'} local tokens", _beacons(local_tokens=number), has_ratio=True)
             for name, number in LOCAL_TOKENS.items()
         ),
     )

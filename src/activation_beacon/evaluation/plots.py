@@ -15,6 +15,7 @@ COLOURS = {
     "beacons": "#0072B2",
     "beacons-int8": "#56B4E9",
     "beacons-int4": "#88CCEE",
+    "beacons-local0": "#99BBDD",
     "beacons-local64": "#6699CC",
     "beacons-local128": "#225588",
     "beacons-local256": "#002255",
@@ -35,6 +36,7 @@ DASHES: dict[str, Any] = {
     "alone": "--",
     "shuffled": ":",
     "recent": "-.",
+    "beacons-local0": (0, (9, 1)),
     "beacons-local64": (0, (6, 1)),
     "beacons-local128": (0, (3, 1)),
     "beacons-local256": (0, (1, 1)),
@@ -92,6 +94,8 @@ def draw_lines(
         _draw_panel(axis, panel, names, has_bars=has_bars)
         found = sorted({point.x for points in panel.lines.values() for point in points})
         _log_x(axis, found if ticks == "points" else _powers(found))
+        if len(found) == 1 and found[0] > 0:
+            axis.set_xlim(found[0] / 2, found[0] * 2)  # or what stands apart by a little would fill the width
         _label(axis, panel.title, x_label, y_label)
     _save(figure, path, axes)
 

@@ -75,7 +75,7 @@ def _measured(
     directions: torch.Tensor | float = 0.0
     start = time.perf_counter()
     for index, ids in enumerate(texts):
-        num_closed = chunks_closed(ids.shape[1], chunk_size, model.beacon_config.local_tokens)
+        num_closed = chunks_closed(ids.shape[1], chunk_size)
         ratios = draw_ratios(num_closed, model.beacon_config.ratios, "chunk", seed=seed, index=index)
         directions = directions + _direction(model, ids, ratios, objective, chunk_size)
     assert isinstance(directions, torch.Tensor), "there are texts"

@@ -60,7 +60,6 @@ def step_batches(
     chunk_size: int,
     ratios: Sequence[int],
     seed: int,
-    local_tokens: int = 0,
     rank: int = 0,
     num_processes: int = 1,
     is_even: bool = False,
@@ -74,7 +73,6 @@ def step_batches(
         chunk_size: tokens of a chunk.
         ratios: to draw from.
         seed: of the ratios.
-        local_tokens: of the adapter.
         rank: of this process, among `num_processes` that share the update's micro-batches.
         num_processes: see there.
         is_even: all processes get as many batches; idle ones make up for what one has less.
@@ -82,7 +80,7 @@ def step_batches(
     sample = functools.cache(sampler.sample)
 
     def num_chunks(index: int) -> int:
-        return chunks_closed(len(sample(index).ids), chunk_size, local_tokens)
+        return chunks_closed(len(sample(index).ids), chunk_size)
 
     def batch(part: tuple[int, ...]) -> Batch:
         drawn = draw_ratios(num_chunks(part[0]), ratios, stage.ratio_draw, seed=seed, index=part[0])

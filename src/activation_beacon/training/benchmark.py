@@ -46,7 +46,7 @@ class Speed:
 def measure(
     model: Any, lengths: Sequence[int], *, batch_size: int = 1, repeats: int = 3, ways: Sequence[str] = WAYS
 ) -> Iterator[Speed]:
-    """Measure steps on random tokens, the ways in turn for each length. The model is in train mode meanwhile.
+    """Measure steps on random tokens, the ways in turn for each length. The model is in train mode meanwhile, without local tokens.
 
     Args:
         model: with beacons attached.
@@ -58,14 +58,15 @@ def measure(
     weight = model.get_input_embeddings().weight
     device = weight.device
     fast = functools.partial(training_products, model.cpu_matmul, device=device, dtype=weight.dtype)
-    was_training = model.training
+    was_training, local_tokens = model.training, model.local_tokens
     model.train()
+    model.local_tokens = 0  # training does not depend on them
     try:
         with fast():
             peak = product_speed(device, model.dtype)
         for length in lengths:
             ids = torch.randint(0, model.get_input_embeddings().weight.shape[0], (batch_size, length), device=device)
-            num_closed = chunks_closed(length, model.beacon_config.chunk_size, model.beacon_config.local_tokens)
+            num_closed = chunks_closed(length, model.beacon_config.chunk_size)
             ratios = draw_ratios(num_closed, model.beacon_config.ratios, "chunk", seed=0, index=length)
             for way in ways:
                 _reset_peak(device)
@@ -76,6 +77,7 @@ def measure(
                 yield Speed(way, length, speed, seconds, share, peak_memory(device))
     finally:
         model.train(was_training)
+        model.local_tokens = local_tokens
 
 
 def product_speed(device: torch.device, dtype: torch.dtype) -> float:

@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,21 +76,29 @@ def train(
     start = time.monotonic()
     tell = notice or logger.info
     check_sources(settings, tell)
-    found = _check_output(Path(settings.output), resume=resume)
+    folder = Path(settings.output)
+    is_new = not folder.exists()
+    found = _check_output(folder, resume=resume)
     if resume and not found:
         tell(f"{settings.output} holds no checkpoint to resume: a new run begins there.")
-    with processes(device) as group:
-        return _run(
-            settings,
-            group,
-            resume=resume,
-            max_minutes=max_minutes,
-            since=start,
-            device=device,
-            report=report,
-            working=working,
-            tell=tell,
-        )
+    try:
+        with processes(device) as group:
+            return _run(
+                settings,
+                group,
+                resume=resume,
+                max_minutes=max_minutes,
+                since=start,
+                device=device,
+                report=report,
+                working=working,
+                tell=tell,
+            )
+    except BaseException:
+        if is_new:
+            with suppress(OSError):  # something is in it, or another process was first
+                folder.rmdir()
+        raise
 
 
 def _run(
@@ -247,7 +255,8 @@ def _check_positions(settings: TrainingSettings, positions: int | None) -> None:
         ConfigError: with the stage, and what it needs.
     """
     for number, stage in enumerate(settings.stages, 1):
-        config = dataclasses.replace(settings.config, chunk_size=stage.chunk_size or settings.config.chunk_size)
+        chunk_size = stage.chunk_size or settings.config.chunk_size
+        config = dataclasses.replace(settings.config, chunk_size=chunk_size, local_tokens=0)
         planner = TextPlanner(config, RatioPolicy(config.ratios[0]), positions)
         try:
             planner.plan(Row(config.chunk_size), stage.length)

@@ -319,7 +319,6 @@ class Trainer:
             chunk_size=stage.chunk_size or self.settings.config.chunk_size,
             ratios=self.settings.config.ratios,
             seed=self.settings.seed + 1_000_003 * number,
-            local_tokens=self.settings.config.local_tokens,
             **self._shared,
         )
 
