@@ -27,6 +27,8 @@ from activation_beacon.cli import app
 from activation_beacon.config import BeaconConfig
 from activation_beacon.default_base import _default_config
 from activation_beacon.errors import BaseModelError, CapacityError, ConfigError, UnsupportedModelError
+from activation_beacon.hub import default_adapter_folder
+from activation_beacon.persistence import load_adapter_config
 from activation_beacon.plan import Row, TextPlanner, as_policy, chunks_closed, entries_held
 from families import FAMILIES, SIZES, TESTED, beacon_tensors, random_ids, tiny, with_beacons
 
@@ -387,7 +389,7 @@ def test_the_plan_prints_operations_bytes_break_even_and_what_fits():
     assert full.split()[:6] == ["131,072", "full", "5,158.66", "1.00x", "4.27", "1.00x"]
     assert full.split()[6:] == ["20.17", "GiB", "1.00x", "7.00", "GiB", "1.0x", "33.94", "GiB", "positions"]
     assert beacons.split()[:2] == ["131,072", "8"]
-    assert beacons.split()[-4:] == ["7.2x", "16.25", "GiB", "-"]
+    assert beacons.split()[-4:] == ["7.2x", "16.24", "GiB", "-"]
     assert blank == ""
     assert re.fullmatch(r"full attention: up to [\d,]+ tokens \(positions\)", full_limit)
     pattern = r"ratio 8: fewer operations to read from [\d,]+ tokens on, in all from [\d,]+ tokens on, up to [\d,]+ tokens \(\w+\)"
@@ -408,17 +410,20 @@ def test_the_plan_of_a_batch_is_that_of_its_texts_but_for_the_weights():
     assert one["peak_bytes"] < four["peak_bytes"] < 4 * one["peak_bytes"]
 
 
-def test_the_plan_counts_local_tokens():
+def test_the_plan_counts_sinks_and_local_tokens():
     args = ("--lengths", "2100", "--ratios", "8", "--json")
-    none, some = (json.loads(plan(*args, *more).stdout) for more in ((), ("--local-tokens", "128")))
-    assert (none["local_tokens"], some["local_tokens"]) == (0, 128)
-    entries = [values["rows"][1]["cache_bytes"] / values["rows"][0]["cache_bytes"] * 2100 for values in (none, some)]
-    assert entries == pytest.approx([2 * 128 + 52, 128 + 1076])  # one chunk less is closed
+    kinds = ((), ("--sinks", "0", "--local-tokens", "0"), ("--placement", "interleave"))
+    own, bare, papers = (json.loads(plan(*args, *more).stdout) for more in kinds)
+    known = [(values["num_sinks"], values["local_tokens"]) for values in (own, bare, papers)]
+    assert known == [(4, 128), (0, 0), (0, 0)]
+    entries = [values["rows"][1]["cache_bytes"] / values["rows"][0]["cache_bytes"] * 2100 for values in (own, bare)]
+    assert entries == pytest.approx([4 + 128 + 1076, 2 * 128 + 52])  # one chunk less is closed
 
 
 def test_the_plan_of_a_model_of_ones_own_needs_its_config_only(tmp_path):
     name = saved_config(tmp_path, "mistral", **SIZES, sliding_window=24)
     args = ("--model", name, "--lengths", "400,4000", "--ratios", "2,8", "--chunk-size", "64", "--new-tokens", "0")
+    args += ("--sinks", "0", "--local-tokens", "0")
     lines = plan(*args).stdout.splitlines()
     assert "full attention: up to 512 tokens (positions)" in lines
     # 56 chunks closed leave 448 entries, and 64 tokens behind them fill the positions.
@@ -439,12 +444,24 @@ def test_without_limits_the_plan_says_so(monkeypatch):
     assert "full attention: up to 16,777,216 tokens at least" in out
 
 
+def test_the_longest_texts_in_the_readme_are_those_that_the_default_adapter_reads():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    config = load_adapter_config(default_adapter_folder())
+    for ratio, length in ((2, 14_400), (32, 229_340)):
+        assert f"{length:,} " in readme
+        planner = TextPlanner(config, as_policy(config, ratio), 8192)
+        planner.plan(Row(config.chunk_size), length + 64)
+        with pytest.raises(CapacityError):
+            planner.plan(Row(config.chunk_size), length + 65)
+        assert f"up to {length:,} tokens (positions)" in plan("--ratios", str(ratio)).stdout
+
+
 @pytest.mark.parametrize(
     ("shape", "placement", "to_read", "in_all"),
     [
-        ("smollm2-135m", (), 2140, 2076),
+        ("smollm2-135m", (), 1622, 2177),
         ("smollm2-135m", ("--placement", "interleave"), 2140, 4097),
-        ("qwen2-7b", (), 10515, 11265),
+        ("qwen2-7b", (), 10520, 11393),
         ("qwen2-7b", ("--placement", "interleave"), 10515, 15361),
     ],
 )

@@ -96,6 +96,17 @@ def test_local_tokens_are_measured_as_they_are_decoded(model, length, number):
     assert model.local_tokens == 0
 
 
+@pytest.mark.parametrize("start", [3, CHUNK, CHUNK + 2, 2 * CHUNK + 5])
+@pytest.mark.parametrize("number", [0, 5, CHUNK + 3])
+@torch.no_grad()
+def test_a_text_that_goes_on_from_anywhere_is_measured_as_it_is_decoded(model, start, number):
+    ids = text(4 * CHUNK)
+    expected = lm.beacon_losses(model, ids, 4, local_tokens=number).nll[start:]
+    cache = model.new_cache(ratio=4, local_tokens=number)
+    model.compress(ids[:start], cache=cache)
+    torch.testing.assert_close(lm.losses_as_decoded(model, cache, ids[start:]), expected, atol=1e-5, rtol=0)
+
+
 def test_a_method_names_its_local_tokens(monkeypatch, model):
     monkeypatch.setitem(lm.LOCAL_TOKENS, "beacons-local5", 5)
     ids = text(3 * CHUNK)
@@ -136,8 +147,9 @@ def test_shuffled_reads_each_chunk_on_the_beacons_of_the_other_text(model):
     ("sinks", "ratio", "windows"), [(0, 2, (0, 8, 16, 24)), (0, 8, (0, 2, 4, 6)), (8, 2, (0, 16, 24, 32))]
 )
 @pytest.mark.parametrize("prefix", [(), (1,)])
-def test_recent_equals_the_base_on_as_many_tokens_as_beacons_have_entries(base, sinks, ratio, windows, prefix):
-    model = with_beacons("llama", dataclasses.replace(CONFIG, num_sinks=sinks))
+@pytest.mark.parametrize("number", [0, 3])
+def test_recent_equals_the_base_on_as_many_tokens_as_there_are_beacons(base, sinks, ratio, windows, prefix, number):
+    model = with_beacons("llama", dataclasses.replace(CONFIG, num_sinks=sinks, local_tokens=number))
     ids = text(3 * CHUNK + 5)
     found = lm.recent_losses(model, ids, ratio, prefix=prefix)
     assert len(found.nll) == len(ids) - 1

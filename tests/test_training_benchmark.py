@@ -25,6 +25,17 @@ def test_every_way_is_measured_at_every_length_and_leaves_the_model_as_it_was():
     assert all(parameter.grad is None for _, parameter in model.beacon_parameters())
 
 
+def test_steps_are_measured_without_the_local_tokens_that_the_model_keeps():
+    model = with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4), local_tokens=5))
+    numbers = []
+    model.register_forward_hook(lambda *_: numbers.append(model.local_tokens))
+    speeds = measure(model, [33], repeats=1, ways=["loop"])
+    next(speeds)
+    assert set(numbers) == {0}
+    speeds.close()
+    assert model.local_tokens == 5
+
+
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> list[str]:
     """The command for a tiny model."""

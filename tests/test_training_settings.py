@@ -35,6 +35,15 @@ def test_a_run_is_the_same_wherever_it_is_written_and_another_with_another_seed(
     assert TrainingSettings(output="a", documents=("t",), seed=1).fingerprint != one.fingerprint
 
 
+def test_a_run_goes_on_with_other_local_tokens():
+    def run(number):
+        config = BeaconConfig(local_tokens=number)
+        return TrainingSettings(output="a", documents=("t",), config=config)
+
+    assert run(128).fingerprint == run(0).fingerprint
+    assert run(128).to_dict()["config"]["local_tokens"] == 128
+
+
 def test_a_run_that_was_begun_before_there_were_exact_ids_goes_on():
     assert TrainingSettings(output="a", documents=("t",)).fingerprint == "c55cf1cc7789a03d"
 

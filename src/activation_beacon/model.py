@@ -136,7 +136,7 @@ class BeaconModel(BeaconGeneration):
 
         "torch" is what torch takes by itself. "auto" tries both once in a process, for some tenths of a second, and takes the
         faster one; while other work on the machine holds up the threads that share a product, it leaves single steps to torch.
-        Both are as precise. Texts of up to a chunk, and disabled beacons, are always left to torch.
+        Both are as precise. Short texts, of which nothing is compressed, and disabled beacons, are always left to torch.
         """
         return self._beacon.cpu_matmul
 
@@ -310,7 +310,8 @@ class BeaconModel(BeaconGeneration):
             progress: True for a bar, or a function that is called with the chunks closed and to be closed.
 
         Returns:
-            The cache. The text's last tokens stay raw in its tail: a chunk is closed when a further token is read.
+            The cache. The text's last tokens stay raw in its tail: a chunk is closed when a further token is read behind
+                it and the local tokens.
 
         Raises:
             InputError: for an empty text, or ids outside the vocabulary.
@@ -478,7 +479,7 @@ class BeaconModel(BeaconGeneration):
         beacon_ratio: Ratio | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's forward; texts longer than a chunk are read chunk by chunk on compressed contexts.
+        """The base model's forward; texts longer than `untouched_length` are read chunk by chunk on compressed contexts.
 
         Arguments are transformers'. Also:
             past_key_values: a `BeaconCache` is read on in place. Any other cache is left to the base model.
@@ -492,7 +493,7 @@ class BeaconModel(BeaconGeneration):
             for, are those of the tail's pass.
 
         Raises:
-            UnsupportedError: for `inputs_embeds`, 4D masks or packed sequences longer than a chunk, by name.
+            UnsupportedError: for `inputs_embeds`, 4D masks or packed sequences longer than `untouched_length`, by name.
         """
         _refuse_other_names(kwargs)
         given: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}

@@ -39,7 +39,8 @@ def random_model(shape: str, *, chunk_size: int, device: torch.device | str, dty
     )
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-        return attach(model, BeaconConfig(chunk_size=chunk_size, anchored=True, placement="append"))
+        config = BeaconConfig(chunk_size, num_sinks=4, local_tokens=128, anchored=True, placement="append")
+        return attach(model, config)
 
 
 def read_shape(name: str) -> ModelShape:

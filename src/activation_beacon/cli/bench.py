@@ -176,12 +176,20 @@ def plan(
             help="Beacons behind the chunk, anchored, as the default adapter has them; or between its tokens, as in the paper.",
         ),
     ] = "append",
-    local_tokens: Annotated[
-        int,
+    sinks: Annotated[
+        int | None,
         typer.Option(
-            "--local-tokens", min=0, help="Last tokens that stay raw at least: the default adapter's are 128."
+            "--sinks",
+            min=0,
+            help="First tokens that are kept raw; by default 4, and none with beacons between the tokens.",
         ),
-    ] = 0,
+    ] = None,
+    local_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--local-tokens", min=0, help="Last tokens that stay raw at least; by default 128 and none, likewise."
+        ),
+    ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=0, help="Tokens written after reading.")] = 64,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts read side by side.")] = 1,
     gpu_gib: Annotated[float | None, typer.Option("--gpu-gib", min=0.0, help="Say what fits this memory.")] = None,
@@ -201,10 +209,12 @@ def plan(
 
     name, known = _known_shape(shape, model)
     gpu_bytes = _gpu_bytes(gpu_gib)
+    is_default = placement == "append"
     kind: dict[str, Any] = {
         "placement": placement,
-        "anchored": placement == "append",
-        "local_tokens": local_tokens,
+        "anchored": is_default,
+        "num_sinks": (4 if is_default else 0) if sinks is None else sinks,
+        "local_tokens": (128 if is_default else 0) if local_tokens is None else local_tokens,
     }
     ways = [Compression(ratio, chunk_size, **kind) for ratio in (None, *options.parse_ratios(ratios))]
     work: dict[str, int] = {"new_tokens": new_tokens, "batch_size": batch_size, "element_bytes": element_bytes}

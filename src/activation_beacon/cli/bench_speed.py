@@ -277,7 +277,9 @@ IDLE_EPILOG = options.examples("beacon bench idle", "beacon bench idle --length 
 
 
 def idle(
-    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of the text, at most a chunk.")] = 512,
+    length: Annotated[
+        int, typer.Option("--length", min=1, help="Tokens of the text, so few that none is compressed.")
+    ] = 512,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens written after the first.")] = 32,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Pairs that count, after one that does not.")] = 10,
     model: options.Model = "default",

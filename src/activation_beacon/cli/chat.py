@@ -47,8 +47,8 @@ def chat(
     """Talk with a model about a compressed text.
 
     Without a file it is a chat about anything. One context grows with the conversation: nothing is read twice, and
-    what no longer fits a chunk is compressed. Type /info, /save FILE, /reset or /quit; Ctrl-C stops an answer,
-    Ctrl-D ends. Lines may also come through a pipe.
+    what no longer fits a chunk and the local tokens is compressed. Type /info, /save FILE, /reset or /quit; Ctrl-C stops
+    an answer, Ctrl-D ends. Lines may also come through a pipe.
     """
     context = None if file is None else read_context(file)
     if context is not None and local_tokens is not None:

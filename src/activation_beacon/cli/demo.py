@@ -159,12 +159,14 @@ def _run(loaded: Loaded, ids: list[int], ratio: int, path: Path, *, measure: boo
 
     The book is cut before its last tokens; a text may be cut anywhere without changing its cache.
     """
+    from activation_beacon.evaluation.language_modelling import losses_as_decoded
+
     cut = len(ids) - NUM_TARGETS - 1 if measure else len(ids)
     context, seconds = compress_ids(loaded, ids[:cut], ratio=ratio)
     nll = None
     if measure:
         start = time.perf_counter()
-        nll = _loss(loaded, ids[cut:], past_key_values=context)  # reads them into the context
+        nll = float(losses_as_decoded(loaded.model, context, ids[cut:]).mean())  # reads them into the context
         seconds += time.perf_counter() - start
     file_bytes = context.save(path)
     again = type(context).load(path, loaded.model)
@@ -198,19 +200,19 @@ def _base_readings(loaded: Loaded, ids: list[int], run: Run, bytes_per_token: in
     for name, window in windows:
         start = time.perf_counter()
         with working(f"the base model alone reads {name}"), loaded.model.beacon_disabled():
-            nll = _loss(loaded, window, use_cache=False)
+            nll = _loss(loaded, window)
         notice(f"the base model alone, {name}: {seconds_text(time.perf_counter() - start)}")
         readings.append(Reading(f"base alone, {name}", len(window), len(window) * bytes_per_token, nll))
     return readings
 
 
-def _loss(loaded: Loaded, ids: list[int], **options: Any) -> float:
-    """Nats for each of the last tokens of `ids`, in one forward."""
+def _loss(loaded: Loaded, ids: list[int]) -> float:
+    """Nats of the base alone for each of the last tokens of `ids`, in one forward."""
     import torch
 
     tokens = torch.tensor([ids], device=loaded.model.device)
     with torch.no_grad():
-        logits = loaded.model(tokens, logits_to_keep=NUM_TARGETS + 1, **options).logits[0, :-1]
+        logits = loaded.model(tokens, logits_to_keep=NUM_TARGETS + 1, use_cache=False).logits[0, :-1]
     return float(torch.nn.functional.cross_entropy(logits.float(), tokens[0, -NUM_TARGETS:]))
 
 

@@ -228,8 +228,8 @@ def harness(
 ) -> None:
     """Any of lm-eval's tasks: short contexts (arc_easy, hellaswag, mmlu, gsm8k), longbench, longbench2, infinitebench.
 
-    Their data come from the hub. Prompts of up to a chunk are the base model's own business, so that their scores are
-    equal at every ratio; longer ones are compressed on the way in. Here the question is part of the prompt.
+    Their data come from the hub. Prompts of up to a chunk and the local tokens are the base model's own business, so that
+    their scores are equal at every ratio; longer ones are compressed on the way in. Here the question is part of the prompt.
     """
     from activation_beacon.processes import num_launched
 

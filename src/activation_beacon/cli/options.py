@@ -52,7 +52,7 @@ LocalTokens = Annotated[
     typer.Option(
         "--local-tokens",
         min=0,
-        help="Last tokens of a text that stay raw at least; by default the adapter's number (the default one's is 128).",
+        help="Last tokens of a text that stay raw at least; by default the adapter's number, 128 for the default one.",
         show_default=False,
     ),
 ]

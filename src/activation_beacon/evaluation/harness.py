@@ -18,8 +18,8 @@ NONE = "none"
 class BeaconLM(HFLM):
     """A model with beacons, for lm-eval.
 
-    Prompts of more than a chunk are compressed on the way in; what stands after the last closed chunk, as a rule the
-    question, stays raw.
+    Prompts of more than a chunk and the local tokens are compressed on the way in; what stands after the last closed chunk,
+    as a rule the question, stays raw.
 
     Args:
         pretrained: an adapter's folder or hub id, "default", or a model with beacons.

@@ -5,6 +5,7 @@ left out everywhere; so is the whole first chunk, before which nothing stands to
 """
 
 import contextlib
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -69,9 +70,10 @@ def alone_losses(model: Any, ids: Sequence[int], *, prefix: Sequence[int] = ()) 
 
 
 def recent_losses(model: Any, ids: Sequence[int], ratio: int, *, prefix: Sequence[int] = ()) -> Losses:
-    """The base model on each chunk with as many of the tokens before it as beacons of them have entries.
+    """The base model on each chunk with as many of the tokens before it as there are beacons and sinks of them.
 
     They are read anew for each chunk, so that none knows what stood before the window, nor pays for it in positions.
+    The beacons' local tokens do not count: they stand in a chunk's raw tail, not for what is before it.
 
     Args:
         model: with beacons attached, which are not used.
@@ -79,7 +81,7 @@ def recent_losses(model: Any, ids: Sequence[int], ratio: int, *, prefix: Sequenc
         ratio: of the beacons that it is compared with.
         prefix: see `alone_losses`; a part of the window.
     """
-    config = model.beacon_config
+    config = dataclasses.replace(model.beacon_config, local_tokens=0)
     size = config.chunk_size
     parts, nll = [], []
     for start in range(0, len(ids), size):
@@ -114,7 +116,7 @@ def beacon_losses(model: Any, ids: Sequence[int], ratio: Ratio, *, local_tokens:
     """
     start = time.perf_counter()
     cache = _new_cache(model, ids, ratio, local_tokens)
-    nll = _beacon_nll(model, cache, ids)
+    nll = losses_as_decoded(model, cache, ids)
     return Losses(nll, cache.cache_length, cache.cache_bytes, time.perf_counter() - start)
 
 
@@ -125,11 +127,23 @@ def _new_cache(model: Any, ids: Sequence[int], ratio: Ratio, local_tokens: int |
     return cache
 
 
-def _beacon_nll(model: Any, cache: BeaconCache, ids: Sequence[int]) -> torch.Tensor:
-    """Losses (N - 1,) of tokens that are read on a cache of whole chunks, or of nothing; see `beacon_losses`."""
+@torch.no_grad()
+def losses_as_decoded(model: Any, cache: BeaconCache, ids: Sequence[int]) -> torch.Tensor:
+    """Losses of a text that goes on from a cache of one row, each as decoding predicts it; the cache grows in place.
+
+    Args:
+        model: with beacons attached.
+        cache: what stands before the text, of one row.
+        ids: the text, N tokens.
+
+    Returns:
+        (N - 1,) nats of the second token on.
+    """
     size, local = cache.config.chunk_size, cache.config.local_tokens
-    # Where a chunk is due: each piece closes one before its first token is read, and none within.
-    cuts = range(local % size or size, len(ids), size) if local else ()
+    first = (local - cache.rows[0].tokens_seen) % size or size
+    # Where a chunk is due: each piece closes one before its first token is read, and none within. Without local tokens a
+    # chunk's first token is predicted from the tail in one pass, too.
+    cuts = range(first, len(ids), size) if local else ()
     nll, before, last = [], 0, None
     for stop in (*cuts, len(ids)):
         piece = torch.tensor([list(ids[before:stop])], device=model.device)
@@ -161,7 +175,7 @@ def shuffled_losses(model: Any, ids: Sequence[int], other: Sequence[int], ratio:
     for start in range(0, len(ids), size):
         cache = before.fork()
         more = 0 if before.config.local_tokens else 1  # the token after it closes the chunk
-        nll += [HOLE, _beacon_nll(model, cache, ids[start : start + size + more])[: size - 1]]
+        nll += [HOLE, losses_as_decoded(model, cache, ids[start : start + size + more])[: size - 1]]
         if start + size < len(ids):
             model(others[:, start : start + size], past_key_values=before, logits_to_keep=1)
     return Losses(torch.cat(nll[1:]), cache.cache_length, cache.cache_bytes, time.perf_counter() - start_time)

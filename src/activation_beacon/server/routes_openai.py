@@ -35,6 +35,7 @@ def openai_routes(server: Server, started: int) -> APIRouter:
             "beacon": {
                 "base_model": config.base_model,
                 "chunk_size": config.chunk_size,
+                "local_tokens": config.local_tokens,
                 "ratios": list(config.ratios),
                 "ratio": server.settings.ratio,
                 "is_trained": config.is_trained,

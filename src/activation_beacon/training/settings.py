@@ -248,6 +248,7 @@ class TrainingSettings:
                 del values[name]  # runs from before there was one go on
         if not values["config"]["exact_ids"]:
             del values["config"]["exact_ids"]
+        values["config"]["local_tokens"] = 0  # nothing that is trained depends on them
         for stage in values["stages"]:
             if not stage["needles"]:
                 del stage["needle_kinds"]
