@@ -81,9 +81,12 @@ def test_a_text_that_does_not_fit_is_refused_before_it_is_read():
 @pytest.mark.parametrize("local_tokens", [0, 5, 20])
 def test_each_chunk_of_a_long_text_is_timed(local_tokens):
     attached = with_beacons("llama", BeaconConfig(CHUNK, (2, 4, 8), local_tokens=local_tokens), attention="sdpa")
+    rows = []
+    attached.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
     seconds = measure.chunk_seconds(attached, 6, 4)
     assert len(seconds) == 6
     assert min(seconds) > 0
+    assert [number for number in rows if number > 1] == [CHUNK + CHUNK // 4] * 6  # each reads its chunk whole
 
 
 def test_chunks_that_fill_a_pass_are_not_timed_together(monkeypatch):

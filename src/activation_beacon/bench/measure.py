@@ -17,7 +17,6 @@ from transformers import Cache, DynamicCache
 from activation_beacon import attach, detach
 from activation_beacon.bench.timing import Run, keep_pages, now, random_ids, timed
 from activation_beacon.causal import without_cudnn
-from activation_beacon.config import BeaconConfig
 from activation_beacon.entries import BeaconLayer
 from activation_beacon.grouped import rows_together
 from activation_beacon.matmul import training_products
@@ -113,14 +112,17 @@ def warm_up(model: Any, ratios: Sequence[int]) -> None:
 
 def warm_up_length(model: Any) -> int:
     """Tokens of a text that does not count: those that close two chunks."""
-    return _closing_length(model.beacon_config, 2)
+    return 2 * model.beacon_config.chunk_size + model.local_tokens + 1
 
 
 def chunk_seconds(model: Any, num_chunks: int, ratio: int) -> list[float]:
-    """Seconds that each of so many chunks takes to be closed in a pass of its own, in order."""
-    device, config = model.get_input_embeddings().weight.device, model.beacon_config
-    pieces = [_closing_length(config, 1), *[config.chunk_size] * (num_chunks - 1)]  # each closes one
-    cache, seconds, began = model.new_cache(ratio=ratio), [], 0.0
+    """Seconds that each of so many chunks takes to be closed in a pass of its own, in order.
+
+    Without local tokens, so that each call reads one chunk whole, as one call for the text does.
+    """
+    device, size = model.get_input_embeddings().weight.device, model.beacon_config.chunk_size
+    pieces = [size + 1, *[size] * (num_chunks - 1)]  # each closes one
+    cache, seconds, began = model.new_cache(ratio=ratio, local_tokens=0), [], 0.0
 
     def note(*_: int) -> None:
         seconds.append(now(device) - began)
@@ -136,20 +138,15 @@ def seconds_in_one_call(model: Any, num_chunks: int, ratio: int) -> float | None
     device, chunk = model.get_input_embeddings().weight.device, model.beacon_config.chunk_size
     if 2 * (chunk + chunk // ratio) > rows_together(device):
         return None
-    times = [now(device)]
-    model.compress(_chunks(model, num_chunks), ratio=ratio, progress=lambda *_: times.append(now(device)))
+    cache, times = model.new_cache(ratio=ratio, local_tokens=0), [now(device)]
+    model.compress(_chunks(model, num_chunks), cache=cache, progress=lambda *_: times.append(now(device)))
     return times[-1] - times[0]
 
 
 def _chunks(model: Any, num_chunks: int) -> torch.Tensor:
-    """Random tokens (1, T) that close so many chunks."""
+    """Random tokens (1, T) that close so many chunks, where there are no local tokens."""
     weight = model.get_input_embeddings().weight
-    return random_ids(weight.shape[0], 1, _closing_length(model.beacon_config, num_chunks), weight.device)
-
-
-def _closing_length(config: BeaconConfig, num_chunks: int) -> int:
-    """Tokens that must have been read for so many chunks to be closed."""
-    return num_chunks * config.chunk_size + config.local_tokens + 1
+    return random_ids(weight.shape[0], 1, num_chunks * model.beacon_config.chunk_size + 1, weight.device)
 
 
 @torch.no_grad()
