@@ -29,7 +29,7 @@ COLOURS = {
     "shuffled": "#AAAAAA",
 }
 MARKERS = "osD^vPX"
-DODGE = 0.03  # by which methods at one x stand apart, as a share of it
+DODGE = {"points": 0.03, "powers": 0.005}  # by which methods at one x stand apart, as a share of it
 MORE_COLOURS = ("#882255", "#117733", "#999933", "#332288", "#AA4499", "#661100")
 DASHES: dict[str, Any] = {
     "full": "-",
@@ -91,7 +91,7 @@ def draw_lines(
     figure, axes = _figure(len(panels))
     names = list(dict.fromkeys(name for panel in panels for name in (*panel.levels, *panel.lines)))
     for axis, panel in zip(axes, panels, strict=True):
-        _draw_panel(axis, panel, names, has_bars=has_bars)
+        _draw_panel(axis, panel, names, has_bars=has_bars, dodge=DODGE[ticks])
         found = sorted({point.x for points in panel.lines.values() for point in points})
         _log_x(axis, found if ticks == "points" else _powers(found))
         if len(found) == 1 and found[0] > 0:
@@ -193,14 +193,14 @@ def _figure(num_panels: int, *, height: float = HEIGHT) -> tuple[Any, list[Any]]
     return figure, axes[:num_panels]
 
 
-def _draw_panel(axis: Any, panel: Panel, names: Sequence[str], *, has_bars: bool) -> None:
+def _draw_panel(axis: Any, panel: Panel, names: Sequence[str], *, has_bars: bool, dodge: float) -> None:
     for name, level in panel.levels.items():
         colour = _colour(name, names)
         axis.axhline(level.value, color=colour, linestyle=DASHES.get(name, "-."), linewidth=1.2, label=name)
         if has_bars and level.low is not None and level.high is not None:
             axis.axhspan(level.low, level.high, color=colour, alpha=0.06, linewidth=0)
     for number, (name, points) in enumerate(panel.lines.items()):
-        shift = 1 + DODGE * (number - (len(panel.lines) - 1) / 2)
+        shift = 1 + dodge * (number - (len(panel.lines) - 1) / 2)
         style = {"color": _colour(name, names), "marker": MARKERS[names.index(name) % len(MARKERS)], "markersize": 4}
         x, y = [point.x * shift for point in points], [point.quality.value for point in points]
         axis.errorbar(x, y, yerr=_bars(points) if has_bars else None, label=name, capsize=2, linewidth=1.2, **style)
