@@ -16,6 +16,10 @@ PLACEMENTS = ("interleave", "append")
 
 Placement = Literal["interleave", "append"]
 
+# Settings of the default adapter's beacons, exact ids aside, and of the paper's: what new ones are made like.
+DEFAULT_KIND: dict[str, Any] = {"num_sinks": 4, "local_tokens": 128, "anchored": True, "placement": "append"}
+PAPER_KIND: dict[str, Any] = {"num_sinks": 0, "local_tokens": 0, "anchored": False, "placement": "interleave"}
+
 
 @dataclass(frozen=True)
 class BeaconConfig:

@@ -15,6 +15,7 @@ from activation_beacon import BeaconConfig, attach
 from activation_beacon.adapt import find_decoder
 from activation_beacon.base_models import DEFAULT_BASE_NAME
 from activation_beacon.bench.cost import DEFAULT_SHAPE, SHAPES, ModelShape
+from activation_beacon.config import DEFAULT_KIND
 from activation_beacon.default_base import first_line
 from activation_beacon.errors import BaseModelError, UnsupportedModelError
 from activation_beacon.persistence import CONFIG_FILE, load_adapter_config
@@ -39,8 +40,7 @@ def random_model(shape: str, *, chunk_size: int, device: torch.device | str, dty
     )
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-        config = BeaconConfig(chunk_size, num_sinks=4, local_tokens=128, anchored=True, placement="append")
-        return attach(model, config)
+        return attach(model, BeaconConfig(chunk_size, **DEFAULT_KIND))
 
 
 def read_shape(name: str) -> ModelShape:

@@ -9,7 +9,7 @@ import typer
 from activation_beacon.cli import options
 from activation_beacon.cli.console import notice, print_json
 from activation_beacon.cli.models import Loaded, best_device, load_model
-from activation_beacon.config import Placement
+from activation_beacon.config import DEFAULT_KIND, PAPER_KIND, Placement
 from activation_beacon.errors import InputError
 from activation_beacon.sizes import bytes_text
 
@@ -209,13 +209,9 @@ def plan(
 
     name, known = _known_shape(shape, model)
     gpu_bytes = _gpu_bytes(gpu_gib)
-    is_default = placement == "append"
-    kind: dict[str, Any] = {
-        "placement": placement,
-        "anchored": is_default,
-        "num_sinks": (4 if is_default else 0) if sinks is None else sinks,
-        "local_tokens": (128 if is_default else 0) if local_tokens is None else local_tokens,
-    }
+    kind = dict(DEFAULT_KIND if placement == DEFAULT_KIND["placement"] else PAPER_KIND)
+    given = {"num_sinks": sinks, "local_tokens": local_tokens}
+    kind.update({name: number for name, number in given.items() if number is not None})
     ways = [Compression(ratio, chunk_size, **kind) for ratio in (None, *options.parse_ratios(ratios))]
     work: dict[str, int] = {"new_tokens": new_tokens, "batch_size": batch_size, "element_bytes": element_bytes}
     rows = [

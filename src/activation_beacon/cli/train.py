@@ -11,6 +11,7 @@ import typer
 from activation_beacon.cli import options
 from activation_beacon.cli.console import notice, print_json, seconds_text
 from activation_beacon.cli.models import quiet_libraries
+from activation_beacon.config import DEFAULT_KIND, PAPER_KIND
 from activation_beacon.errors import ConfigError
 from activation_beacon.sizes import bytes_text
 
@@ -22,10 +23,6 @@ RECIPE_OF_RUN = "recipe.json"
 STOPPED = 1
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_OF_SILENCE = 20.0  # in a long step or measurement
-DEFAULT_KIND = {  # the default adapter's
-    "num_sinks": 4, "local_tokens": 128, "anchored": True, "placement": "append", "exact_ids": "digits",
-}  # fmt: skip
-PAPER_KIND = {"num_sinks": 0, "local_tokens": 0, "anchored": False, "placement": "interleave", "exact_ids": []}
 Sources = list[str] | None
 
 
@@ -384,11 +381,11 @@ def _recipe(sources: list[str], flags: dict[str, Any], *, resume: bool) -> str |
 def _of_kind(config: dict[str, Any], *, is_paper: bool, is_default: bool) -> dict[str, Any]:
     """What was said of the beacons' kind, over the kind that it is said of: the paper's, or the default adapter's."""
     if is_paper:
-        return {**PAPER_KIND, **config}
+        return {**PAPER_KIND, "exact_ids": [], **config}
     if not is_default:
         return config
     can_be_exact = config.get("anchored", True) and config.get("placement", "append") == "append"
-    return {**DEFAULT_KIND, **({} if can_be_exact else {"exact_ids": []}), **config}
+    return {**DEFAULT_KIND, "exact_ids": "digits" if can_be_exact else [], **config}
 
 
 def _result(folder: Path, outcome: Any) -> dict[str, Any]:
