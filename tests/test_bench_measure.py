@@ -251,6 +251,20 @@ def test_speed_leaves_full_attention_out_where_it_takes_too_long(options):
     ]
 
 
+def test_enough_counts_the_seconds_of_runs_on_record(options, tmp_path):
+    args = ["--lengths", "64", "--ratios", "4", "--new-tokens", "1", "--repeats", "3", "--json", "-o", tmp_path]
+    seconds = 1 + max(run["total_s"] for run in json.loads(invoke("speed", *options, *args).stdout)["rows"])
+    path = tmp_path / FILE
+    setting, *lines = path.read_text().splitlines()
+    first = [json.loads(line) for line in lines if json.loads(line)["cell"]["repeat"] == 0]
+    for line in first:
+        line["run"]["total_s"] = seconds
+    path.write_text("".join(f"{line}\n" for line in [setting, *map(json.dumps, first)]))
+    for enough, repeats in ((seconds, 1), (100 * seconds, 3)):
+        again = json.loads(invoke("speed", *options, *args, "--enough", str(enough)).stdout)
+        assert {row["repeats"] for row in again["rows"]} == {repeats}
+
+
 def test_speed_with_other_local_tokens_than_the_adapters(options):
     args = ["--lengths", "64", "--ratios", "4", "--new-tokens", "1", "--repeats", "1", "--full-up-to", "0", "--json"]
     own, more = (

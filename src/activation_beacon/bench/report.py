@@ -166,7 +166,7 @@ def _mebibytes(num_bytes: float) -> str:
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """A picture: how many times faster than full attention over the length; dashed the bounds, dotted beside tuned full attention.
+    """A picture: how many times as fast as full attention over the length; dashed the bounds, dotted beside tuned full attention.
 
     Needs matplotlib.
     """
@@ -180,7 +180,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         "per token": ("step_speedup", "step_bound", "bytes read"),
         "total": ("total_speedup", "total_bound", "operations"),
     }
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(4.2 * len(panels), 4.2), dpi=130, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     batch = min(row.batch_size for row in rows)
     for axis, (title, (measured, bound, counted)) in zip(axes, panels.items(), strict=True):
@@ -201,12 +201,13 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
             beside = [row for row in line if row.total_speedup_of_tuned is not None] if title == "total" else []
             if beside:
                 factors = [row.total_speedup_of_tuned for row in beside]
-                axis.plot([row.length for row in beside], factors, ".:", color=colour, label=f"{way}, of tuned")
+                label = f"{way}, beside tuned full attention"
+                axis.plot([row.length for row in beside], factors, ".:", color=colour, label=label)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xscale("log", base=2)
         lengths = sorted({row.length for row in rows})
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axis.set(title=title, xlabel="tokens", ylabel="times faster than full attention")
-        axis.legend()
+        axis.set(title=title, xlabel="tokens", ylabel="times as fast as full attention")
+        axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False)  # below: it would cover lines
     with whole_file(path) as temporary:
         FigureCanvasAgg(figure).print_png(str(temporary))
