@@ -232,13 +232,14 @@ def test_writing_to_a_batch_reads_the_weights_once():
 def test_memory_is_weights_adapter_activations_and_the_cache_at_its_largest():
     how, adapter = Compression(4, 8), 2 * 8 * (8 + 4 + 4) + 8
     weights = 2 * (8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 16) + 2 * 10 * 8
-    entry, slot = 2 * 2 * (2 * 2), 2 * 16 + 4 * 8
+    entry, slot = 3 * 2 * (2 * 2), 3 * 16 + 4 * 8  # of the two layers one is held twice
     assert memory_bytes(TINY, 20, FULL_ATTENTION, 4) == 4 * (weights + 20 * slot + 20 * entry)
     assert memory_bytes(TINY, 20, FULL_ATTENTION, 4, num_new=5) == 4 * (weights + 20 * slot + 25 * entry)
-    closing = 10 * slot + (2 + 10) * entry  # the second chunk is read behind the first one's beacons
+    closing = 20 * slot + (2 + 10) * entry  # the second chunk is read behind the first one's beacons, in one pass
     assert memory_bytes(TINY, 20, how, 4) == 4 * (weights + adapter + closing)
     assert memory_bytes(TINY, 20, how, 4, batch_size=3) == 4 * (weights + adapter + 3 * closing)
     assert memory_bytes(TINY, 20, how, 4, num_new=5) == 4 * (weights + adapter + closing + 2 * entry)
+    assert memory_bytes(TINY, 20, how, 4, batch_size=500) == 4 * (weights + adapter + 500 * (closing - 10 * slot))
     assert memory_bytes(TINY, 7, how, 4, num_new=1) == 4 * (weights + adapter + 7 * slot + 8 * entry)
     assert memory_bytes(TINY, 7, how, 4, num_new=2) == 4 * (weights + adapter + 10 * slot + 10 * entry)
 
@@ -387,9 +388,9 @@ def test_the_plan_prints_operations_bytes_break_even_and_what_fits():
     head, full, beacons, blank, full_limit, limit, fits = result.stdout.splitlines()
     assert head.split("  ")[-1] == "too long for"
     assert full.split()[:6] == ["131,072", "full", "5,158.66", "1.00x", "4.27", "1.00x"]
-    assert full.split()[6:] == ["20.17", "GiB", "1.00x", "7.00", "GiB", "1.0x", "33.94", "GiB", "positions"]
+    assert full.split()[6:] == ["20.17", "GiB", "1.00x", "7.00", "GiB", "1.0x", "38.81", "GiB", "positions"]
     assert beacons.split()[:2] == ["131,072", "8"]
-    assert beacons.split()[-4:] == ["7.2x", "16.24", "GiB", "-"]
+    assert beacons.split()[-4:] == ["7.2x", "16.97", "GiB", "-"]
     assert blank == ""
     assert re.fullmatch(r"full attention: up to [\d,]+ tokens \(positions\)", full_limit)
     pattern = r"ratio 8: fewer operations to read from [\d,]+ tokens on, in all from [\d,]+ tokens on, up to [\d,]+ tokens \(\w+\)"

@@ -251,6 +251,13 @@ def test_speed_leaves_full_attention_out_where_it_takes_too_long(options):
     ]
 
 
+@pytest.mark.parametrize("model", [["--shape", "smollm2-135m"], []])
+def test_a_device_that_cannot_be_used_is_one_line(model):
+    result = invoke("speed", *model, "--device", "nowhere", "--lengths", "64")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith('Error: Device "nowhere" cannot be used: ')
+
+
 def test_enough_counts_the_seconds_of_runs_on_record(options, tmp_path):
     args = ["--lengths", "64", "--ratios", "4", "--new-tokens", "1", "--repeats", "3", "--json", "-o", tmp_path]
     seconds = 1 + max(run["total_s"] for run in json.loads(invoke("speed", *options, *args).stdout)["rows"])

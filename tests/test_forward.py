@@ -498,6 +498,21 @@ def test_peak_memory_of_a_long_text_grows_by_its_beacons():
     assert peaks[long] < long * per_entry  # which the text would hold uncompressed
 
 
+@torch.no_grad()
+def test_closing_a_chunk_holds_one_layer_twice_and_not_the_whole_cache():
+    lengths, num_layers = (2048 + 5, 8192 + 5), 16
+    settings = {"num_hidden_layers": num_layers, "max_position_embeddings": 8192, "attention": "sdpa"}
+    model = with_beacons("llama", BeaconConfig(chunk_size=512), **settings)
+    model.cpu_matmul = "torch"
+    peaks, held = [], []
+    for length in lengths:
+        text = random_ids(length)
+        with LiveTensors() as live:
+            held.append(model.compress(text, ratio=2).cache_bytes)
+        peaks.append(live.peak - 8 * 2 * length)  # less the ids
+    assert peaks[1] - peaks[0] < 1.5 * (held[1] - held[0])
+
+
 # --- the last layer ----------------------------------------------------------------------------------------------------
 
 

@@ -1248,3 +1248,26 @@ def test_labels_of_no_token_are_refused_before_anything_is_read(length, num_new,
     assert (cache.rows, cache.num_slots) == before
     labels[0, -1] = -100
     assert model(new, past_key_values=cache, labels=labels).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"placement": "append", "anchored": True, "local_tokens": 5, "exact_ids": tuple(range(20, 40))}]
+)
+@torch.no_grad()
+def test_torchs_default_device_is_no_concern_of_ours(kind):
+    model = with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4, 8), **kind), attention="sdpa")
+    ids, question = random_ids(70), random_ids(5, 3)
+    texts = [ids[0].tolist(), ids[0, :30].tolist()]
+
+    def all_of_it():
+        context = model.compress(ids, ratio=4)
+        batch = model.compress(texts, ratio=4)
+        logits = model.read_next([context.fork()], [5])
+        loss = model(ids, labels=ids, beacon_ratio=4).loss
+        answer = model.generate(question, context=context, max_new_tokens=20, do_sample=False)
+        return [answer, loss, logits, *(layer.keys for cache in (context, batch) for layer in cache.layers)]
+
+    expected = all_of_it()
+    with torch.device("meta"):
+        found = all_of_it()
+    assert all(map(torch.equal, found, expected))

@@ -4,12 +4,14 @@ What a CUDA graph does is done here on a CPU: the operations of one run are run 
 step reads from Python is what it was when it was recorded.
 """
 
+import contextlib
 import copy
 import dataclasses
 import gc
 import io
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -371,6 +373,84 @@ def test_a_step_that_cannot_be_recorded_is_refused_and_leaves_the_cache(recordin
     assert (cache.tokens_seen, cache.num_slots) == before
     monkeypatch.undo()
     assert torch.isfinite(step(model, cache, 6)).all()
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError("operation not permitted"), torch.OutOfMemoryError("CUDA")])
+def test_what_went_wrong_in_recording_is_told_and_the_stream_is_what_it_was(failure, monkeypatch):
+    class Stream:
+        def wait_stream(self, other):
+            assert recorded.ONE_AT_A_TIME.locked()
+
+    outside, own = Stream(), Stream()
+    current, runs = [outside], []
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    @contextlib.contextmanager
+    def graph(graph, *, stream, capture_error_mode):
+        assert stream is own
+        assert capture_error_mode == "thread_local"
+        current.append(stream)
+        try:
+            yield
+        finally:
+            if failure is not None:
+                raise RuntimeError("a capture cannot be ended")  # and the stream stays
+            current.pop()
+
+    def step():
+        assert current[-1] is own
+        runs.append(None)
+        if failure is not None and len(runs) == 2:
+            raise failure
+        return torch.ones(1)
+
+    fakes = {"current_device": lambda: 0, "current_stream": lambda: current[-1], "Stream": lambda device: own}
+    fakes |= {"stream": on, "graph": graph, "set_stream": lambda stream: current.append(stream)}
+    for name, fake in {**fakes, "CUDAGraph": lambda: SimpleNamespace(replay=None)}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    recorded._recording_stream.cache_clear()
+    with contextlib.nullcontext() if failure is None else pytest.raises(type(failure), match=str(failure)):
+        recorded.record_on_cuda(step)
+    recorded._recording_stream.cache_clear()
+    assert len(runs) == 2
+    assert current[-1] is outside
+    assert not recorded.ONE_AT_A_TIME.locked()
+
+
+@pytest.mark.parametrize("num_slots", [16, 48, 255, 512, 1504, 20480, 38912])
+def test_rooms_are_cut_into_parts_of_one_size(num_slots):
+    parts = recorded.num_parts(num_slots)
+    assert num_slots % parts == 0
+    assert parts == 1 or num_slots // parts >= recorded.LEAST_PART
+
+
+@pytest.mark.parametrize(("held", "least"), [(1000, 4), (20_000, 32), (39_000, 32)])
+def test_large_rooms_have_many_parts(held, least):
+    keys = torch.empty(1, 1, held, 1)
+    room = Room(keys, keys, 1)
+    assert least <= recorded.num_parts(room.num_slots) <= 64
+    assert room.num_slots <= held * (1 + 1 / 8 + 1 / 32) + 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_in_parts_is_attention_to_what_is_filled(dtype, scale):
+    torch.manual_seed(0)
+    query, keys, values = (
+        torch.randn(2, heads, count, 8, dtype=dtype) for heads, count in ((6, 1), (2, 1024), (2, 1024))
+    )
+    filled = (torch.arange(1024)[None] < torch.tensor([[700], [3]]))[:, None, None]
+    ours = recorded.FilledEntries.attended_to(query, [keys, values, filled], scale=scale)
+    copies = [states.double().repeat_interleave(3, dim=1) for states in (keys, values)]
+    expected = torch.nn.functional.scaled_dot_product_attention(query.double(), *copies, attn_mask=filled, scale=scale)
+    assert ours.dtype is dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @torch.no_grad()

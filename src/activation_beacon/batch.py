@@ -47,7 +47,7 @@ class NewTokens:
 
 
 def left_padded(
-    texts: Sequence[Sequence[int] | torch.Tensor], *, device: torch.device | str | None = None
+    texts: Sequence[Sequence[int] | torch.Tensor], *, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask (B, T) of texts of any length, padded on the left as tokenizers do for decoders."""
     width = max(len(text) for text in texts)
@@ -93,6 +93,11 @@ def _rows(texts: Any) -> torch.Tensor | list[torch.Tensor]:
     return rows
 
 
+def as_tensor(values: Any) -> torch.Tensor:
+    """A tensor where it is; anything else in the host's memory, whatever torch's default device."""
+    return values if isinstance(values, torch.Tensor) else torch.as_tensor(values, device="cpu")
+
+
 def as_ids(values: Any) -> torch.Tensor:
     """Token ids of any kind of integer as torch's embeddings take them.
 
@@ -100,7 +105,7 @@ def as_ids(values: Any) -> torch.Tensor:
         InputError: for anything but integers.
     """
     with _refusing("input_ids must be integers, in one list for each text; these are not"):
-        ids = torch.as_tensor(values)
+        ids = as_tensor(values)
     if ids.numel() and (ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex()):
         raise InputError(f"input_ids must be integers; got {ids.dtype}.")
     return ids.long()
@@ -115,8 +120,8 @@ def _with_mask(rows: torch.Tensor | list[torch.Tensor], mask: Any) -> tuple[torc
     with _refusing("attention_mask must have one value for each id; this one has not"):
         if isinstance(rows, torch.Tensor) or len({len(row) for row in rows}) == 1:
             ids = rows if isinstance(rows, torch.Tensor) else torch.stack(rows)
-            return ids, torch.atleast_2d(torch.as_tensor(mask))
-        masks = [torch.as_tensor(row) for row in mask]
+            return ids, torch.atleast_2d(as_tensor(mask))
+        masks = [as_tensor(row) for row in mask]
     if [row.shape for row in masks] != [row.shape for row in rows]:
         lengths = [[row.numel() for row in each] for each in (rows, masks)]
         raise InputError(

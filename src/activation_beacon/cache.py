@@ -194,7 +194,7 @@ class BeaconCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices`."""
-        kept = torch.arange(self.batch_size)[indices.cpu()].tolist()
+        kept = torch.arange(self.batch_size, device="cpu")[indices.cpu()].tolist()
         self._select_rows(kept)
         self._select(lambda tensor: tensor[kept])
         self._trim()

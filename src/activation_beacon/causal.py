@@ -198,7 +198,9 @@ def attend(
     if num_copies and size >= FEWEST_QUERIES and can_be_split(query, key, value, dropout_p):
         once = _each_head_once(query, key, value, num_copies)
         if matmul.can_be_served(query, once[0][0, 0]):
-            return _in_blocks(query, *once, scale, [0], torch.arange(total - size, total)[None] + 1)
+            return _in_blocks(
+                query, *once, scale, [0], torch.arange(total - size, total, device=query.device)[None] + 1
+            )
     if size == total:
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     if can_be_split(query, key, value, dropout_p):
@@ -279,7 +281,8 @@ def _blocks(stops: torch.Tensor, most: int) -> list[tuple[slice, int, torch.Tens
     for first in range(0, len(stops), most):
         own = stops[first : first + most]
         least, last = (int(each) for each in own.aminmax())
-        later = torch.zeros(len(own), last - least).masked_fill_(torch.arange(least, last) >= own[:, None], -torch.inf)
+        is_later = torch.arange(least, last, device=own.device) >= own[:, None]
+        later = torch.zeros(is_later.shape, device=own.device).masked_fill_(is_later, -torch.inf)
         blocks.append((slice(first, first + len(own)), last, later))
     return blocks
 

@@ -61,9 +61,9 @@ def anchor_slots(config: BeaconConfig, layout: ChunkLayout, ids: torch.Tensor) -
         ids: on the host; not looked at where nothing is exact.
     """
     if not config.exact or layout.has_raw_runs:
-        return torch.tensor(layout.anchor_slots)
+        return torch.tensor(layout.anchor_slots, device="cpu")
     chosen = [anchor_tokens(row, len(layout.beacon_slots), config.exact) for row in ids.tolist()]
-    return torch.tensor([[layout.raw_slots[token] for token in row] for row in chosen])
+    return torch.tensor([[layout.raw_slots[token] for token in row] for row in chosen], device="cpu")
 
 
 def anchors_of_all(anchors: Sequence[torch.Tensor], group: GroupLayout) -> torch.Tensor:

@@ -29,5 +29,5 @@ def sent(values: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Te
         values: n integers, or a tensor of integers on the host, whose shape it keeps.
         device: where.
     """
-    made = torch.as_tensor(values, dtype=torch.long)
+    made = torch.as_tensor(values, dtype=torch.long, device="cpu")
     return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)

@@ -246,11 +246,10 @@ class _Reader:
         cache = self.cache
         others = [row for row in range(cache.batch_size) if row not in members]
         longest_other = max((cache.rows[row].cache_length for row in others), default=0)
-        layers = []
-        for chunk, (keys, values), layer in zip(passed, kept, cache.layers, strict=True):
+        for index, (chunk, (keys, values)) in enumerate(zip(passed, kept, strict=True)):
             chunk.forget()
-            layers.append(joined_layer(layer, chunk, keys, values, members, others, longest_other))
-        cache.layers = layers
+            cache.layers[index] = joined_layer(cache.layers[index], chunk, keys, values, members, others, longest_other)
+            chunk.held = None  # what was held is free before the next layer's is joined
         for layout in layouts:
             cache.rows = tuple(row.after_closing(layout) if b in members else row for b, row in enumerate(cache.rows))
 

@@ -14,14 +14,10 @@ from transformers.cache_utils import DynamicLayer
 from activation_beacon.causal import ToldEntries, attend
 from activation_beacon.constants import constant
 from activation_beacon.entries import PassEnded
-from activation_beacon.plan import GroupLayout
+from activation_beacon.plan import ROWS_TOGETHER, ROWS_TOGETHER_ON_CUDA, GroupLayout
 from activation_beacon.rope import KeyMover
 
 # B batch · H query heads · K kv heads · N slots of all chunks · T slots of one · S entries before it · m before all · D head dim
-
-# Slots of all texts in one pass. On two cores more are no faster for each slot; a GPU waits for Python where they are few.
-ROWS_TOGETHER = 1024
-ROWS_TOGETHER_ON_CUDA = 8192  # not measured
 
 
 def rows_together(device: torch.device) -> int:

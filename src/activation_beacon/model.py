@@ -35,6 +35,7 @@ from activation_beacon.batch import (
     NewTokens,
     as_batch,
     as_ids,
+    as_tensor,
     has_one_run_each,
     mean_loss,
     runs,
@@ -356,7 +357,7 @@ class BeaconModel(BeaconGeneration):
         """
         self._refuse_disabled()
         self._refuse_checkpointing()
-        ids = torch.as_tensor(token_ids)
+        ids = as_tensor(token_ids)
         if ids.dim() != 1 or len(ids) != len(contexts) or not contexts:
             raise InputError(
                 f"read_next wants one token for each context; got ids {tuple(ids.shape)} for {len(contexts)} contexts."

@@ -16,6 +16,11 @@ from activation_beacon.errors import CapacityError, RatioError
 
 Ratio = int | Sequence[int] | Literal["auto"]
 
+# Slots of all texts that several chunks may have in one pass. On two cores more are no faster for each slot; a GPU waits for
+# Python where they are few.
+ROWS_TOGETHER = 1024
+ROWS_TOGETHER_ON_CUDA = 8192  # not measured
+
 
 class Span(NamedTuple):
     """Tokens `start..stop-1` of a text that deserve better: their chunks get at most `ratio`; None keeps them raw."""

@@ -8,11 +8,12 @@ is filled. So a recording serves until the room is full or a chunk is closed, an
 
 import contextlib
 import functools
+import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
@@ -22,9 +23,12 @@ from activation_beacon.causal import ToldEntries, without_cudnn
 from activation_beacon.chunk_inputs import BaseModel
 from activation_beacon.errors import UnsupportedError
 from activation_beacon.files import reason
-from activation_beacon.room import Room
+from activation_beacon.room import MOST_PARTS, Room
 
 # B batch · H query heads · K kv heads · C slots of the room · D head dim · V vocabulary
+
+LEAST_PART = 256  # slots
+ONE_AT_A_TIME = threading.Lock()  # threads record on one stream, and a process may make one graph at a time
 
 Recorder = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
 
@@ -35,14 +39,27 @@ def record_on_cuda(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None]
     Returns:
         What replays it, and the tensor that its result is then in.
     """
-    own = _recording_stream(torch.cuda.current_device())
-    own.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(own):
-        step()  # libraries make their workspaces at the first call, which a recording could not
-    torch.cuda.current_stream().wait_stream(own)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):  # others may use the GPU meanwhile
-        result = step()
+    outside, own = torch.cuda.current_stream(), _recording_stream(torch.cuda.current_device())
+    with ONE_AT_A_TIME:
+        own.wait_stream(outside)
+        with torch.cuda.stream(own):
+            step()  # libraries make their workspaces at the first call, which a recording could not
+        outside.wait_stream(own)
+        graph = torch.cuda.CUDAGraph()
+        failed: BaseException | None = None
+        try:
+            with torch.cuda.graph(
+                graph, stream=own, capture_error_mode="thread_local"
+            ):  # others may use the GPU meanwhile
+                try:
+                    result = step()
+                except BaseException as error:
+                    failed = error
+                    raise
+        except RuntimeError as error:  # a graph whose step has failed cannot be ended: then that is all that is told
+            raise (failed or error) from None
+        finally:
+            torch.cuda.set_stream(outside)  # which it has not gone back to then
     return graph.replay, result
 
 
@@ -60,11 +77,28 @@ class FilledEntries(ToldEntries):
 
     @staticmethod
     def attended_to(query: torch.Tensor, entries: Sequence[torch.Tensor], *, scale: float | None) -> torch.Tensor:
-        """Attention (B, H, 1, D) of queries (B, H, 1, D); those that share a kv head stand as queries of it."""
+        """Attention (B, H, 1, D) of queries (B, H, 1, D); those that share a kv head stand as queries of it.
+
+        As two products of which the second is cut into parts. The kernels of torch that take a mask would walk through
+        all slots of a head in one block, which leaves most of a GPU idle where few texts are decoded.
+        """
         keys, values, filled = entries
-        shared = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1])
-        attended = nn.functional.scaled_dot_product_attention(shared, keys, values, attn_mask=filled, scale=scale)
-        return attended.reshape(query.shape)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        precise = torch.float64 if query.dtype is torch.float64 else torch.float32
+        shared = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1])  # (B, K, H / K, D)
+        scores = (shared @ keys.transpose(2, 3)).to(precise).mul(scale).masked_fill(~filled, -torch.inf)
+        parts = num_parts(keys.shape[2])
+        weights = scores.softmax(-1).to(values.dtype).unflatten(-1, (parts, -1)).transpose(2, 3)
+        attended = (weights @ values.unflatten(2, (parts, -1))).to(precise).sum(2)
+        return attended.to(query.dtype).reshape(query.shape)
+
+
+def num_parts(num_slots: int) -> int:
+    """Parts of one size that a room is cut into: a power of two, none shorter than `LEAST_PART`."""
+    parts = math.gcd(num_slots, MOST_PARTS)
+    while parts > 1 and num_slots // parts < LEAST_PART:
+        parts //= 2
+    return parts
 
 
 class StepLayer(DynamicLayer):

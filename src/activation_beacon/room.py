@@ -11,6 +11,7 @@ import torch
 LEAST_SPARE = 64
 GROWTH = 8  # a new room has this part of its entries to spare: each is copied so many times at most, on average
 ALIGNED = 16  # slots; heads begin at addresses as even as those of tensors of their own
+MOST_PARTS = 64  # large rooms can be cut into so many parts of one size
 
 
 class Room:
@@ -29,7 +30,7 @@ class Room:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, num_new: int) -> None:
         needed = keys.shape[2] + num_new
         size = needed + max(LEAST_SPARE, needed // GROWTH)
-        size += -size % ALIGNED
+        size += -size % max(ALIGNED, 1 << max(0, size.bit_length() - MOST_PARTS.bit_length()))
         self.whole = tuple(held.new_empty((*held.shape[:2], size, held.shape[3])) for held in (keys, values))
         self.filled = (self.whole[0][:, :, :0], self.whole[1][:, :, :0])
         self.append(keys, values)

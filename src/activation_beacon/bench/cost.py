@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from activation_beacon.config import BeaconConfig, Placement
 from activation_beacon.errors import ConfigError
-from activation_beacon.plan import chunks_closed
+from activation_beacon.plan import ROWS_TOGETHER_ON_CUDA, chunks_closed
 
 
 @dataclass(frozen=True)
@@ -225,11 +225,20 @@ class Compression:
         closed = self.num_closed(num_tokens)
         yield Pass.causal(num_tokens - closed * self.chunk_size, self.held_before(closed))
 
-    def widest_pass(self, num_tokens: int, num_new: int = 0) -> int:
-        """Slots of the widest pass of reading a text and writing on."""
-        tail = num_tokens - self.num_closed(num_tokens) * self.chunk_size
-        closing = max(self.closing_slots, self.local_tokens + 1) if self.num_closed(num_tokens + num_new) else 0
-        return max(tail, closing)
+    def widest_pass(self, num_tokens: int, num_new: int = 0, *, most_together: int = 0) -> int:
+        """Slots of the widest pass of reading a text and writing on.
+
+        Args:
+            num_tokens: of the text.
+            num_new: tokens written on.
+            most_together: slots that several chunks may have in one pass, in reading.
+        """
+        closed = self.num_closed(num_tokens)
+        tail = num_tokens - closed * self.chunk_size
+        if not self.num_closed(num_tokens + num_new):
+            return tail
+        num_together = min(closed, most_together // self.closing_slots)
+        return max(tail, self.closing_slots * max(1, num_together), self.local_tokens + 1)
 
 
 FULL_ATTENTION = Compression(None)
@@ -306,13 +315,17 @@ def memory_bytes(
     batch_size: int = 1,
     num_new: int = 0,
 ) -> int:
-    """Bytes of weights, adapter and caches at their largest, and of the widest pass's activations in the feed-forward part."""
+    """Bytes on a GPU of weights, adapter and caches at their largest, and of the widest pass's activations.
+
+    These are the feed-forward part's: the gate, what it is multiplied by, and the product. Of one layer the entries are
+    held twice, when new ones join them.
+    """
     adapter = 0 if how.ratio is None else shape.beacon_weights
     weights = (shape.num_weights + adapter) * element_bytes
-    slots = how.widest_pass(num_tokens, num_new)
-    activations = slots * (2 * shape.intermediate_size + 4 * shape.hidden_size) * element_bytes
+    slots = how.widest_pass(num_tokens, num_new, most_together=ROWS_TOGETHER_ON_CUDA // batch_size)
+    activations = slots * (3 * shape.intermediate_size + 4 * shape.hidden_size) * element_bytes
     caches = shape.cache_bytes(how.peak_entries(num_tokens, num_new), element_bytes)
-    return weights + batch_size * (activations + caches)
+    return weights + batch_size * (activations + caches + caches // shape.num_layers)
 
 
 Obstacle = Literal["positions", "memory"]

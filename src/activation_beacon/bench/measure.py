@@ -8,7 +8,6 @@ be run "tuned" as well, with all that beacons have and that is not beacons, to t
 import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +88,7 @@ def run(model: Any, cell: Cell, num_new: int) -> Run:
 
 
 def _tuned(model: Any) -> Callable[..., Any]:
-    """The base with kernels as beacons have them: on a GPU none of cuDNN's for attention.
+    """The base with kernels as beacons have them: on a GPU none of cuDNN's for attention in writing.
 
     On a CPU, where oneDNN is faster, products through it: all of them in reading, attention's too; of linear layers in writing.
     """
@@ -97,8 +96,7 @@ def _tuned(model: Any) -> Callable[..., Any]:
     everything = functools.partial(training_products, model.cpu_matmul, device=weight.device, dtype=weight.dtype)
 
     def call(ids: torch.Tensor, **options: Any) -> Any:
-        is_read = ids.shape[1] > 1
-        with model.fast_products(ids.numel()), everything() if is_read else nullcontext(), without_cudnn(ids.device):
+        with model.fast_products(ids.numel()), everything() if ids.shape[1] > 1 else without_cudnn(ids.device):
             return model(ids, **options)
 
     return call

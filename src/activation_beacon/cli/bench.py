@@ -8,7 +8,7 @@ import typer
 
 from activation_beacon.cli import options
 from activation_beacon.cli.console import notice, print_json
-from activation_beacon.cli.models import Loaded, best_device, load_model
+from activation_beacon.cli.models import Loaded, load_model, usable_device
 from activation_beacon.config import DEFAULT_KIND, PAPER_KIND, Placement
 from activation_beacon.errors import InputError
 from activation_beacon.sizes import bytes_text
@@ -75,10 +75,7 @@ def training(
 
 def usual_dtype(device: str | None, dtype: options.Dtype | None) -> options.Dtype | None:
     """What a model is measured in: on a GPU bfloat16, unless another is named. The flash kernels know no float32."""
-    import torch
-
-    is_on_gpu = torch.device(device or best_device()).type == "cuda"
-    return options.Dtype.BFLOAT16 if dtype is None and is_on_gpu else dtype
+    return options.Dtype.BFLOAT16 if dtype is None and usable_device(device).type == "cuda" else dtype
 
 
 OBJECTIVES_EPILOG = options.examples(

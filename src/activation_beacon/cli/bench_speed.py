@@ -10,7 +10,7 @@ import typer
 from activation_beacon.cli import options
 from activation_beacon.cli.bench import BenchDtype, usual_dtype
 from activation_beacon.cli.console import notice, seconds_text
-from activation_beacon.cli.models import best_device, load_model
+from activation_beacon.cli.models import load_model, usable_device
 from activation_beacon.errors import CapacityError, InputError
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ def speed(
     memory held at most. Factors compare with full attention in the same repeat; the bound is what counting operations gives
     for the total.
     Full attention is run as transformers runs it, and again "tuned", with all that helps beacons and is not beacons: a cache that is
-    appended to in place; on a CPU float32 products through oneDNN where they are faster; on a GPU no kernels of cuDNN, which
-    makes a plan for each length. "of tuned" compares with the latter.
+    appended to in place; on a CPU float32 products through oneDNN where they are faster; on a GPU no kernels of cuDNN in
+    writing, where it makes a plan for each token. "of tuned" compares with the latter.
     With --peers, methods of kvpress are run in its own environment, in turn with these, at as many cache entries.
     The last line is one JSON object.
     """
@@ -337,9 +337,8 @@ def _model(
 
     if shape not in SHAPES:
         raise InputError(f"--shape must be one of {', '.join(SHAPES)}; got {shape!r}.")
-    where = device or best_device()
     kind = getattr(torch, str(usual_dtype(device, dtype) or "float32"))
-    return shape, random_model(shape, chunk_size=chunk_size, device=where, dtype=kind)
+    return shape, random_model(shape, chunk_size=chunk_size, device=usable_device(device), dtype=kind)
 
 
 def _setting(name: str, model: Any) -> dict[str, Any]:

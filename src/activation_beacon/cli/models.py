@@ -13,6 +13,8 @@ from activation_beacon.cli.texts import check_is_no_text
 from activation_beacon.errors import BaseModelError, InputError, MismatchError
 
 if TYPE_CHECKING:
+    import torch
+
     from activation_beacon.cache import BeaconCache
     from activation_beacon.config import BeaconConfig
     from activation_beacon.prompts import ChatPrompt
@@ -138,6 +140,24 @@ def best_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(name: str | None) -> "torch.device":
+    """The device of that name, or the best one.
+
+    Raises:
+        BaseModelError: if it cannot be used.
+    """
+    import torch
+
+    from activation_beacon.default_base import first_line
+
+    try:
+        return torch.empty(0, device=name or best_device()).device
+    except (RuntimeError, AssertionError) as error:
+        raise BaseModelError(
+            f'Device "{name}" cannot be used: {first_line(error)}. Use "cpu", or fix the device.'
+        ) from error
 
 
 @contextmanager
