@@ -1,5 +1,6 @@
 """The cache as its holder sees it: numbers, forks, batches, devices, quantisation, what transformers asks of it."""
 
+import copy
 import functools
 import re
 
@@ -441,6 +442,17 @@ def test_truncating_drops_the_last_slots(bits):
     for mine, theirs in zip(cache.layers, whole.layers, strict=True):
         assert mine.get_seq_length() == 13
         assert torch.equal(mine.entries()[0], theirs.entries()[0][:, :, :13])
+
+
+@torch.no_grad()
+def test_a_copy_by_pythons_own_is_a_fork():
+    model = with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4, 8)), attention="sdpa")
+    cache = model.compress(random_ids(37), ratio=4)
+    logits = model.read_next([cache.fork()], [5])
+    other = copy.copy(cache)
+    model.compress(random_ids(9, 7), cache=other)
+    assert (cache.tokens_seen, other.tokens_seen) == (37, 46)
+    assert torch.equal(model.read_next([cache], [5]), logits)
 
 
 def test_a_pass_that_fails_leaves_the_cache_as_it_was(monkeypatch):

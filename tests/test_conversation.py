@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 from activation_beacon import BeaconCache, ChatPrompt, Conversation, load
 from activation_beacon.conversation import is_circle
@@ -121,6 +121,37 @@ def test_options_are_those_of_generate(model, start):
     ids = torch.tensor([PROMPT.question("Who?")])
     out = model.generate(ids, context=start, max_new_tokens=12, do_sample=True, temperature=2.0)
     assert drawn == byte_tokenizer().decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_with_beams_it_goes_on_from_the_answer_that_was_given(model, start):
+    conversation = begin(model, start)
+    reply = conversation.ask("Who?", num_beams=3, max_new_tokens=6)
+    ids = torch.tensor([PROMPT.question("Who?")])
+    out = model.generate(ids, context=start, num_beams=3, max_new_tokens=6, do_sample=False)
+    whole = conversation.whole_context()
+    assert whole.batch_size == 1
+    assert whole.token_ids[0].tolist() == [*start.token_ids[0].tolist(), *out[0, : ids.shape[1] + 6].tolist()]
+    expected, _ = greedy(model, whole, PROMPT.follow_up("Why?"), 6)
+    assert str(reply) == byte_tokenizer().decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert str(conversation.ask("Why?", max_new_tokens=6)) == expected
+
+
+def test_several_answers_to_one_question_are_refused_and_change_nothing(model, start):
+    conversation = begin(model, start)
+    with pytest.raises(InputError, match="num_return_sequences=2"):
+        conversation.ask("Who?", num_return_sequences=2, do_sample=True)
+    assert (conversation.num_turns, conversation.context.tokens_seen) == (0, start.tokens_seen)
+
+
+@pytest.mark.parametrize("where", ["call", "config", "model"])
+def test_an_answer_is_complete_by_the_end_tokens_of_its_own_call(model, start, where):
+    ends = list(range(3, 250))
+    if where == "model":
+        model.generation_config.eos_token_id = ends
+    options = {"call": {"eos_token_id": ends}, "config": {"generation_config": GenerationConfig(eos_token_id=ends)}}
+    reply = begin(model, start).ask("Who?", **options.get(where, {}))
+    assert reply.is_complete
+    assert reply.unread == []
 
 
 def test_an_answer_that_goes_round_in_a_circle_is_ended_unless_it_is_drawn(model, start, monkeypatch):

@@ -540,6 +540,17 @@ def test_of_the_last_layer_a_closed_chunk_takes_keys_and_values_only(family):
     same_cache(cache, waited_for, 0)
 
 
+@torch.no_grad()
+def test_once_asked_for_hidden_states_a_model_ends_chunks_early_still():
+    model, ids = with_beacons("llama", config()), random_ids(2 * CHUNK + 5)
+    expected = model(ids, beacon_ratio=4, output_hidden_states=True).hidden_states
+    layer = model.get_decoder().layers[-1]
+    assert layer._forward_hooks  # transformers' own
+    assert calls(layer.mlp, lambda: model.compress(ids, ratio=4))[1] == 1
+    found = model(ids, beacon_ratio=4, output_hidden_states=True).hidden_states
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("attribute", ["forward", "_compiled_call_impl"])
 @torch.no_grad()
 def test_a_last_layer_that_another_library_has_wrapped_is_run_to_its_end(attribute):

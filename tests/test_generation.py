@@ -1245,3 +1245,106 @@ def test_a_picture_in_a_text_that_is_compressed_is_refused_by_name(seeing):
         ):
             call(**prompt, beacon_ratio=4)
     assert seeing.generate(prompt["input_ids"].clamp(max=IMAGE - 1), beacon_ratio=4, max_new_tokens=2).shape[1] == 40
+
+
+# --- rows that end before others ----------------------------------------------------------------------------------------
+
+
+def end_of_the_first(model, prompts, **options):
+    """A token of the first of two answers that it has not before and the other has not at all, and its place; never the last."""
+    first, other = model.generate(prompts, max_new_tokens=SHORT, **greedy(), **options)[:, prompts.shape[1] :].tolist()
+    return next(
+        (token, place) for place, token in enumerate(first[:-1]) if place and token not in [*first[:place], *other]
+    )
+
+
+@pytest.mark.parametrize("kind", ["short", "context", "long"])
+@torch.no_grad()
+def test_a_row_that_has_ended_goes_on_as_it_does_alone(model, kind):
+    texts = {"short": (random_ids(6, 1), random_ids(6, 4)), "long": (PROMPT, random_ids(41, 9))}
+    prompts = torch.cat(texts.get(kind, (QUESTION, random_ids(3, 5))))
+    context = model.compress(TEXT, ratio=4) if kind == "context" else None
+    options = {"beacon_ratio": 4} if kind == "long" else {}
+    end, place = end_of_the_first(model, prompts, context=context, **options)
+    options |= {"eos_token_id": end, "pad_token_id": 0, "max_new_tokens": SHORT, "return_dict_in_generate": True}
+    both = model.generate(prompts, context=context, **options, **greedy())
+    follow_up = random_ids(4, 8)
+    whole = torch.cat((both.sequences, follow_up.expand(2, -1)), dim=1)
+    mask = torch.ones_like(whole)
+    mask[0, prompts.shape[1] + place + 1 : both.sequences.shape[1]] = 0  # padding behind the end
+    grown = both.past_key_values
+    assert [row.tokens_seen for row in grown.rows] == [
+        (38 if context is not None else 0) + prompts.shape[1] + count for count in (place, SHORT - 1)
+    ]
+    answers = model.generate(
+        whole, attention_mask=mask, past_key_values=grown, max_new_tokens=4, eos_token_id=None, **greedy()
+    )
+    for row in range(2):
+        alone = model.generate(prompts[row : row + 1], context=context, **options, **greedy())
+        ids = torch.cat((alone.sequences, follow_up), dim=1)
+        last = model.generate(
+            ids, past_key_values=alone.past_key_values, max_new_tokens=4, eos_token_id=None, **greedy()
+        )
+        assert torch.equal(answers[row, whole.shape[1] :], last[0, ids.shape[1] :])
+
+
+@torch.no_grad()
+def test_padding_that_has_closed_a_chunk_stays_and_is_told(model, caplog):
+    prompts = torch.cat((random_ids(6, 1), random_ids(6, 4)))
+    end, place = end_of_the_first(model, prompts)
+    options = {"eos_token_id": end, "pad_token_id": 0, "return_dict_in_generate": True}
+    out = model.generate(prompts, max_new_tokens=30, **options, **greedy())
+    assert [row.tokens_seen for row in out.past_key_values.rows] == [35, 35]
+    assert f"Row 0 ended {29 - place} tokens before others" in caplog.text
+
+
+@torch.no_grad()
+def test_where_rows_go_on_though_a_criterion_has_ended_one_they_keep_what_they_wrote(model):
+    class EndsTheFirst(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return torch.tensor([input_ids.shape[1] >= 8, False])
+
+    prompts = torch.cat((random_ids(6, 1), random_ids(6, 4)))
+    out = model.generate(
+        prompts, max_new_tokens=SHORT, stopping_criteria=[EndsTheFirst()], return_dict_in_generate=True, **greedy()
+    )
+    assert torch.equal(out.past_key_values.token_ids, out.sequences[:, :-1])
+
+
+# --- embeddings ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_short_prompts_of_embeddings_are_the_bases(model):
+    base, ids = base_of(), random_ids(8)
+    embedded = base.get_input_embeddings()(ids)
+    expected = base.generate(inputs_embeds=embedded, max_new_tokens=20, **greedy())
+    assert torch.equal(model.generate(inputs_embeds=embedded, max_new_tokens=20, **greedy()), expected)
+    both = model.generate(ids, inputs_embeds=embedded, max_new_tokens=20, **greedy())
+    assert torch.equal(both, base.generate(ids, inputs_embeds=embedded, max_new_tokens=20, **greedy()))
+    with model.beacon_disabled():
+        assert torch.equal(model.generate(inputs_embeds=embedded, max_new_tokens=20, **greedy()), expected)
+
+
+@torch.no_grad()
+def test_embeddings_are_refused_where_they_would_be_compressed(model, context):
+    embedded = model.get_input_embeddings()(PROMPT)
+    with pytest.raises(UnsupportedError, match="got inputs_embeds of 41 tokens, more than a chunk"):
+        model.generate(inputs_embeds=embedded)
+    for held in ({"context": context}, {"past_key_values": context.fork()}, {"beacon_ratio": 4}):
+        with pytest.raises(UnsupportedError, match="Compressing needs input_ids"):
+            model.generate(QUESTION, inputs_embeds=embedded[:, :3], **held)
+
+
+@torch.no_grad()
+def test_states_of_a_compressed_prompt_are_there_for_every_sequence(model):
+    options = {"output_hidden_states": True, "output_attentions": True, "return_dict_in_generate": True}
+    out = model.generate(PROMPT, num_beams=2, max_new_tokens=3, beacon_ratio=4, **options)
+    assert {states[-1].shape[0] for states in (*out.hidden_states, *out.attentions)} == {2}
+
+
+def test_a_list_of_ratios_names_every_chunk_of_the_prompt(model):
+    with pytest.raises(RatioError, match="names 1 chunk, but the text of 41 tokens closes 2"):
+        model.generate(PROMPT, beacon_ratio=[2], max_new_tokens=3)
+    out = model.generate(PROMPT, beacon_ratio=[2, 4], max_new_tokens=20, return_dict_in_generate=True)
+    assert out.past_key_values.ratios == (2, 4, 4)

@@ -1,5 +1,6 @@
 """The face: golden numbers, the base untouched, attaching and detaching, ratios, gradients, batches, refusals."""
 
+import contextlib
 import copy
 import inspect
 import json
@@ -979,6 +980,64 @@ def test_what_else_a_base_returns_of_a_short_text_is_there():
     assert ours.keys() - {"nll"} == theirs.keys()
     assert torch.equal(ours.aux_loss, theirs.aux_loss)
     assert torch.equal(ours.loss, theirs.loss)
+
+
+def test_what_is_left_to_the_base_has_a_loss_and_no_losses_of_tokens():
+    base, model, ids = tiny("llama"), with_beacons("llama", CONFIG), random_ids(12)
+    holes = torch.ones_like(ids)
+    holes[0, 4] = 0
+    for inputs in (
+        {"input_ids": ids, "attention_mask": holes},
+        {"inputs_embeds": base.get_input_embeddings()(ids)},
+        {"input_ids": ids, "position_ids": torch.arange(6).repeat(2)[None]},
+    ):
+        ours = model(**inputs, labels=ids)
+        assert torch.equal(ours.loss, base(**inputs, labels=ids).loss)
+        assert ours.nll is None
+        assert isinstance(model(**inputs, labels=ids, return_dict=False), tuple)
+
+
+@torch.no_grad()
+def test_a_short_text_whose_positions_have_gaps_is_gone_on_with_as_by_the_base():
+    base, model, ids, more = tiny("llama"), with_beacons("llama", CONFIG), random_ids(10), random_ids(1, 2)
+    positions, later = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 9, 10, 11]]), torch.tensor([[12]])
+    ours, theirs = (m(ids, position_ids=positions) for m in (model, base))
+    assert torch.equal(ours.logits, theirs.logits)
+    ours, theirs = (
+        m(more, past_key_values=output.past_key_values, position_ids=later)
+        for m, output in ((model, ours), (base, theirs))
+    )
+    assert torch.equal(ours.logits, theirs.logits)
+    with pytest.raises(UnsupportedError, match="do not count up"):
+        model(ids, position_ids=positions, past_key_values=model.new_cache())
+
+
+@pytest.mark.parametrize(
+    ("span", "is_late"), [((3, 8, None), True), ((3, 20, 2), True), ((3, 8, 8), False), ((32, 40, 2), False)]
+)
+def test_a_span_that_comes_too_late_is_refused(span, is_late):
+    model, ids = with_beacons("llama", CONFIG), random_ids(60)
+    cache = model.compress(ids[:, :40], ratio=4)
+    before = cache.fork()
+    with pytest.raises(RatioError, match="comes too late") if is_late else contextlib.nullcontext():
+        model.compress(ids[:, 40:], cache=cache, spans=[span])
+    if is_late:
+        same_cache(cache, before)
+    model.compress(ids[:, 40:], cache=before, ratio="auto", spans=[span])  # which reads the text anew
+    expected = model.compress(ids, ratio="auto", spans=[span])
+    same_cache(before, expected)
+
+
+def test_numbers_of_any_kind_are_budgets_spans_and_masks():
+    model, ids = with_beacons("llama", CONFIG), random_ids(60)
+    by_numpy = model.compress(ids, budget=numpy.int64(50), spans=numpy.array([[3, 8, 2]]))
+    same_cache(by_numpy, model.compress(ids, budget=50, spans=[(3, 8, 2)]))
+    for given in (True, 50.0, "50"):
+        with pytest.raises(RatioError, match="budget must be"):
+            model.compress(ids, budget=given)
+    padded = model.compress([[5, 6, 7], [5, 6, 7]], attention_mask=[[1, 1, 1], [0, 1, 1]])
+    assert [row.tokens_seen for row in padded.rows] == [3, 2]
+    assert model.compress(torch.tensor([5, 6, 7]), attention_mask=torch.tensor([0, 1, 1])).tokens_seen == 2
 
 
 def test_short_texts_in_other_forms_are_the_bases():

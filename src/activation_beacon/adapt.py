@@ -29,6 +29,7 @@ FULL_ATTENTION = "full_attention"
 AT_ONCE = "beacon_chunks_with_"  # before the name of the attention that it hands chunks to, see at_once
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
 FUSED_NAMES = {"qkv_proj": "qkv", "query_key_value": "qkv"}
+OUTPUT_CAPTURING = "transformers.utils.output_capturing"  # the module of its hooks
 OUTPUT_NAMES = ("o_proj", "dense", "out_proj")
 
 
@@ -160,10 +161,12 @@ def can_end_early(decoder: Any, site: DecoderSite) -> bool:
     """Whether a pass of the decoder may be left from within its last layer, because nobody waits for the layer's end.
 
     Hooks do (FSDP gathers and frees weights in them), and so may compiled modules and a `forward` that another library
-    has put on an instance (accelerate offloads weights there).
+    has put on an instance (accelerate offloads weights there). The hooks that transformers leaves on a model which was once
+    asked for hidden states do not: they look at passes that are asked for some, and these are not left.
     """
     last = decoder.layers[len(site.layers) - 1]
-    is_waited_for = bool(decoder._forward_hooks or last._forward_hooks)
+    hooks = (*decoder._forward_hooks.values(), *last._forward_hooks.values())
+    is_waited_for = any(getattr(hook, "__module__", None) != OUTPUT_CAPTURING for hook in hooks)
     return not is_waited_for and all(
         "forward" not in vars(module) and module._compiled_call_impl is None for module in (decoder, *last.modules())
     )

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from activation_beacon.config import BeaconConfig, is_same_fingerprint
 from activation_beacon.context_header import BITS, ContextHeader
-from activation_beacon.entries import BeaconLayer, merge
+from activation_beacon.entries import BeaconLayer, merge, take
 from activation_beacon.errors import (
     BeaconError,
     FileFormatError,
@@ -235,6 +235,18 @@ class BeaconCache(Cache):
         self.token_ids = self.token_ids[:, :-count]
         self.rows = tuple(row.after_reading(-count) for row in self.rows)
 
+    def take_back(self, counts: Sequence[int]) -> None:
+        """Take back so many tokens of each row; they must still be in its tail."""
+        rows = tuple(row.after_reading(-count) for row, count in zip(self.rows, counts, strict=True))
+
+        def cut(tensor: torch.Tensor, longest: int, dim: int) -> torch.Tensor:
+            return take(tensor, range(len(rows)), [tensor.shape[dim] - count for count in counts], longest, dim=dim)
+
+        num_slots = max(row.cache_length for row in rows)
+        layers = [layer.dense().map(lambda tensor: cut(tensor, num_slots, 2)) for layer in self.layers]
+        self.token_ids = cut(self.token_ids, max(row.tokens_seen for row in rows), 1)
+        self.layers, self.rows = layers, rows
+
     def reset(self) -> None:
         """Refused: a new text needs a new cache."""
         raise UnsupportedError("A BeaconCache cannot be reset. Make a new one with model.compress.")
@@ -255,6 +267,10 @@ class BeaconCache(Cache):
         other = self._like(self.token_ids)
         other.layers = [layer.copy() for layer in self.layers]
         return other
+
+    def __copy__(self) -> "BeaconCache":
+        """As `fork`: layers are appended to in place."""
+        return self.fork()
 
     def compacted(self) -> "BeaconCache":
         """The same contents in memory of their own size, without room to grow, or a batch that they were cut from."""

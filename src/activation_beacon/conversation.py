@@ -190,11 +190,18 @@ def answer(
         ids: the question, as tokens that follow the context.
         write: is called with each piece of the answer as it comes.
         should_stop: is asked after each token.
-        options: of `generate`.
+        options: of `generate`. With beams, question and answer are read once more: their cache holds all beams.
 
     Raises:
+        InputError: for `num_return_sequences`: there is one answer.
         CapacityError: if question and answer do not fit.
     """
+    option = model.generation_option(options.get("generation_config"), options)
+    if (option("num_return_sequences") or 1) > 1:
+        raise InputError(
+            f"A question has one answer to go on from; got num_return_sequences={option('num_return_sequences')}. "
+            "Leave it out, or use model.generate."
+        )
     options = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False, **options}
     if write is not None:
         options["streamer"] = _streamer(tokenizer, write)
@@ -211,8 +218,10 @@ def answer(
     seconds = time.perf_counter() - start
     written = output.sequences[0, len(ids) :].tolist()
     grown = output.past_key_values
+    if grown.batch_size > 1:
+        grown = model.compress([[*ids, *written[:-1]]], cache=context.fork())
     num_read = grown.tokens_seen - context.tokens_seen - len(ids)
-    is_complete = bool(written) and written[-1] in _end_ids(model)
+    is_complete = bool(written) and written[-1] in _end_ids(option("eos_token_id"))
     return Answer(
         text=tokenizer.decode(written, skip_special_tokens=True).strip(),
         num_tokens=len(written),
@@ -253,9 +262,8 @@ def is_circle(ids: Sequence[int]) -> bool:
     return False
 
 
-def _end_ids(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else {ends}
+def _end_ids(ends: Any) -> set[int]:
+    return {int(each) for each in torch.atleast_1d(torch.as_tensor([] if ends is None else ends))}
 
 
 def _streamer(tokenizer: Any, write: Write) -> transformers.TextStreamer:

@@ -400,12 +400,11 @@ class _Reader:
             with contextlib.suppress(PassEnded):
                 self.model.get_decoder()(**inputs)
             return None
-        if wanted == list(range(len(slots))) and list(slots) == wanted and "beacon_slots" not in inputs:
-            return self.model.base_forward(**inputs, logits_to_keep=0)
-        if list(slots) == list(range(len(slots))) and wanted == [len(slots) - 1] and "beacon_slots" not in inputs:
-            return self.model.base_forward(**inputs, logits_to_keep=1)
-        index = sent([slots[number] for number in wanted], self.ids.device)
-        return self.model.base_forward(**inputs, logits_to_keep=index)
+        every = list(range(len(slots)))
+        keep: int | torch.Tensor = 0 if wanted == every else 1
+        if wanted not in (every, every[-1:]) or list(slots) != every or "beacon_slots" in inputs:
+            keep = sent([slots[number] for number in wanted], self.ids.device)
+        return self.model.base_forward(**inputs, logits_to_keep=keep)
 
 
 def _appended_ids(cache: BeaconCache, new: NewTokens) -> torch.Tensor:

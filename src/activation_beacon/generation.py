@@ -6,12 +6,14 @@ go in and come out as text: the cache is shorter.
 """
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
+from activation_beacon.batch import left_padded
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import InputError, UnsupportedError
 from activation_beacon.plan import Ratio, Row, TextPlanner, revised
@@ -36,6 +38,8 @@ LEAST_REPEATED = 16  # tokens: what templates put before every message is shorte
 DEFAULT_ANSWER = 20  # new tokens where nobody says how many
 
 Option = Callable[[str], Any]
+
+logger = logging.getLogger(__name__)
 
 
 class BeaconGeneration(Host):
@@ -72,7 +76,7 @@ class BeaconGeneration(Host):
             _refuse_while_disabled(context, beacon_ratio)
             return super().generate(inputs, generation_config, *args, **kwargs)
         kwargs |= dict(zip(LATER_ARGUMENTS, args, strict=False))
-        option = self._options(generation_config, kwargs)
+        option = self.generation_option(generation_config, kwargs)
         _refuse_options(option, generation_config, kwargs)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         given = kwargs.get("past_key_values")
@@ -84,16 +88,19 @@ class BeaconGeneration(Host):
             )
         if context is not None and input_ids is None:
             raise InputError("generate(context=...) needs input_ids: the ids of what follows the context, a question.")
-        if input_ids is None or (given is not None and not isinstance(given, BeaconCache)):
-            self._refuse_beacons_by_name(context, beacon_ratio)
-            self._refuse_long_prompt_on(given, input_ids)
+        embeds = kwargs.get("inputs_embeds")
+        is_others = given is not None and not isinstance(given, BeaconCache)
+        if input_ids is None or embeds is not None or is_others:
+            held = given if embeds is not None and not is_others else None
+            self._refuse_beacons_by_name(held if context is None else context, beacon_ratio)
+            self._refuse_long_prompt_on(given, input_ids if embeds is None else embeds)
         elif option("use_cache") is False:
             if context is not None or given is not None or beacon_ratio is not None:
                 raise UnsupportedError("use_cache=False leaves no cache to hold beacons. Generate with use_cache=True.")
         elif self._is_compressible(input_ids, context is None and given is None, option, kwargs):
             cache = self._generation_cache(input_ids, context, given, beacon_ratio)
-            self._check_capacity(cache, input_ids, option, kwargs["attention_mask"])
-            return self._generate_on(cache, given, inputs, generation_config, kwargs)
+            self._check_capacity(cache, input_ids, option, kwargs["attention_mask"], is_named=beacon_ratio is not None)
+            return self._generate_on(cache, given, inputs, generation_config, kwargs, option)
         return super().generate(inputs, generation_config, **kwargs)
 
     def _generate_on(
@@ -103,15 +110,21 @@ class BeaconGeneration(Host):
         inputs: torch.Tensor | None,
         generation_config: GenerationConfig | None,
         kwargs: dict[str, Any],
+        option: Option,
     ) -> Any:
         """Generate on a fork, or on the caller's own cache where it has the fork's policy and rows and so grows in place.
 
-        Else it becomes what the fork is in the end: a call that fails leaves it as it was.
+        Else it becomes what the fork is in the end: a call that fails leaves it as it was. Rows that have ended before others
+        give back the padding that they have read since.
         """
         if given is not None and (given.policies, given.rows) == (planned.policies, planned.rows):
             given.is_continued = True
             planned = given
-        output = super().generate(inputs, generation_config, **{**kwargs, "past_key_values": planned})
+        ends = RowEnds(kwargs.get("stopping_criteria") or ())
+        ours = {"past_key_values": planned, "stopping_criteria": ends}
+        output = super().generate(inputs, generation_config, **{**kwargs, **ours})
+        if (option("num_beams") or 1) == 1:  # beams change places
+            ends.take_back_padding(planned)
         if given is not None and planned is not given:
             given.adopt(planned)
             given.is_continued = True
@@ -119,8 +132,8 @@ class BeaconGeneration(Host):
                 output.past_key_values = given
         return output
 
-    def _options(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Option:
-        """Finds an option of a call as transformers does: among its arguments, in its config, in the model's config."""
+    def generation_option(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Option:
+        """Finds an option of a call of `generate` as transformers does: its arguments, its config, the model's config."""
         configs = (generation_config, self.generation_config)
 
         def option(name: str) -> Any:
@@ -146,10 +159,18 @@ class BeaconGeneration(Host):
             raise InputError("A row of attention_mask ends in padding. Pad prompts on the left: padding_side='left'.")
         return True
 
-    def _refuse_long_prompt_on(self, given: Any, input_ids: torch.Tensor | None) -> None:
-        if given is not None and input_ids is not None and input_ids.shape[1] > self.untouched_length:
+    def _refuse_long_prompt_on(self, given: Any, prompt: torch.Tensor | None) -> None:
+        """Refuse to leave a prompt, ids (B, T) or embeddings (B, T, M), to the base that is too long to stay uncompressed."""
+        if prompt is None or prompt.shape[1] <= self.untouched_length:
+            return
+        if prompt.dim() == 3:
             raise UnsupportedError(
-                f"A {type(given).__name__} cannot hold beacons, and the prompt of {input_ids.shape[1]} tokens is longer than "
+                f"Closing chunks needs input_ids; got inputs_embeds of {prompt.shape[1]} tokens, more than a chunk. "
+                "Give ids, or use beacon_disabled()."
+            )
+        if given is not None:
+            raise UnsupportedError(
+                f"A {type(given).__name__} cannot hold beacons, and the prompt of {prompt.shape[1]} tokens is longer than "
                 f"a chunk. Leave past_key_values out, or use beacon_disabled()."
             )
 
@@ -181,15 +202,28 @@ class BeaconGeneration(Host):
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
         """Theirs, without the warning that the text is longer than the base's positions: the cache is not."""
         criteria = super()._get_stopping_criteria(*args, **kwargs)
+        ends = kwargs.get("stopping_criteria")
+        if isinstance(ends, RowEnds):
+            ends[:] = criteria
+            criteria = ends
         for criterion in criteria if not self._beacon.state.is_disabled else ():
             if hasattr(criterion, "max_position_embeddings"):
                 criterion.max_position_embeddings = None
         return criteria
 
     def _check_capacity(
-        self, cache: BeaconCache, input_ids: torch.Tensor, option: Option, attention_mask: torch.Tensor
+        self,
+        cache: BeaconCache,
+        input_ids: torch.Tensor,
+        option: Option,
+        attention_mask: torch.Tensor,
+        *,
+        is_named: bool,
     ) -> None:
-        """Refuse now, rather than after half an answer, what would not fit the base model's positions."""
+        """Refuse now, rather than after half an answer, what would not fit the base model's positions.
+
+        Where the call names ratios, a sequence of them is to name every chunk of the prompt; chunks of the answer have the last.
+        """
         num_answer = option("max_new_tokens")
         if num_answer is None:
             longest = option("max_length")
@@ -199,6 +233,8 @@ class BeaconGeneration(Host):
         counts = mask[:, -new_ids.shape[1] :].sum(dim=1).tolist()
         for row, policy, count in zip(cache.rows, cache.policies, counts, strict=True):
             planner = TextPlanner(cache.config, policy, self._beacon.site.max_positions)
+            if is_named:
+                planner.check_names_every_chunk(row.tokens_seen + int(count))
             for num_new in _fullest(planner, row, int(count), max(1, num_answer) - 1):
                 planner.plan(row, num_new)
 
@@ -245,7 +281,9 @@ class BeaconGeneration(Host):
         )
         if copies > 1:
             cache.batch_repeat_interleave(copies)
-            outputs.logits = outputs.logits.repeat_interleave(copies, dim=0)
+            for name in ("logits", "hidden_states", "attentions"):
+                if outputs.get(name) is not None:
+                    outputs[name] = _repeated(outputs[name], copies)
         return outputs
 
     def prepare_inputs_for_generation(
@@ -281,6 +319,48 @@ class BeaconGeneration(Host):
                 "generate_batch cannot take compressed contexts. Use generate with stacked contexts."
             )
         return super().generate_batch(*args, **kwargs)
+
+
+class RowEnds(StoppingCriteriaList):
+    """Stopping criteria that note where each row has ended: until the last one has, the others are given padding to read."""
+
+    lengths: torch.Tensor | None = None  # (B,) tokens of a row when it ended, 0 before
+    longest = 0  # tokens of the rows now
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Which rows have ended, (B,)."""
+        has_ended = super().__call__(input_ids, scores, **kwargs)
+        self.longest = input_ids.shape[1]
+        before = torch.zeros_like(has_ended, dtype=torch.long) if self.lengths is None else self.lengths
+        self.lengths = torch.where(has_ended & (before == 0), self.longest, before)
+        return has_ended
+
+    def take_back_padding(self, cache: BeaconCache) -> None:
+        """Leave each row of the cache with the text that was read before it ended, all but its last token, as where it is alone.
+
+        Not where padding has closed a chunk since, which cannot be opened again, or is none: without an end token
+        transformers has all rows go on.
+        """
+        if self.lengths is None or not any(hasattr(criterion, "eos_token_id") for criterion in self):
+            return
+        counts = [self.longest - length if length else 0 for length in self.lengths.tolist()]
+        for number, (row, count) in enumerate(zip(cache.rows, counts, strict=True)):
+            if count > row.tail_length:
+                logger.warning(
+                    "Row %d ended %d tokens before others, and these have closed a chunk: its context holds padding.",
+                    number,
+                    count,
+                )
+                counts[number] = 0
+        if any(counts):
+            cache.take_back(counts)
+
+
+def _repeated(value: Any, copies: int) -> Any:
+    """A tensor, or a tuple of them, with each row so many times."""
+    if isinstance(value, torch.Tensor):
+        return value.repeat_interleave(copies, dim=0)
+    return tuple(each if each is None else _repeated(each, copies) for each in value)
 
 
 # What a prompt's pass is given by us, or follows from the cache; everything else is the base's.
@@ -324,7 +404,7 @@ def _fullest(planner: TextPlanner, row: Row, num_prompt: int, num_more: int) -> 
 def _unread(
     prompt: torch.Tensor, mask: torch.Tensor | None, cache: BeaconCache
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What of a prompt (B, T) the cache has not seen.
+    """What of a prompt (B, T) the cache has not seen, padded on the left; padding between the turns of a row is left out.
 
     All of it, unless each row opens with the text seen: the whole of it, or what came after the context that an earlier
     `generate` was given, which is what that call returned.
@@ -337,16 +417,13 @@ def _unread(
     repeated = [_num_repeated(b, prompt[b, columns[b]], cache) for b in range(len(valid))]
     if not any(repeated):  # None, or 0 where nothing came after the context: that says nothing
         return prompt, mask
-    unread = valid.clone()
-    for b, number in enumerate(repeated):
-        if number is None:
-            raise InputError(
-                f"Row {b} of the prompt does not open with the text that was read, and others do. "
-                "Give the whole text in each row, or only what follows it in each."
-            )
-        unread[b, columns[b][:number]] = 0
-    first = int(unread.any(dim=0).nonzero()[0])
-    return prompt[:, first:], unread[:, first:]
+    if None in repeated:
+        raise InputError(
+            f"Row {repeated.index(None)} of the prompt does not open with the text that was read, and others do. "
+            "Give the whole text in each row, or only what follows it in each."
+        )
+    texts = [prompt[b, columns[b][number:]] for b, number in enumerate(repeated)]
+    return left_padded(texts, device=prompt.device)
 
 
 def _num_repeated(number: int, prompt: torch.Tensor, cache: BeaconCache) -> int | None:

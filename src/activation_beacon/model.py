@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from activation_beacon.adapt import find_decoder
 from activation_beacon.at_once import read_at_once
@@ -68,7 +69,8 @@ class BeaconOutput(CausalLMOutputWithPast):
     """What transformers returns, and the loss of each token.
 
     Attributes:
-        nll: (B, N - 1) in nats, NaN where the label is -100 or padding; None without labels.
+        nll: (B, N - 1) in nats, NaN where the label is -100 or padding; None without labels, and of short texts with masks or
+            positions that are left to the base.
     """
 
     nll: torch.Tensor | None = None
@@ -303,10 +305,11 @@ class BeaconModel(BeaconGeneration):
             ratio: raw tokens per beacon: an int for all chunks; a sequence with one for each chunk of the whole text;
                 "auto", the smallest of the adapter's ratios with which the text fits the base model's positions. When the
                 text grows beyond what fits, "auto" chooses again and reads the text anew from the ids that are kept.
-            attention_mask: (B, N), 1 where there is a token; padding on either side.
+            attention_mask: (B, N) or (N,), 1 where there is a token; padding on either side.
             budget: with "auto", cache entries that a text may hold at most.
             spans: (start, stop, ratio) in tokens of the text: chunks there get at most that ratio; with None for ratio
-                those tokens' keys and values are kept raw. They are added to those that the cache has.
+                those tokens' keys and values are kept raw. They are added to those that the cache has; what has been
+                compressed already is read anew with "auto" only.
             cache: go on where this one stands, in place; of its policy stays what is not named here.
             progress: True for a bar, or a function that is called with the chunks closed and to be closed.
 
@@ -325,9 +328,14 @@ class BeaconModel(BeaconGeneration):
             attention_mask = own_mask if attention_mask is None else attention_mask
         if input_ids.dim() == 1:
             input_ids = input_ids[None]
+        if attention_mask is not None:
+            attention_mask = torch.atleast_2d(as_tensor(attention_mask))
         self._refuse_checkpointing()
         cache = self._opened(cache, input_ids)
         policies = self._revised(cache, ratio, budget, spans)
+        for row, held, policy in zip(cache.rows, cache.policies, policies, strict=True):
+            late = [span for span in policy.spans if span not in held.spans]
+            TextPlanner(cache.config, policy, None).check_are_ahead(row, late)
         new = self._new_tokens(input_ids, attention_mask)
         if new.columns == 1:  # more have been looked at
             self._check_vocabulary(new.ids)
@@ -510,9 +518,9 @@ class BeaconModel(BeaconGeneration):
             return self.base_forward(input_ids, past_key_values=past_key_values, **given, **kwargs)
         if input_ids is None or (attention_mask is not None and attention_mask.dim() != 2):
             self._refuse_long_or_compressed(inputs_embeds if input_ids is None else input_ids, cache, beacon_ratio)
-            return self.base_forward(input_ids, **given, **kwargs)
-        if cache is None and beacon_ratio is None and self._is_short_with_holes(input_ids, attention_mask):
-            return self.base_forward(input_ids, **given, **kwargs)
+            return _with_nll(self.base_forward(input_ids, **given, **kwargs), labels)
+        if cache is None and beacon_ratio is None and self._is_for_the_base(input_ids, attention_mask, position_ids):
+            return _with_nll(self.base_forward(input_ids, **given, **kwargs), labels)
         keep_cache = cache is not None or self._keeps_cache(use_cache)
         cache = self._opened(cache, input_ids)
         new = self._new_tokens(input_ids, attention_mask)
@@ -560,11 +568,17 @@ class BeaconModel(BeaconGeneration):
         reading = planner.plan(Row(config.chunk_size), new.columns)
         return read_at_once(self, self._beacon.site, config, new.ids, reading.closings)
 
-    def _is_short_with_holes(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-        """Whether a text that no chunk is closed of comes with a mask that only the base can make sense of."""
-        if attention_mask is None or input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+    def _is_for_the_base(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> bool:
+        """Whether a text that no chunk is closed of comes with a mask or positions that only the base can make sense of."""
+        if input_ids.dim() != 2 or input_ids.shape[1] > self.untouched_length:
             return False
-        return input_ids.shape[1] <= self.untouched_length and not has_one_run_each(attention_mask)
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            return False
+        if attention_mask is not None and not has_one_run_each(attention_mask):
+            return True
+        return position_ids is not None and not _count_up(position_ids, self._new_tokens(input_ids, attention_mask))
 
     def _keeps_cache(self, use_cache: bool | None) -> bool:
         if use_cache is None:
@@ -589,6 +603,8 @@ class BeaconModel(BeaconGeneration):
         kwargs: dict[str, Any],
     ) -> BeaconOutput:
         """No chunk is closed: the base's own forward with the caller's own arguments."""
+        if cache is not None:
+            _refuse_packed(given["position_ids"], new)
         labels = given["labels"]
         is_padded = any(count < new.columns for count in new.counts)
         inputs = dict(given, labels=None if is_padded else labels)
@@ -612,11 +628,7 @@ class BeaconModel(BeaconGeneration):
             if cache is not None:
                 cache.truncate(0)
             raise
-        fields = {name: output.get(name) for name in ("hidden_states", "attentions")}
-        ours = BeaconOutput(loss=loss, logits=output.logits, past_key_values=output.past_key_values, nll=nll, **fields)
-        for name in output.keys() - ours.keys():  # such as the router's logits of a mixture of experts
-            ours[name] = output[name]
-        return ours
+        return _as_ours(output, loss, nll)
 
     def _move_to_origin(self, cache: BeaconCache, new: NewTokens, position_ids: torch.Tensor | None) -> None:
         """Move what the base has read behind padding to the positions that it holds: each row begins at 0."""
@@ -807,7 +819,15 @@ def _beacon_class(base_class: Any) -> type:
 
     forward.__doc__ = BeaconModel.forward.__doc__
     forward.__signature__ = base_signature.replace(parameters=[*parameters, ours, *rest])  # type: ignore[attr-defined]
+
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return BeaconModel.prepare_inputs_for_generation(self, *args, **kwargs)
+
+    # transformers asks by the signature what a model takes
+    own = inspect.signature(base_class.prepare_inputs_for_generation)
+    prepare_inputs_for_generation.__signature__ = own  # type: ignore[attr-defined]
     members: dict[str, Any] = {"__module__": base_class.__module__, "__doc__": base_class.__doc__, "forward": forward}
+    members["prepare_inputs_for_generation"] = prepare_inputs_for_generation
     return type(base_class.__name__, (BeaconModel, base_class), members)
 
 
@@ -840,15 +860,34 @@ def _kept(logits: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
     return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
 
 
-def _refuse_packed(position_ids: torch.Tensor | None, new: NewTokens) -> None:
-    if position_ids is None:
-        return
+def _as_ours(output: ModelOutput, loss: torch.Tensor | None, nll: torch.Tensor | None) -> BeaconOutput:
+    """What the base returns, as what an attached model returns."""
+    fields = {name: output.get(name) for name in ("hidden_states", "attentions", "past_key_values")}
+    ours = BeaconOutput(loss=loss, logits=output.logits, nll=nll, **fields)
+    for name in output.keys() - ours.keys():  # such as the router's logits of a mixture of experts
+        ours[name] = output[name]
+    return ours
+
+
+def _with_nll(output: Any, labels: torch.Tensor | None) -> Any:
+    """What the base returns of a text that it reads by itself: with labels, losses of single tokens are asked for in vain."""
+    return output if labels is None or not isinstance(output, ModelOutput) else _as_ours(output, output.loss, None)
+
+
+def _count_up(position_ids: torch.Tensor, new: NewTokens) -> bool:
+    """Whether the positions of each row's tokens count up one by one."""
     for row, (start, count) in enumerate(zip(new.starts, new.counts, strict=True)):
         steps = position_ids[min(row, position_ids.shape[0] - 1), ..., start : start + count].diff()
         if steps.numel() and not bool((steps == 1).all()):
-            raise UnsupportedError(
-                "position_ids that do not count up (packed sequences) cannot be compressed. Leave them out."
-            )
+            return False
+    return True
+
+
+def _refuse_packed(position_ids: torch.Tensor | None, new: NewTokens) -> None:
+    if position_ids is not None and not _count_up(position_ids, new):
+        raise UnsupportedError(
+            "position_ids that do not count up (packed sequences) cannot be compressed. Leave them out."
+        )
 
 
 @contextlib.contextmanager

@@ -142,21 +142,28 @@ def _check_budget(config: BeaconConfig, budget: int | None, ratio: object) -> in
         raise RatioError(f'A budget ({budget}) chooses the ratio by itself and needs ratio="auto"; got {ratio!r}.')
     num_beacons, tail = config.num_beacons(config.ratios[-1]), config.untouched_length
     least = config.num_sinks + tail + num_beacons
-    if not isinstance(budget, int) or budget < least:
+    number = _as_int(budget)
+    if number is None or number < least:
         raise RatioError(
             f"budget must be at least {least} cache entries ({config.num_sinks} sinks, {tail} raw tokens, {num_beacons} beacons "
             f"of one chunk at ratio {config.ratios[-1]}); got {budget!r}."
         )
-    return budget
+    return number
 
 
 def _check_span(config: BeaconConfig, span: Sequence[int | None]) -> Span:
     if len(span) != 3:
         raise RatioError(f"A span is (start, stop, ratio), with None for ratio to keep it raw; got {tuple(span)!r}.")
     start, stop, ratio = span
-    if not isinstance(start, int) or not isinstance(stop, int) or not 0 <= start < stop:
+    first, end = _as_int(start), _as_int(stop)
+    if first is None or end is None or not 0 <= first < end:
         raise RatioError(f"A span needs 0 <= start < stop, counted in tokens of the text; got {start!r}, {stop!r}.")
-    return Span(start, stop, None if ratio is None else check_ratio(config, ratio))
+    return Span(first, end, None if ratio is None else check_ratio(config, ratio))
+
+
+def _as_int(value: Any) -> int | None:
+    """Any kind of integer as Python's; None for what is none."""
+    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else None
 
 
 # --- one chunk -------------------------------------------------------------------------------------------------------
@@ -433,6 +440,22 @@ class TextPlanner:
                 f"ratio names {_chunks(len(ratio))}, but the text of {num_tokens:,} tokens closes {needed}. "
                 "Give one ratio for each chunk of the whole text, or one int for all."
             )
+
+    def check_are_ahead(self, row: Row, spans: Sequence[Span]) -> None:
+        """Refuse spans that ask for more of a closed chunk than it holds, unless "auto" reads the text anew.
+
+        Raises:
+            RatioError: naming the chunk's tokens.
+        """
+        size = self.config.chunk_size
+        for span in spans if self.policy.ratio != "auto" else ():
+            for index, chunk in enumerate(row.chunks[: (span.stop - 1) // size + 1]):
+                is_kept = span.ratio is not None and chunk.ratio <= span.ratio
+                if index >= span.start // size and not is_kept:
+                    raise RatioError(
+                        f"The span {tuple(span)} comes too late: tokens {index * size:,} to {(index + 1) * size - 1:,} have been "
+                        f'compressed at ratio {chunk.ratio}. Name it when they are read, or go on with ratio "auto".'
+                    )
 
     def _check_some_ratio_fits(self, num_closed: int, num_tokens: int) -> None:
         """Refuse what no ratio can hold before a layout is made for each of its chunks: a limit on an answer may be any number."""
