@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from activation_beacon import BeaconConfig, attach, detach, matmul, projection
+from activation_beacon import BeaconConfig, attach, attached, detach, matmul, projection
 from activation_beacon.errors import ConfigError, UnsupportedError
 from families import EAGER_ONLY, TESTED, needs_onednn, random_ids, tiny, with_beacons
 
@@ -265,9 +265,7 @@ def test_other_choices_are_refused(choice):
 
 
 def test_what_this_build_does_not_have_is_refused(monkeypatch):
-    from activation_beacon import model as face
-
-    monkeypatch.setattr(face, "is_offered", lambda: False)
+    monkeypatch.setattr(attached, "is_offered", lambda: False)
     model = with_beacons("llama", CONFIG)
     with pytest.raises(UnsupportedError, match=r'no oneDNN. Use cpu_matmul = "auto" or "torch"'):
         model.cpu_matmul = "onednn"

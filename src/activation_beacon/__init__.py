@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from activation_beacon.conversation import Conversation
     from activation_beacon.exact import digit_ids
     from activation_beacon.hub import load
-    from activation_beacon.model import BeaconModel, BeaconOutput, attach, detach
+    from activation_beacon.model import BeaconModel, attach, detach
+    from activation_beacon.model_forward import BeaconOutput
     from activation_beacon.official import export_official, import_official
     from activation_beacon.prompts import ChatPrompt
 
@@ -37,7 +38,7 @@ _MODULE_OF = {
     "BeaconCache": "cache",
     "BeaconConfig": "config",
     "BeaconModel": "model",
-    "BeaconOutput": "model",
+    "BeaconOutput": "model_forward",
     "ChatPrompt": "prompts",
     "Conversation": "conversation",
     "attach": "model",

@@ -260,6 +260,16 @@ class BeaconCache(Cache):
                 if tensor is not None and tensor.dim() == 4:
                     setattr(layer, name, tensor[:, :, :length])
 
+    @contextlib.contextmanager
+    def under(self, policies: tuple[RatioPolicy, ...]) -> Iterator[None]:
+        """A reading under these policies, which the cache keeps; on an error it has its own again."""
+        before, self.policies = self.policies, policies
+        try:
+            yield
+        except BaseException:
+            self.policies = before
+            raise
+
     # --- the caller's side ---
 
     def fork(self) -> "BeaconCache":

@@ -6,22 +6,18 @@ go in and come out as text: the cache is shorter.
 """
 
 import inspect
-import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin
 
-from activation_beacon.batch import left_padded
+from activation_beacon.attached import Attached
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import InputError, UnsupportedError
 from activation_beacon.plan import Ratio, Row, TextPlanner, revised
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel as Host
-else:
-    Host = object  # the base's own class comes after the mixin
+from activation_beacon.row_ends import RowEnds
+from activation_beacon.unread import unread
 
 REFUSED_OPTIONS = {
     "assistant_model": "assisted decoding takes back tokens that may be in closed chunks",
@@ -34,15 +30,12 @@ REFUSED_OPTIONS = {
     "use_mtp": "multi-token prediction takes back tokens that may be in closed chunks",
 }
 LATER_ARGUMENTS = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:]  # after generation_config
-LEAST_REPEATED = 16  # tokens: what templates put before every message is shorter than most texts
 DEFAULT_ANSWER = 20  # new tokens where nobody says how many
 
 Option = Callable[[str], Any]
 
-logger = logging.getLogger(__name__)
 
-
-class BeaconGeneration(Host):
+class BeaconGeneration(Attached):
     """The part of an attached model that `generate` uses; mixed in before the base's class."""
 
     def generate(
@@ -228,7 +221,7 @@ class BeaconGeneration(Host):
         if num_answer is None:
             longest = option("max_length")
             num_answer = DEFAULT_ANSWER if longest is None else longest - input_ids.shape[1]
-        new_ids, mask = _unread(input_ids, attention_mask, cache) if cache.is_continued else (input_ids, attention_mask)
+        new_ids, mask = unread(input_ids, attention_mask, cache) if cache.is_continued else (input_ids, attention_mask)
         assert mask is not None
         counts = mask[:, -new_ids.shape[1] :].sum(dim=1).tolist()
         for row, policy, count in zip(cache.rows, cache.policies, counts, strict=True):
@@ -265,7 +258,7 @@ class BeaconGeneration(Host):
             copies = 1
         new_ids, new_mask = input_ids[::copies], None if mask is None else mask[::copies]
         if cache.is_continued:
-            new_ids, new_mask = _unread(new_ids, new_mask, cache)
+            new_ids, new_mask = unread(new_ids, new_mask, cache)
         others = {name: value for name, value in model_kwargs.items() if name not in OURS and value is not None}
         if not is_short:
             refuse_other_inputs(others)
@@ -321,41 +314,6 @@ class BeaconGeneration(Host):
         return super().generate_batch(*args, **kwargs)
 
 
-class RowEnds(StoppingCriteriaList):
-    """Stopping criteria that note where each row has ended: until the last one has, the others are given padding to read."""
-
-    lengths: torch.Tensor | None = None  # (B,) tokens of a row when it ended, 0 before
-    longest = 0  # tokens of the rows now
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Which rows have ended, (B,)."""
-        has_ended = super().__call__(input_ids, scores, **kwargs)
-        self.longest = input_ids.shape[1]
-        before = torch.zeros_like(has_ended, dtype=torch.long) if self.lengths is None else self.lengths
-        self.lengths = torch.where(has_ended & (before == 0), self.longest, before)
-        return has_ended
-
-    def take_back_padding(self, cache: BeaconCache) -> None:
-        """Leave each row of the cache with the text that was read before it ended, all but its last token, as where it is alone.
-
-        Not where padding has closed a chunk since, which cannot be opened again, or is none: without an end token
-        transformers has all rows go on.
-        """
-        if self.lengths is None or not any(hasattr(criterion, "eos_token_id") for criterion in self):
-            return
-        counts = [self.longest - length if length else 0 for length in self.lengths.tolist()]
-        for number, (row, count) in enumerate(zip(cache.rows, counts, strict=True)):
-            if count > row.tail_length:
-                logger.warning(
-                    "Row %d ended %d tokens before others, and these have closed a chunk: its context holds padding.",
-                    number,
-                    count,
-                )
-                counts[number] = 0
-        if any(counts):
-            cache.take_back(counts)
-
-
 def _repeated(value: Any, copies: int) -> Any:
     """A tensor, or a tuple of them, with each row so many times."""
     if isinstance(value, torch.Tensor):
@@ -399,68 +357,6 @@ def _fullest(planner: TextPlanner, row: Row, num_prompt: int, num_more: int) -> 
     stop = row.tokens_seen + num_prompt + num_more
     last = stop - (stop - planner.config.local_tokens) % planner.config.chunk_size - row.tokens_seen
     return [num_prompt + num_more, *([last] if num_prompt < last else [])]
-
-
-def _unread(
-    prompt: torch.Tensor, mask: torch.Tensor | None, cache: BeaconCache
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What of a prompt (B, T) the cache has not seen, padded on the left; padding between the turns of a row is left out.
-
-    All of it, unless each row opens with the text seen: the whole of it, or what came after the context that an earlier
-    `generate` was given, which is what that call returned.
-    """
-    if cache.token_ids.shape[1] == 0:
-        return prompt, mask
-    width = prompt.shape[1]
-    valid = torch.ones_like(prompt) if mask is None else mask[:, -width:].to(prompt.device)
-    columns = [valid[b].nonzero()[:, 0] for b in range(len(valid))]
-    repeated = [_num_repeated(b, prompt[b, columns[b]], cache) for b in range(len(valid))]
-    if not any(repeated):  # None, or 0 where nothing came after the context: that says nothing
-        return prompt, mask
-    if None in repeated:
-        raise InputError(
-            f"Row {repeated.index(None)} of the prompt does not open with the text that was read, and others do. "
-            "Give the whole text in each row, or only what follows it in each."
-        )
-    texts = [prompt[b, columns[b][number:]] for b, number in enumerate(repeated)]
-    return left_padded(texts, device=prompt.device)
-
-
-def _num_repeated(number: int, prompt: torch.Tensor, cache: BeaconCache) -> int | None:
-    """How many tokens that a row of the cache has seen a prompt (T,) opens with; None where it only says what follows them.
-
-    0 where that and what an earlier `generate` returned are the same.
-
-    Raises:
-        InputError: if it repeats most of them, and not all.
-    """
-    row = cache.rows[number]
-    counts = (row.tokens_seen, row.tokens_seen - cache.context_lengths[number])
-    texts = [
-        cache.token_ids[number, cache.token_ids.shape[1] - count :].to(prompt.device) for count in counts if count > 0
-    ]
-    for seen in texts:
-        if len(prompt) > len(seen) and torch.equal(prompt[: len(seen)], seen):
-            return len(seen)
-    for seen in texts:
-        _refuse_another_beginning(number, prompt, seen)
-    return None if all(count > 0 for count in counts) else 0
-
-
-def _refuse_another_beginning(row: int, prompt: torch.Tensor, seen: torch.Tensor) -> None:
-    """Refuse a prompt that repeats most of what was read and then differs, such as a chat rendered anew: it would be read twice.
-
-    Raises:
-        InputError: saying where they part.
-    """
-    length = min(len(prompt), len(seen))
-    differs = (prompt[:length] != seen[:length]).nonzero()
-    num_same = int(differs[0]) if len(differs) else length
-    if 2 * num_same > len(seen) and num_same >= LEAST_REPEATED:
-        raise InputError(
-            f"Row {row} of the prompt repeats the first {num_same} of the {len(seen)} tokens that were read, and then "
-            f"{'differs' if num_same < len(prompt) else 'ends'}. Give the text as it was read and what follows it, or only that."
-        )
 
 
 def _inferred_mask(input_ids: torch.Tensor, pad_token: int | None) -> tuple[torch.Tensor, bool]:
