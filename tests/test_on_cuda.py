@@ -404,6 +404,12 @@ def test_steps_of_decoding_are_not_left_to_cudnn(cuda):
     model(ids_on(model, 1), past_key_values=contexts[0])
     model.read_next(contexts, [3, 4])
     assert cuda.masks.total() > cuda.by_cudnn == 0
+    context = model.compress(ids_on(model, 3 * CHUNK + model.local_tokens), ratio=4)
+    cuda.clear()
+    model(ids_on(model, 1), past_key_values=context)  # closes a chunk
+    assert len(context.ratios) == 3
+    assert cuda.masks["written out"] > 0
+    assert cuda.by_cudnn == cuda.masks["lower right"]  # torch's flash kernel takes these whatever else there is
     assert torch.backends.cuda.cudnn_sdp_enabled()
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):  # whoever wants nothing else has it
         model(ids_on(model, 1), past_key_values=contexts[0])

@@ -389,9 +389,11 @@ class _Reader:
         is_closing = "beacon_slots" in inputs
         batch, width = inputs["inputs_embeds" if is_closing else "input_ids"].shape[:2]
         is_touched = is_closing or self._is_compressed()
+        # Of what writing comes to, one by one, each pass has another number of entries: tokens, and the beacons of a chunk read before.
+        is_writing = width == 1 or (is_closing and width < self.cache.config.chunk_size)
         with (
             self.model.fast_products(batch * width) if is_touched else contextlib.nullcontext(),
-            without_cudnn(self.ids.device) if width == 1 else contextlib.nullcontext(),
+            without_cudnn(self.ids.device) if is_writing else contextlib.nullcontext(),
         ):
             return self._call_for(wanted, slots, inputs)
 
