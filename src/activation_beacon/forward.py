@@ -389,7 +389,7 @@ class _Reader:
         is_closing = "beacon_slots" in inputs
         batch, width = inputs["inputs_embeds" if is_closing else "input_ids"].shape[:2]
         is_touched = is_closing or self._is_compressed()
-        # Of what writing comes to, one by one, each pass has another number of entries: tokens, and the beacons of a chunk read before.
+        # Each pass that writing comes to has another number of entries: of one token, or of the beacons of a chunk read before.
         is_writing = width == 1 or (is_closing and width < self.cache.config.chunk_size)
         with (
             self.model.fast_products(batch * width) if is_touched else contextlib.nullcontext(),
