@@ -229,11 +229,10 @@ def test_a_completion_follows_a_plain_context(server, model):
         ({"extra_body": {"ratio": 3}}, openai.BadRequestError, "ratio"),
         ({"logit_bias": {"5000": 1}}, openai.BadRequestError, "logit_bias names tokens"),
         (
-            {"messages": [{"role": "assistant", "content": "x"}]},
+            {"messages": [{"role": "user", "content": "x" * 10**6}]},
             openai.BadRequestError,
-            "last message must be the user's",
+            "The text has 76,924 tokens or more, which do not fit. A text of 76924 tokens needs",
         ),
-        ({"messages": [CHAT[0], CHAT[0]]}, openai.BadRequestError, "must alternate"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             openai.BadRequestError,
@@ -305,6 +304,28 @@ def test_a_context_longer_than_the_model_can_hold_says_so(server):
     with pytest.raises(openai.BadRequestError) as caught:
         chat(server, [{"role": "user", "content": BOOK * 20}])
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_without_a_context_the_chat_template_takes_messages_in_any_order(server, model):
+    answer = {"role": "assistant", "content": "Nobody"}
+    for messages in ([*CHAT, *CHAT], [*CHAT, answer], [answer]):
+        assert chat(server, messages).choices[0].message.content == written(model, chat_ids(messages), 12)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (
+            [*CHAT, *CHAT],
+            "On a context, messages must alternate between user and assistant, user first; got user, user.",
+        ),
+        ([*CHAT, {"role": "assistant", "content": "x"}], "On a context, the last message must be the user's"),
+    ],
+)
+def test_on_a_context_users_and_assistants_messages_alternate(server, messages, message):
+    context = server.create(ratio=4)
+    with pytest.raises(openai.BadRequestError, match=re.escape(message)):
+        chat(server, messages, extra_body={"context": context["id"]})
 
 
 def test_what_changes_nothing_is_ignored(server):

@@ -133,6 +133,7 @@ class Answers:
         return Asked(request.context, scope, cache.tokens_seen + len(ids), start, unread)
 
     def _checked_ids(self, cache: BeaconCache, prompt: Any) -> list[int]:
+        self.server.library.check_can_fit(cache, self.server.prompting.least_tokens(prompt))
         ids = self._ids(cache, prompt)
         if not ids:
             raise InputError("The prompt is empty: there is nothing to answer. Send at least one word.")

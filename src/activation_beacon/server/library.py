@@ -13,7 +13,7 @@ import torch
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.config import is_same_fingerprint
-from activation_beacon.errors import FileFormatError
+from activation_beacon.errors import CapacityError, FileFormatError
 from activation_beacon.plan import Ratio, TextPlanner
 from activation_beacon.server.engine import Engine
 from activation_beacon.server.failures import NotFoundError, QuotaError
@@ -124,6 +124,26 @@ class Library:
 
     # --- making ---
 
+    def check_can_fit(self, cache: BeaconCache, num_tokens: int) -> None:
+        """Refuse a text by what is known before it is tokenized.
+
+        Args:
+            cache: that it is to follow.
+            num_tokens: which it has at least.
+
+        Raises:
+            CapacityError: if so many can never be read there.
+        """
+        try:
+            cut(cache.config, cache.policy, self.model.max_positions, cache.rows[0], num_tokens)
+        except CapacityError as error:
+            raise CapacityError(f"The text has {num_tokens:,} tokens or more, which do not fit. {error}") from None
+
+    def empty(self, ratio: Ratio | None = None) -> BeaconCache:
+        """What a new context begins as."""
+        cache: BeaconCache = self.model.new_cache(ratio=self.settings.ratio if ratio is None else ratio)
+        return cache
+
     async def create(
         self, name: str, ids: Sequence[int], *, ratio: Ratio | None = None, bits: int | None = None
     ) -> AsyncGenerator[Progress | Record, None]:
@@ -135,7 +155,7 @@ class Library:
             BeaconError: as the engine.
         """
         await self._check_quota(0)
-        start = self.model.new_cache(ratio=self.settings.ratio if ratio is None else ratio)
+        start = self.empty(ratio)
         record = Record(new_id(), name, int(time.time()))
         async with contextlib.aclosing(self._read(start, ids)) as reading:
             async for event in reading:
