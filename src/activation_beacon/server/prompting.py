@@ -27,7 +27,7 @@ class Prompting:
         self._lengths = Lengths(self.tokenizer)
         self._special.ids("")  # settings from its file, such as a truncation, are taken off by the first call
         # The fast ones only read themselves after that, and let other threads run meanwhile.
-        self._lock = contextlib.nullcontext() if self.tokenizer.is_fast else threading.Lock()
+        self._lock = contextlib.nullcontext() if getattr(tokenizer, "is_fast", False) else threading.Lock()
 
     def least_tokens(self, prompt: str | Sequence[int] | Sequence[Message]) -> int:
         """A text, ids or messages have no fewer; told at once. Templates may drop other messages than the user's."""
