@@ -35,12 +35,13 @@ def test_health_and_metrics(model, folder):
     with live(folder, model=model) as server:
         assert server.http.get("/health").json() == {"status": "ok", "model": MODEL}
         context = server.create()
-        server.ask("Who?", context=context["id"])
+        reply = server.ask("Who?", context=context["id"], max_tokens=40)  # more than a chunk: some tokens close one
         wait_until(lambda: metrics_of(server)["beacon_rows"] == 0)  # a row is dropped after its answer is handed out
         values = metrics_of(server)
         assert values["beacon_tokens_read_total"] >= context["tokens"]
         assert values["beacon_tokens_spared_total"] == context["tokens"]
-        assert values["beacon_tokens_written_total"] > 0
+        assert values["beacon_tokens_written_total"] == reply.usage.completion_tokens == 40
+        assert 0 < values["beacon_step_seconds_count"] < 39  # the first token comes of reading, and so does one that closes a chunk
         assert values['beacon_requests_total{route="/v1/contexts",status="201"}'] == 1
         assert values["beacon_memory_bytes"] > 0
         assert values["beacon_waiting"] == 0
