@@ -551,6 +551,11 @@ BAD_INPUT = {
         ("compress", "{files}/text.txt", "-o", "no/out.beacon"),
         "no/out.beacon cannot be written: there is no folder no. Make it, or choose another place.",
     ),
+    "output is a pipe": (
+        lambda _: os.mkfifo("out.beacon"),
+        ("compress", "{files}/text.txt", "--force", "-o", "out.beacon"),
+        "out.beacon is a device, a pipe or the like, not a file. Name a file, such as book.beacon.",
+    ),
     "output is a folder": (
         None,
         ("compress", "{files}/text.txt", "-o", "."),

@@ -41,7 +41,9 @@ def test_health_and_metrics(model, folder):
         assert values["beacon_tokens_read_total"] >= context["tokens"]
         assert values["beacon_tokens_spared_total"] == context["tokens"]
         assert values["beacon_tokens_written_total"] == reply.usage.completion_tokens == 40
-        assert 0 < values["beacon_step_seconds_count"] < 39  # the first token comes of reading, and so does one that closes a chunk
+        assert (
+            0 < values["beacon_step_seconds_count"] < 39
+        )  # the first token comes of reading, and so does one that closes a chunk
         assert values['beacon_requests_total{route="/v1/contexts",status="201"}'] == 1
         assert values["beacon_memory_bytes"] > 0
         assert values["beacon_waiting"] == 0

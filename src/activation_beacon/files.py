@@ -28,11 +28,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     A link stays one: what it leads to is replaced. A file that is there keeps its permissions, a new one gets the umask's.
 
     Raises:
-        StorageError: if it cannot be written: folder missing, no permission, disk full.
+        StorageError: if it cannot be written: folder missing, no permission, disk full; or if it is no regular file.
     """
     place = Path(os.path.realpath(path))
     temporary = _aside(place)
     with _writing(Path(path)):
+        _check_is_regular(Path(path))
         try:
             mode = _create(temporary, like=place)
             yield temporary
@@ -41,6 +42,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             temporary.replace(place)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _check_is_regular(path: Path) -> None:
+    """Refuse a device, a pipe or a folder, in whose place a file would be put."""
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a device, a pipe or the like"
+        raise StorageError(f"{path} is {what}, which a file cannot take the place of. Name a file.")
 
 
 def _create(path: Path, *, like: Path) -> int:

@@ -70,13 +70,16 @@ def check_output(path: Path, *, force: bool, example: str = "book.beacon") -> No
     """Refuse now a file that could not be written after minutes of work.
 
     Raises:
-        StorageError: if its folder is missing or closed, or a file of that name exists and `force` is not given.
+        StorageError: if its folder is missing or closed, a file of that name exists and `force` is not given, or what
+            exists is no regular file.
     """
     folder = path.parent
     if not folder.is_dir():
         raise StorageError(f"{path} cannot be written: there is no folder {folder}. Make it, or choose another place.")
     if path.is_dir():
         raise StorageError(f"{path} is a folder. Name a file, such as {path / example}.")
+    if path.exists() and not path.is_file():
+        raise StorageError(f"{path} is a device, a pipe or the like, not a file. Name a file, such as {example}.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"{path} cannot be written: the folder {folder} is closed to you. Choose another place.")
     if path.exists() and not force:
