@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import threading
 
 import httpx
@@ -9,7 +10,9 @@ import openai
 import pytest
 
 from activation_beacon.cli.serve import LOOPBACK, _allowed_hosts
+from activation_beacon.errors import InputError
 from activation_beacon.server.logs import JsonFormatter
+from activation_beacon.server.settings import Settings
 from server_live import BOOK, MODEL, live, live_model, wait_until
 
 SECRET = "the-answer-is-a-secret"
@@ -105,6 +108,49 @@ def test_pages_of_other_origins_are_refused_unless_allowed(model, folder):
         preflight = {**other, "access-control-request-method": "POST"}
         assert server.http.options("/v1/contexts", headers=preflight).status_code == 200
         assert server.http.get("/v1/models", headers={"origin": "https://third.example"}).status_code == 403
+        assert server.http.get("/v1/models", headers={"origin": "http://[x"}).status_code == 403
+
+
+def test_all_origins_may_call_where_the_operator_says_so(model, folder):
+    with live(folder, model=model, cors_origins=("*",)) as server:
+        for origin in ("https://other.example", "null", "http://[x"):
+            preflight = {"origin": origin, "access-control-request-method": "POST"}
+            assert server.http.options("/v1/contexts", headers=preflight).status_code == 200
+            reply = server.http.get("/v1/models", headers={"origin": origin})
+            assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (200, "*")
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("https://Other.Example/", "https://other.example"),
+        ("https://other.example:443", "https://other.example"),
+        ("HTTP://[::1]:3000/", "http://[::1]:3000"),
+        ("null", "null"),
+    ],
+)
+def test_origins_are_written_as_one_likes(model, folder, given, sent):
+    with live(folder, model=model, cors_origins=(given,)) as server:
+        reply = server.http.get("/v1/models", headers={"origin": sent})
+        assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (200, sent)
+
+
+@pytest.mark.parametrize(
+    "origin", ["other.example", "https://", "https://other.example/app", "http://[x", "http://x:99999"]
+)
+def test_what_is_no_origin_is_refused_at_the_start(origin):
+    with pytest.raises(InputError, match=re.escape("An origin is scheme://host or scheme://host:port, such as")):
+        Settings(cors_origins=(origin,))
+
+
+@pytest.mark.parametrize(
+    ("given", "called"), [("Beacon.Example", "beacon.example"), ("[::1]", "[::1]:8000"), ("FE80::1", "[fe80::1]")]
+)
+def test_host_names_are_written_as_one_likes(model, folder, given, called):
+    with live(folder, model=model, allowed_hosts=(given,)) as server:
+        assert server.http.get("/v1/models", headers={"host": called}).status_code == 200
+        assert server.http.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
+    assert Settings(allowed_hosts=(given, "*")).allowed_hosts == ()
 
 
 def test_a_server_may_be_called_by_its_own_names_only(model, folder):

@@ -62,7 +62,8 @@ def serve(
         float, typer.Option("--shutdown-seconds", min=0, help="Time that requests get to finish at the end.")
     ] = 20.0,
     cors_origin: Annotated[
-        list[str] | None, typer.Option("--cors-origin", help="A page of another origin that may call; repeat for more.")
+        list[str] | None,
+        typer.Option("--cors-origin", help="A page of another origin that may call, or * for all; repeat for more."),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
