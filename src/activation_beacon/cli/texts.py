@@ -32,12 +32,27 @@ def read_texts(names: Sequence[str]) -> str:
 def read_text(name: str) -> str:
     """One text; see `read_texts`."""
     shown = "Standard input" if name == STDIN else name
-    text = _decoded(sys.stdin.buffer.read() if name == STDIN else _bytes_of(Path(name)), shown)
+    text = _decoded(_bytes_of_stdin() if name == STDIN else _bytes_of(Path(name)), shown)
     if not text:
         raise InputError(f"{shown} is empty: there is no text to compress.")
     if text.isspace():
         raise InputError(f"{shown} holds nothing but white space: there is no text to compress.")
     return text.removeprefix(BYTE_ORDER_MARK)
+
+
+def check_stdin_open() -> None:
+    """Refuse to read where nothing can come from.
+
+    Raises:
+        StorageError: if standard input is closed.
+    """
+    if sys.stdin is None:
+        raise StorageError("Standard input is closed. Leave it open, or send something through a pipe.")
+
+
+def _bytes_of_stdin() -> bytes:
+    check_stdin_open()
+    return sys.stdin.buffer.read()
 
 
 def _bytes_of(path: Path) -> bytes:

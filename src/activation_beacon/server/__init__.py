@@ -4,7 +4,8 @@
 reading  sampling  writing           one text read piece by piece; a token chosen; ids turned into text
 batch  engine                        answers on different contexts decoded together by one thread
 prefixes  memory  folder  library    caches cut and kept by bytes; contexts on disk; contexts by handle
-schema  prompting  answers           requests, their token ids, and what is sent back
+schema  lengths  prompting  answers  requests, their token ids, and what is sent back
+addresses  gate                      who may call, and under which name
 routes_*  app                        HTTP
 ```
 """
