@@ -105,21 +105,22 @@ def held_back(server, monkeypatch):
     """Holds the reading of a long text at its third chunk until the event is set; answers go on."""
     import threading
 
-    go, read = threading.Event(), server.server.engine._read_piece
+    engine = server.server.engine
+    go, read = threading.Event(), engine._read_piece
 
     def picked():
-        tasks = server.server.engine._tasks
-        ready = [task for task in tasks if go.is_set() or task.reading.num_done != 3]
+        ready = [task for task in engine._tasks if go.is_set() or task.reading.num_done != 3]
         return min(ready, key=lambda task: task.reading.num_left) if ready else None
 
     def reading(task):
         if task is None:
             time.sleep(0.01)
+            engine._debt = 0.01  # as if a chunk had been read: answers get as much time
         else:
             read(task)
 
-    monkeypatch.setattr(server.server.engine, "_pick", picked)
-    monkeypatch.setattr(server.server.engine, "_read_piece", reading)
+    monkeypatch.setattr(engine, "_pick", picked)
+    monkeypatch.setattr(engine, "_read_piece", reading)
     yield go
     go.set()
 
