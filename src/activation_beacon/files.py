@@ -45,10 +45,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def _check_is_regular(path: Path) -> None:
-    """Refuse a device, a pipe or a folder, in whose place a file would be put."""
-    if path.exists() and not path.is_file():
-        what = "a folder" if path.is_dir() else "a device, a pipe or the like"
-        raise StorageError(f"{path} is {what}, which a file cannot take the place of. Name a file.")
+    """Refuse a device or a pipe, which a file would replace; of folders the system says so itself."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise StorageError(
+            f"{path} is a device, a pipe or the like, which a file cannot take the place of. Name a file."
+        )
 
 
 def _create(path: Path, *, like: Path) -> int:
