@@ -396,6 +396,14 @@ def test_a_bad_line_does_not_end_the_chat(run):
     assert "Error: The question has 1," in result.stderr
 
 
+def test_a_line_that_is_no_text_ends_its_turn_and_not_the_chat(run):
+    args = ("chat", "{files}/adapter.beacon", "--model", "{files}/adapter", "--max-new-tokens", "3")
+    result = run(*args, stdin=b"Who\xff?\n/what \xfe\nWho?\n")
+    assert len(good(result).strip().splitlines()) == 1
+    assert "Error: The message is not UTF-8: byte 0xff after 3 characters. Write it in UTF-8." in result.stderr
+    assert "is not a command. Commands are:" in result.stderr
+
+
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
@@ -550,6 +558,11 @@ BAD_INPUT = {
         None,
         ("compress", "{files}/text.txt", "-o", "no/out.beacon"),
         "no/out.beacon cannot be written: there is no folder no. Make it, or choose another place.",
+    ),
+    "output is a pipe": (
+        lambda _: os.mkfifo("out.beacon"),
+        ("compress", "{files}/text.txt", "--force", "-o", "out.beacon"),
+        "out.beacon is a device, a pipe or the like, not a file. Name a file, such as book.beacon.",
     ),
     "output is a folder": (
         None,
@@ -942,6 +955,77 @@ def test_a_reader_that_goes_away_is_no_error_of_ours(files):
         f"{sys.executable} -m activation_beacon inspect {files}/adapter.beacon | true", shell=True, capture_output=True
     )
     assert b"Traceback" not in done.stderr
+
+
+def ended(command: str, **environment: str) -> subprocess.CompletedProcess:
+    """A shell command that has a beacon command in it."""
+    python = f"{sys.executable} -m activation_beacon"
+    settings = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command.replace("beacon ", f"{python} ", 1), shell=True, capture_output=True, env=settings)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "beacon inspect {files}/adapter.beacon >/dev/full",
+            "The output cannot be written: No space left on device. Let it",
+        ),
+        (
+            "beacon ask {files}/adapter.beacon W --model {files}/adapter >/dev/full",
+            "The output cannot be written: No space",
+        ),
+        (
+            "beacon compress - -o {out} <&-",
+            "Standard input is closed. Leave it open, or send something through a pipe.",
+        ),
+        (
+            "beacon chat --model {files}/adapter <&-",
+            "Standard input is closed. Leave it open, or send something through",
+        ),
+        (
+            r"beacon ask {files}/adapter.beacon $(printf 'Who\377') --model {files}/adapter",
+            "The question is not UTF-8: byte 0xff",
+        ),
+    ],
+)
+def test_a_shell_that_gives_nothing_to_read_or_write_is_one_line(files, tmp_path, command, message):
+    done = ended(command.format(files=files, out=tmp_path / "out.beacon"))
+    lines = [line for line in done.stderr.decode().splitlines() if line != UNTRAINED]
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert len(lines) == 1
+    assert lines[0].startswith(f"Error: {message}")
+
+
+def test_letters_that_a_terminal_does_not_have_do_not_end_an_answer(files):
+    args = f"{files}/adapter.beacon 'Who \N{KELVIN SIGN}?' --model {files}/adapter --max-new-tokens 3 --json"
+    done = ended(f"beacon ask {args}", PYTHONIOENCODING="latin-1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode("latin-1"))["question"] == "Who ??"
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_seeds_that_numpy_does_not_take_are_refused(run, command, seed):
+    result = run(command, "x.beacon", *(["Who?"] if command == "ask" else []), "--seed", seed)
+    assert result.exit_code == 2
+    assert "Invalid value for '--seed': " in result.stderr
+
+
+def test_the_largest_seed_is_taken(run):
+    args = (
+        "ask",
+        "{files}/adapter.beacon",
+        "Who?",
+        "--model",
+        "{files}/adapter",
+        "--max-new-tokens",
+        "4",
+        "--temperature",
+        "1",
+    )
+    first, again = (loaded_json(run(*args, "--json", "--seed", str(2**32 - 1)))["answer"] for _ in range(2))
+    assert first == again
 
 
 # --- demo ------------------------------------------------------------------------------------------------------------

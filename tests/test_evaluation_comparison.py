@@ -365,7 +365,7 @@ def test_the_command_writes_a_file_and_pictures(two, run, tmp_path):
     assert text.startswith(markdown_of(blocks_of(compare(two))).strip())
     assert "](plots/both-needles.png)" in text
     assert (tmp_path / "plots" / "both-needles.png").read_bytes().startswith(b"\x89PNG")
-    found = json.loads(run("first", "second", "-o", "both.md", "--json").stdout)
+    found = json.loads(run("first", "second", "-o", "both.md", "--force", "--json").stdout)
     assert (found["report"], found["pictures"]) == ("both.md", ["plots/both-needles.png"])
 
 
@@ -386,7 +386,9 @@ def test_without_matplotlib_there_are_tables_and_no_picture(two, run, tmp_path, 
         (("first", "nowhere"), "Error: nowhere holds no results (run.json is missing). Name a folder of `beacon eval`."),
         (("first", "first"), "Error: first is given twice. Name each folder once."),
         (("first", "second", "--tasks", "qa"), "Error: No folder has a task 'qa'. Use some of needles."),
-        (("first", "second", "-o", "no/both.md"), "Error: no/plots cannot be made: No such file or directory. Choose another place"),
+        (("first", "second", "-o", "no/both.md"), "Error: no/both.md cannot be written: there is no folder no."),
+        (("first", "second", "-o", "first/run.json"), "Error: first/run.json exists already. Choose another name, or"),
+        (("first", "second", "-o", "first"), "Error: first is a folder. Name a file, such as first/comparison.md."),
     ],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_one_line(two, run, args, message):

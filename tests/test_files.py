@@ -677,6 +677,22 @@ def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path, is_there):
     assert [path.name for folder in (real.parent, link.parent) for path in folder.iterdir()] == ["real", "link"]
 
 
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path, is_linked):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    target = tmp_path / "link" if is_linked else pipe
+    if is_linked:
+        target.symlink_to(pipe)
+    with pytest.raises(StorageError) as caught:
+        write_text(target, "new")
+    assert str(caught.value) == (
+        f"{target} is a device, a pipe or the like, which a file cannot take the place of. Name a file."
+    )
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["link", "pipe"] if is_linked else ["pipe"])
+
+
 def test_an_error_names_the_link_that_was_asked_for(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "no" / "real")
     with pytest.raises(StorageError, match=r"^\S+/link cannot be written: No such file or directory\."):

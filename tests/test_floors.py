@@ -23,6 +23,7 @@ FLOORS = [
         "resuming",
         "room",
         "rope",
+        "special_tokens",
     },
     {"entries", "json_lines"},
     {"batch", "cache", "data", "dense", "grouped"},

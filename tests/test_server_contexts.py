@@ -3,11 +3,14 @@
 import json
 import re
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from activation_beacon import BeaconCache, ChatPrompt
+from activation_beacon.errors import StorageError
 from activation_beacon.server import folder as folder_module
 from evaluation_models import byte_tokenizer
 from server_live import BOOK, MODEL, live, live_model, wait_until
@@ -289,3 +292,68 @@ def test_many_contexts_at_once_keep_apart(model, folder):
         for each in answers:
             same = [m for m in range(8) if each == pytest.approx(alone[m], abs=1e-4)]
             assert same == [n]
+
+
+def forget_all(server):
+    """Let the next request read its context from disk."""
+    for key in list(server.server.library.memory):
+        server.server.library.memory.drop(key)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/contexts/{}/append", "/v1/contexts/{}/fork"])
+def test_a_context_that_is_deleted_while_it_is_opened_is_not_found(model, folder, monkeypatch, path):
+    with live(folder, model=model) as server:
+        made = server.create()
+        forget_all(server)
+        load = server.server.library.folder.load
+
+        def late(context_id):
+            (folder / f"{context_id}.beacon").unlink()  # as another server does
+            return load(context_id)
+
+        monkeypatch.setattr(server.server.library.folder, "load", late)
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "Who?"}], "context": made["id"]}
+        values = body if path.endswith("completions") else {"text": "more"} if path.endswith("append") else {}
+        reply = server.http.post(path.format(made["id"]), json=values)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_deleting_waits_for_whoever_opens_the_context(model, folder, monkeypatch):
+    with live(folder, model=model) as server:
+        made = server.create()
+        forget_all(server)
+        opening, go_on = threading.Event(), threading.Event()
+        load = server.server.library.folder.load
+
+        def slow(context_id):
+            opening.set()
+            assert go_on.wait(20)
+            return load(context_id)
+
+        monkeypatch.setattr(server.server.library.folder, "load", slow)
+        with ThreadPoolExecutor(2) as threads:
+            answer = threads.submit(server.ask, "Who?", context=made["id"])
+            assert opening.wait(20)
+            deleted = threads.submit(httpx.delete, f"{server.url}/v1/contexts/{made['id']}", timeout=60)
+            time.sleep(0.1)  # it could come first only if it did not wait
+            go_on.set()
+            assert answer.result(60).choices
+            assert deleted.result(60).status_code == 200
+        assert server.http.get(f"/v1/contexts/{made['id']}").status_code == 404
+
+
+def test_what_cannot_be_read_can_be_deleted(model, folder, monkeypatch):
+    with live(folder, model=model) as server:
+        made = server.create()
+
+        def closed(*_):
+            raise StorageError(f"{folder}/{made['id']}.beacon cannot be read: Permission denied.")
+
+        server.server.library.folder._records.clear()
+        (folder / f"{made['id']}.json").unlink()
+        monkeypatch.setattr(server.server.library.folder, "_read", closed)
+        reply = server.http.get(f"/v1/contexts/{made['id']}")
+        assert reply.status_code == 507
+        assert reply.json()["error"]["message"] == f"{made['id']}.beacon cannot be read: Permission denied."
+        assert server.http.delete(f"/v1/contexts/{made['id']}").status_code == 200
+        assert list(folder.glob("*.beacon")) == []

@@ -1,11 +1,14 @@
 """Contexts on disk: found again, whole or set aside, in a folder or in an object store; and caches in memory by bytes."""
 
+import errno
+import json
 import os
 import threading
 import time
 
 import pytest
 
+from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import FileFormatError, InputError, StorageError
 from activation_beacon.server import folder as folder_module
 from activation_beacon.server.folder import Folder, Record, new_id
@@ -301,3 +304,82 @@ def test_the_least_recently_used_goes_first():
     assert memory.num_bytes == 70
     memory.drop("nothing")
     assert memory.get("b") is None
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device", "/secret/place/.ctx.json.0a1b2c3d.part")
+
+
+def test_in_a_full_folder_files_without_numbers_are_served_and_deleted(folder, context, monkeypatch):
+    record = saved(folder, context)
+    folder.fs.rm_file(f"{folder.root}/{record.id}.json")
+    looking = Folder(folder.url)
+    monkeypatch.setattr(folder_module, "write_text", full)
+    monkeypatch.setattr(looking.fs, "pipe_file", full)
+    assert looking.find(record.id).tokens == 60
+    assert [each.error for each in looking.list()] == [None]
+    assert_same_cache(looking.load(record.id), context, atol=0)
+    looking.delete(record.id)
+    assert not looking.has(record.id)
+
+
+@pytest.mark.parametrize(
+    ("broken", "act"),
+    [
+        ("ls", lambda folder, _: folder.list()),
+        ("ls", lambda folder, _: folder.num_bytes()),
+        ("info", lambda folder, known: folder.find(known)),
+        ("info", lambda folder, known: folder.version(known)),
+        ("info", lambda folder, known: folder.has(known)),
+        ("exists", lambda folder, _: folder.find("other")),
+        ("exists", lambda folder, known: folder.delete(known)),
+        ("rm_file", lambda folder, known: folder.delete(known)),
+    ],
+)
+def test_what_a_folder_does_not_allow_is_one_error_without_its_place(folder, context, monkeypatch, broken, act):
+    record = saved(folder, context)
+    monkeypatch.setattr(folder.fs, broken, full)
+    with pytest.raises(StorageError) as caught:
+        act(folder, record.id)
+    assert str(caught.value) == "The folder of contexts cannot be used: No space left on device. Ask its operator."
+
+
+def test_errors_do_not_say_where_the_folder_is(folder, context, monkeypatch, nobody_copies):
+    record = saved(folder, context)
+    path = f"{folder.root}/{record.id}.beacon"
+    folder.fs.pipe_file(path, folder.fs.cat_file(path)[:-100])
+    with pytest.raises(FileFormatError) as caught:
+        folder.load(record.id)
+    assert str(caught.value).startswith(f"{record.id}.beacon is damaged")
+    monkeypatch.setattr(BeaconCache, "save", lambda _cache, path: full(path))
+    with pytest.raises(StorageError) as caught:
+        saved(folder, context)
+    assert "/" not in str(caught.value)
+    assert "No space left on device" in str(caught.value)
+
+
+def test_names_that_files_have_while_they_are_written_are_not_told():
+    text = "/a b/.ctx_1.beacon.0a1b2c3d.part cannot be written: /a b is closed."
+    assert folder_module._without(text, "/a b") == "ctx_1.beacon cannot be written: the folder is closed."
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"created": "yesterday"},
+        {"created": None},
+        {"tokens": 1.5},
+        {"name": ["a"]},
+        {"ratios": "4"},
+        {"ratios": [4, "8"]},
+        {"error": 7},
+        {"quantized_bits": "8"},
+    ],
+)
+def test_numbers_of_wrong_types_are_made_anew(folder, context, values):
+    good, bad = saved(folder, context), saved(folder, context)
+    path = f"{folder.root}/{bad.id}.json"
+    folder.fs.pipe_file(path, json.dumps({**json.loads(folder.fs.cat_file(path)), **values}).encode())
+    listed = {each.id: each for each in Folder(folder.url).list()}
+    assert listed[good.id] == good
+    assert (listed[bad.id].name, listed[bad.id].ratios, listed[bad.id].error) == (bad.id, (4,), None)

@@ -43,6 +43,13 @@ def test_the_command_prints_one_json_object(server):
     assert json.loads(result.stdout)["mixed_up"] == 0
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://x:port", "http://[x", "https://x", "x", ""])
+def test_an_address_of_no_server_is_one_line(url):
+    result = CliRunner().invoke(app, ["bench", "serving", url])
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: The server's address must be like http://127.0.0.1:8000; got {url!r}.\n"
+
+
 class WrongServer(BaseHTTPRequestHandler):
     """Tells everybody the first client's secret, and breaks off now and then."""
 

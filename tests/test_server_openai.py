@@ -8,8 +8,10 @@ import httpx
 import openai
 import pytest
 import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from activation_beacon import ChatPrompt
+from activation_beacon.server.sampling import Chosen, Sampler
 from evaluation_models import byte_tokenizer
 from server_live import BOOK, MODEL, live, live_model, wait_until
 from server_models import plain
@@ -173,6 +175,66 @@ def test_logprobs(server, model):
     assert told == pytest.approx([each.logprob for each in content], abs=1e-4)
 
 
+EURO = list("a€b".encode())
+
+
+@pytest.fixture
+def euros(server, monkeypatch):
+    """Answers that go on with a€b, a token for each byte."""
+    alphabet = sorted(bytes_to_unicode().values())
+    ids = [alphabet.index(bytes_to_unicode()[octet]) for octet in EURO]
+
+    def choose(self, logits):
+        token = ids[sum(self.written.values()) % len(ids)]
+        self.written[token] += 1
+        return Chosen(token, -0.5, ((ids[1], -0.5), (ids[2], -0.75), (ids[0], -1.0)))
+
+    monkeypatch.setattr(Sampler, "choose", choose)
+    return server
+
+
+def completion(server, **options):
+    """A whole completion's choice, and a stream's choices put together."""
+    options = {"model": MODEL, "prompt": "x", "logprobs": 3, **options}
+    whole = server.openai.completions.create(**options).choices[0]
+    pieces = [piece.choices[0] for piece in server.openai.completions.create(**options, stream=True)]
+    streamed = {
+        name: [value for piece in pieces if piece.logprobs for value in getattr(piece.logprobs, name)]
+        for name in ("tokens", "text_offset")
+    }
+    return whole, "".join(piece.text for piece in pieces), streamed
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "tokens", "offsets"),
+    [
+        ({"max_tokens": 5}, "a€b", ["a", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", "b"], [0, 1, 1, 1, 2]),
+        ({"max_tokens": 9, "stop": "ba"}, "a€", ["a", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"], [0, 1, 1, 1]),
+        ({"max_tokens": 9, "stop": "€b"}, "a", ["a"], [0]),
+        (
+            {"max_tokens": 5, "stop": "b!"},
+            "a€b",
+            ["a", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", "b"],
+            [0, 1, 1, 1, 2],
+        ),
+        ({"max_tokens": 3, "stop": "zz"}, "a\ufffd", ["a", "bytes:\\xe2", "bytes:\\x82"], [0, 1, 1]),
+    ],
+)
+def test_tokens_are_listed_where_their_text_is_and_those_of_a_stop_text_are_not(euros, options, text, tokens, offsets):
+    whole, streamed, listed = completion(euros, **options)
+    assert (whole.text, whole.logprobs.tokens, whole.logprobs.text_offset) == (text, tokens, offsets)
+    assert (streamed, listed) == (text, {"tokens": tokens, "text_offset": offsets})
+    assert list(whole.logprobs.top_logprobs[0]) == ["bytes:\\xe2", "bytes:\\x82", "a"]
+
+
+def test_a_chat_lists_no_tokens_of_a_stop_text(euros):
+    reply = chat(euros, logprobs=True, stop="b", max_tokens=9)
+    assert [each.bytes for each in reply.choices[0].logprobs.content] == [[octet] for octet in EURO[:-1]]
+    streamed = chat(euros, logprobs=True, stop="b", max_tokens=9, stream=True)
+    told = [t.bytes for c in streamed if c.choices[0].logprobs for t in c.choices[0].logprobs.content]
+    assert told == [[octet] for octet in EURO[:-1]]
+
+
 def test_penalties_and_biases_reach_the_sampler(server):
     assert chat(server, logit_bias={"70": 100}, max_tokens=3).choices[0].message.content == byte_tokenizer().decode(
         [70] * 3
@@ -229,11 +291,10 @@ def test_a_completion_follows_a_plain_context(server, model):
         ({"extra_body": {"ratio": 3}}, openai.BadRequestError, "ratio"),
         ({"logit_bias": {"5000": 1}}, openai.BadRequestError, "logit_bias names tokens"),
         (
-            {"messages": [{"role": "assistant", "content": "x"}]},
+            {"messages": [{"role": "user", "content": "x" * 10**6}]},
             openai.BadRequestError,
-            "last message must be the user's",
+            "The text has 76,924 tokens or more, which do not fit. A text of 76924 tokens needs",
         ),
-        ({"messages": [CHAT[0], CHAT[0]]}, openai.BadRequestError, "must alternate"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             openai.BadRequestError,
@@ -305,6 +366,28 @@ def test_a_context_longer_than_the_model_can_hold_says_so(server):
     with pytest.raises(openai.BadRequestError) as caught:
         chat(server, [{"role": "user", "content": BOOK * 20}])
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_without_a_context_the_chat_template_takes_messages_in_any_order(server, model):
+    answer = {"role": "assistant", "content": "Nobody"}
+    for messages in ([*CHAT, *CHAT], [*CHAT, answer], [answer]):
+        assert chat(server, messages).choices[0].message.content == written(model, chat_ids(messages), 12)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (
+            [*CHAT, *CHAT],
+            "On a context, messages must alternate between user and assistant, user first; got user, user.",
+        ),
+        ([*CHAT, {"role": "assistant", "content": "x"}], "On a context, the last message must be the user's"),
+    ],
+)
+def test_on_a_context_users_and_assistants_messages_alternate(server, messages, message):
+    context = server.create(ratio=4)
+    with pytest.raises(openai.BadRequestError, match=re.escape(message)):
+        chat(server, messages, extra_body={"context": context["id"]})
 
 
 def test_what_changes_nothing_is_ignored(server):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import threading
 
 import httpx
@@ -9,7 +10,9 @@ import openai
 import pytest
 
 from activation_beacon.cli.serve import LOOPBACK, _allowed_hosts
+from activation_beacon.errors import InputError
 from activation_beacon.server.logs import JsonFormatter
+from activation_beacon.server.settings import Settings
 from server_live import BOOK, MODEL, live, live_model, wait_until
 
 SECRET = "the-answer-is-a-secret"
@@ -35,12 +38,15 @@ def test_health_and_metrics(model, folder):
     with live(folder, model=model) as server:
         assert server.http.get("/health").json() == {"status": "ok", "model": MODEL}
         context = server.create()
-        server.ask("Who?", context=context["id"])
+        reply = server.ask("Who?", context=context["id"], max_tokens=40)  # more than a chunk: some tokens close one
         wait_until(lambda: metrics_of(server)["beacon_rows"] == 0)  # a row is dropped after its answer is handed out
         values = metrics_of(server)
         assert values["beacon_tokens_read_total"] >= context["tokens"]
         assert values["beacon_tokens_spared_total"] == context["tokens"]
-        assert values["beacon_tokens_written_total"] > 0
+        assert values["beacon_tokens_written_total"] == reply.usage.completion_tokens == 40
+        assert (
+            0 < values["beacon_step_seconds_count"] < 39
+        )  # the first token comes of reading, and so does one that closes a chunk
         assert values['beacon_requests_total{route="/v1/contexts",status="201"}'] == 1
         assert values["beacon_memory_bytes"] > 0
         assert values["beacon_waiting"] == 0
@@ -102,6 +108,49 @@ def test_pages_of_other_origins_are_refused_unless_allowed(model, folder):
         preflight = {**other, "access-control-request-method": "POST"}
         assert server.http.options("/v1/contexts", headers=preflight).status_code == 200
         assert server.http.get("/v1/models", headers={"origin": "https://third.example"}).status_code == 403
+        assert server.http.get("/v1/models", headers={"origin": "http://[x"}).status_code == 403
+
+
+def test_all_origins_may_call_where_the_operator_says_so(model, folder):
+    with live(folder, model=model, cors_origins=("*",)) as server:
+        for origin in ("https://other.example", "null", "http://[x"):
+            preflight = {"origin": origin, "access-control-request-method": "POST"}
+            assert server.http.options("/v1/contexts", headers=preflight).status_code == 200
+            reply = server.http.get("/v1/models", headers={"origin": origin})
+            assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (200, "*")
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("https://Other.Example/", "https://other.example"),
+        ("https://other.example:443", "https://other.example"),
+        ("HTTP://[::1]:3000/", "http://[::1]:3000"),
+        ("null", "null"),
+    ],
+)
+def test_origins_are_written_as_one_likes(model, folder, given, sent):
+    with live(folder, model=model, cors_origins=(given,)) as server:
+        reply = server.http.get("/v1/models", headers={"origin": sent})
+        assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (200, sent)
+
+
+@pytest.mark.parametrize(
+    "origin", ["other.example", "https://", "https://other.example/app", "http://[x", "http://x:99999"]
+)
+def test_what_is_no_origin_is_refused_at_the_start(origin):
+    with pytest.raises(InputError, match=re.escape("An origin is scheme://host or scheme://host:port, such as")):
+        Settings(cors_origins=(origin,))
+
+
+@pytest.mark.parametrize(
+    ("given", "called"), [("Beacon.Example", "beacon.example"), ("[::1]", "[::1]:8000"), ("FE80::1", "[fe80::1]")]
+)
+def test_host_names_are_written_as_one_likes(model, folder, given, called):
+    with live(folder, model=model, allowed_hosts=(given,)) as server:
+        assert server.http.get("/v1/models", headers={"host": called}).status_code == 200
+        assert server.http.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
+    assert Settings(allowed_hosts=(given, "*")).allowed_hosts == ()
 
 
 def test_a_server_may_be_called_by_its_own_names_only(model, folder):

@@ -100,6 +100,105 @@ def test_progress_is_shown_and_can_be_cancelled(page, server, monkeypatch):
     assert server.http.get("/v1/contexts").json()["data"] == []
 
 
+@pytest.fixture
+def held_back(server, monkeypatch):
+    """Holds the reading of a long text at its third chunk until the event is set; answers go on."""
+    import threading
+
+    engine = server.server.engine
+    go, read = threading.Event(), engine._read_piece
+
+    def picked():
+        ready = [task for task in engine._tasks if go.is_set() or task.reading.num_done != 3]
+        return min(ready, key=lambda task: task.reading.num_left) if ready else None
+
+    def reading(task):
+        if task is None:
+            time.sleep(0.01)
+            engine._debt = 0.01  # as if a chunk had been read: answers get as much time
+        else:
+            read(task)
+
+    monkeypatch.setattr(engine, "_pick", picked)
+    monkeypatch.setattr(engine, "_read_piece", reading)
+    yield go
+    go.set()
+
+
+@needs_browser
+def test_what_is_typed_while_a_text_is_compressed_stays(page, server, held_back):
+    page.get_by_label("Text to compress").fill(BOOK)
+    page.get_by_role("button", name="Compress").click()
+    page.get_by_text("3 of 17 chunks").wait_for()
+    page.get_by_label("Text to compress").fill("The next text.")
+    page.get_by_label("Your question").fill("Who?")
+    held_back.set()
+    page.locator("#title", has_text="The lion said nothing").wait_for()
+    assert page.get_by_label("Text to compress").input_value() == "The next text."
+    assert page.get_by_label("Your question").input_value() == "Who?"
+
+
+@needs_browser
+def test_a_text_that_was_sent_is_cleared_when_it_has_been_compressed(page, server):
+    page.get_by_label("Text to compress").fill(BOOK)
+    page.get_by_role("button", name="Compress").click()
+    page.locator("#title", has_text="The lion said nothing").wait_for()
+    assert page.get_by_label("Text to compress").input_value() == ""
+
+
+@needs_browser
+def test_a_file_that_is_chosen_while_another_is_compressed_stays_chosen(page, server, held_back):
+    def choose(name):
+        page.locator("#file").set_input_files([{"name": name, "mimeType": "text/plain", "buffer": BOOK.encode()}])
+
+    choose("one.txt")
+    page.get_by_role("button", name="Compress").click()
+    page.get_by_text("3 of 17 chunks").wait_for()
+    choose("two.txt")
+    held_back.set()
+    page.locator("#title", has_text="one.txt").wait_for()
+    assert page.locator("#chosen").inner_text().startswith("two.txt")
+
+
+@needs_browser
+def test_an_answer_goes_on_when_a_text_has_been_compressed_meanwhile(page, server, held_back):
+    server.server.settings.__dict__["max_tokens"] = 900
+    page.get_by_label("Text to compress").fill(BOOK)
+    page.get_by_role("button", name="Compress").click()
+    page.get_by_text("3 of 17 chunks").wait_for()
+    page.get_by_label("Your question").fill("Just chat")
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"{WRITTEN} > 3")
+    held_back.set()
+    page.locator("#contexts", has_text="The lion said nothing").wait_for()
+    written = page.evaluate(WRITTEN)
+    page.wait_for_function(f"{WRITTEN} > {written}")
+    assert page.locator("#title").inner_text() == "No context"
+    page.keyboard.press("Escape")
+
+
+@needs_browser
+def test_a_context_that_is_chosen_while_another_is_made_stays_chosen(page, server, held_back):
+    server.create("A short one.", name="chosen one")
+    page.reload()
+    page.get_by_label("Text to compress").fill(BOOK)
+    page.get_by_role("button", name="Compress").click()
+    page.get_by_text("3 of 17 chunks").wait_for()
+    page.get_by_text("chosen one").click()
+    held_back.set()
+    page.locator("#contexts", has_text="The lion said nothing").wait_for()
+    assert page.locator("#title").inner_text() == "chosen one"
+
+
+@needs_browser
+def test_a_file_of_a_long_name_is_taken(page, server):
+    name = "n" * 300 + ".txt"
+    page.locator("#file").set_input_files([{"name": name, "mimeType": "text/plain", "buffer": BOOK.encode()}])
+    page.get_by_role("button", name="Compress").click()
+    page.locator("#title", has_text="n" * 200).wait_for()
+    assert [each["name"] for each in server.http.get("/v1/contexts").json()["data"]] == ["n" * 200]
+
+
 @needs_browser
 def test_everything_works_by_keyboard(page, server):
     one, two = server.create(BOOK, name="first book"), server.create(BOOK[::-1], name="second book")

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from typer.testing import CliRunner
 
 from activation_beacon.cli import app
-from activation_beacon.cli.serve import parse_bytes
+from activation_beacon.cli.serve import _url, parse_bytes
 from activation_beacon.errors import InputError
 from test_cli import TEXT, save_adapter, save_base
 
@@ -139,6 +140,8 @@ def test_numbers_of_bytes_that_are_none(text):
         (["--ratio", "2,4"], "--ratio must be"),
         (["--ratio", "3"], "ratio (3)"),
         (["--memory", "much"], "--memory must be a number of bytes"),
+        (["--shutdown-seconds", "inf"], "--shutdown-seconds must be a number of seconds such as 20; got inf."),
+        (["--cors-origin", "beacon.example"], "An origin is scheme://host or scheme://host:port"),
         (["--model", "nowhere/at/all/really"], "Error:"),
     ],
 )
@@ -148,6 +151,14 @@ def test_what_cannot_be_served_is_told_in_one_line(options, message, adapter, tm
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "url"), [("127.0.0.1", "http://127.0.0.1:8000"), ("::1", "http://[::1]:8000"), ("box", "http://box:8000")]
+)
+def test_the_address_that_is_printed_can_be_opened(host, url):
+    assert _url(host, 8000) == url
+    assert urlsplit(url).hostname == host
 
 
 def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(adapter, tmp_path, monkeypatch):

@@ -28,11 +28,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     A link stays one: what it leads to is replaced. A file that is there keeps its permissions, a new one gets the umask's.
 
     Raises:
-        StorageError: if it cannot be written: folder missing, no permission, disk full.
+        StorageError: if it cannot be written: folder missing, no permission, disk full; or if it is no regular file.
     """
     place = Path(os.path.realpath(path))
     temporary = _aside(place)
     with _writing(Path(path)):
+        _check_is_regular(Path(path))
         try:
             mode = _create(temporary, like=place)
             yield temporary
@@ -41,6 +42,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             temporary.replace(place)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _check_is_regular(path: Path) -> None:
+    """Refuse a device or a pipe, which a file would replace; of folders the system says so itself."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise StorageError(
+            f"{path} is a device, a pipe or the like, which a file cannot take the place of. Name a file."
+        )
 
 
 def _create(path: Path, *, like: Path) -> int:

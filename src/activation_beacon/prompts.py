@@ -1,13 +1,15 @@
 """Where a document and a question meet: the document opens a user's message, the question closes it.
 
 So that a context can be compressed before the question is known, a chat template is cut where the document ends. Works
-with any tokenizer; one without a chat template gets a plain "Question: ... Answer:".
+with any tokenizer; one without a chat template gets a plain "Question: ... Answer:". What stands in documents, questions and
+system messages is text, also where it looks like the template's special tokens.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from activation_beacon.errors import InputError
+from activation_beacon.special_tokens import SpecialTokens
 
 DOCUMENT, QUESTION, ANSWER = "[[the-document]]", "[[the-question]]", "[[the-answer]]"
 GAP = "\n\n"
@@ -23,12 +25,13 @@ class ChatPrompt:
 
     def __init__(self, tokenizer: Any, *, system: str | None = None) -> None:
         self.tokenizer = tokenizer
+        self._special = SpecialTokens(tokenizer)
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         if not self.has_template:
             self._before, self._close, self._next = "", "\nAnswer:", f"{GAP}Question: "
             return
         first = {"role": "user", "content": DOCUMENT + QUESTION}
-        opening = [{"role": "system", "content": system}] if system else []
+        opening = [{"role": "system", "content": self._special.marked(system)}] if system else []
         messages = [*opening, first, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": QUESTION}]
         start = self._render([*opening, first])
         whole = self._render(messages)
@@ -41,25 +44,27 @@ class ChatPrompt:
 
     def holds(self, system: str) -> bool:
         """Whether a system message stands in what opens a conversation."""
-        return system in self._before
+        return self._special.marked(system) in self._before
 
     def opening(self, document: str) -> list[int]:
         """Ids of the message as far as the document goes: what is compressed."""
-        return self._ids(self._before + document, special=not self.has_template)
+        return self._ids(self._before + self._special.marked(document), special=not self.has_template)
 
     def question(self, text: str) -> list[int]:
         """Ids that close the message that `opening` began, and open the answer."""
         label = "" if self.has_template else "Question: "
-        return self._ids(f"{GAP}{label}{text}{self._close}")
+        return self._ids(f"{GAP}{label}{self._special.marked(text)}{self._close}")
 
     def message(self, text: str) -> list[int]:
         """Ids of a whole first message, without a document, and of the opening of its answer."""
         label = "" if self.has_template else "Question: "
-        return self._ids(f"{self._before}{label}{text}{self._close}", special=not self.has_template)
+        return self._ids(
+            f"{self._before}{label}{self._special.marked(text)}{self._close}", special=not self.has_template
+        )
 
     def follow_up(self, text: str) -> list[int]:
         """Ids that end an answer, ask on, and open the next answer."""
-        return self._ids(self._next + text + self._close)
+        return self._ids(self._next + self._special.marked(text) + self._close)
 
     def opens(self, ids: Sequence[int]) -> bool:
         """Whether a text's first special tokens are those of the template's opening (which may hold a date)."""
@@ -78,7 +83,7 @@ class ChatPrompt:
         return any(ids[start : start + length] == closing for start in range(len(ids) - length + 1))
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return self._special.ids(text, special=special)
 
 
 def _between(text: str, left: str | None, right: str | None) -> str:

@@ -92,6 +92,21 @@ class Load:
         }
 
 
+def _address(url: str) -> tuple[str, int]:
+    """Host and port of a server.
+
+    Raises:
+        InputError: if they cannot be told.
+    """
+    try:
+        parts = urlsplit(url)
+        if parts.scheme == "http" and parts.hostname:
+            return parts.hostname, 80 if parts.port is None else parts.port
+    except ValueError:  # a port beyond 65535, a bracket that is not closed
+        pass
+    raise InputError(f"The server's address must be like http://127.0.0.1:8000; got {url!r}.")
+
+
 class Connection:
     """Talks with the server.
 
@@ -102,10 +117,7 @@ class Connection:
     """
 
     def __init__(self, url: str, *, key: str | None = None, timeout_s: float = 900.0) -> None:
-        parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname:
-            raise InputError(f"The server's address must be like http://127.0.0.1:8000; got {url!r}.")
-        self.host, self.port = parts.hostname, parts.port or 80
+        self.host, self.port = _address(url)
         self.headers = {"Content-Type": "application/json"}
         if key:
             self.headers["Authorization"] = f"Bearer {key}"

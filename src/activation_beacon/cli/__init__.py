@@ -1,5 +1,8 @@
 """The command line: `beacon`. One file a command; what is heavy is imported when a command runs."""
 
+import contextlib
+import errno
+import io
 import os
 import sys
 import warnings
@@ -30,6 +33,7 @@ from activation_beacon.cli.options import examples
 from activation_beacon.errors import BeaconError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+UNPRINTABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})
 
 # How often a thread of torch's (libgomp) looks whether it may go on before it sleeps; by its own default 300,000 times. Where
 # other work keeps a processor busy, threads look in vain for as long as the scheduler lets them. docs/performance.md has seconds.
@@ -51,13 +55,28 @@ class BeaconGroup(TyperGroup):
             if message is None:
                 raise
             notice(f"Error: {one_line(message)}")
+            if _is_of_output(error):
+                _drop_output()
             raise typer.Exit(1) from None
+
+
+def _is_of_output(error: Exception) -> bool:
+    """Whether something could not be printed: such errors name no file."""
+    return isinstance(error, OSError) and error.filename is None and error.errno in UNPRINTABLE
+
+
+def _drop_output() -> None:
+    """What has not been printed never will be: at its end Python would try once more, and fail once more."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _message(error: Exception) -> str | None:
     """What to tell the user; None for an error that is our own mistake."""
     if isinstance(error, BeaconError):
         return str(error)
+    if _is_of_output(error):
+        return f"The output cannot be written: {error.strerror}. Let it go somewhere else."  # type: ignore[attr-defined]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "There is not enough memory. Use a larger --ratio, --dtype bfloat16, or a smaller model."
     return None
@@ -162,4 +181,6 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a "?" for what the terminal's encoding lacks, rather than no answer
     app()

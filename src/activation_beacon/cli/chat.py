@@ -1,6 +1,7 @@
 """`beacon chat`: a conversation that never reads anything twice."""
 
 import contextlib
+import io
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from activation_beacon.cli import options
 from activation_beacon.cli.console import notice, one_line, trained_mark, warn_untrained
 from activation_beacon.cli.models import load_model, place_context, read_context
 from activation_beacon.cli.sampling import Sampling
-from activation_beacon.cli.texts import check_output
+from activation_beacon.cli.texts import check_output, check_stdin_open
 from activation_beacon.errors import BeaconError, InputError, StorageError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def chat(
     what no longer fits a chunk and the local tokens is compressed. Type /info, /save FILE, /reset or /quit; Ctrl-C stops
     an answer, Ctrl-D ends. Lines may also come through a pipe.
     """
+    check_stdin_open()
     context = None if file is None else read_context(file)
     if context is not None and local_tokens is not None:
         raise InputError(
@@ -86,6 +88,8 @@ class Terminal:
     def __init__(self, conversation: "Conversation", sampling: Sampling, mark: str) -> None:
         self.conversation = conversation
         self.sampling = sampling
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused in its turn
         self.is_interactive = sys.stdin.isatty()
         self.label = f"model{mark}: "
 
@@ -127,6 +131,7 @@ class Terminal:
             notice("\n(this message was dropped)")
 
     def _say(self, line: str) -> None:
+        options.check_text_given("The message", line)
         with _first_interrupt_stops() as should_stop:
             typer.echo(self.label, nl=not self.is_interactive, err=True)
             try:

@@ -7,6 +7,7 @@ import typer
 
 from activation_beacon.cli import options
 from activation_beacon.cli.console import notice, print_json
+from activation_beacon.cli.texts import check_output
 
 EXAMPLES = (
     "beacon eval compare out-default out-mine",
@@ -28,6 +29,7 @@ def compare(
             "--output", "--out", "-o", metavar="FILE", help="Write the tables there as Markdown, and plots/ beside it."
         ),
     ] = None,
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Compare folders of results: an adapter with the one before, or with the default.
@@ -40,6 +42,8 @@ def compare(
     from activation_beacon.evaluation.comparison import compare
     from activation_beacon.evaluation.comparison_report import as_json, blocks_of, can_draw, write_comparison
 
+    if out is not None:
+        check_output(out, force=force, example="comparison.md")
     found = compare(folders, tasks=[name for part in tasks.split(",") if (name := part.strip())])
     pictures = [] if out is None else write_comparison(found, out)
     if out is not None and not can_draw():

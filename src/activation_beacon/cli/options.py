@@ -8,6 +8,7 @@ import typer
 
 from activation_beacon.errors import InputError, RatioError
 
+MOST_SEED = 2**32 - 1  # that numpy takes
 RatioOption = int | tuple[int, ...] | str
 
 
@@ -66,7 +67,12 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Toke
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0.0, help="Randomness of answers; 0 always takes the likeliest token.")
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the randomness, to get the same answer again.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", min=0, max=MOST_SEED, help="Seed of the randomness, to get the same answer again.", show_default=False
+    ),
+]
 Context = Annotated[Path, typer.Argument(metavar="FILE", help="A context that `beacon compress` wrote.")]
 
 PEERS_PYTHON = Path(".venv-peers/bin/python")  # as `make peers` makes it
@@ -126,10 +132,17 @@ def parse_numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def check_text_given(what: str, text: str) -> None:
-    """Refuse a question, or the like, of nothing but white space.
+    """Refuse a question, or the like, of nothing but white space, or of bytes that are no text.
 
     Raises:
         InputError: naming it.
     """
     if not text.strip():
         raise InputError(f"{what} is empty. Write at least one word.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes that Python could not read stand there as halves of characters
+        octet = f"0x{ord(text[error.start]) & 0xFF:02x}"
+        raise InputError(
+            f"{what} is not UTF-8: byte {octet} after {error.start} characters. Write it in UTF-8."
+        ) from None

@@ -1,6 +1,7 @@
 """`beacon serve`: contexts and answers over HTTP."""
 
 import importlib
+import math
 import os
 import re
 from typing import Annotated
@@ -62,7 +63,8 @@ def serve(
         float, typer.Option("--shutdown-seconds", min=0, help="Time that requests get to finish at the end.")
     ] = 20.0,
     cors_origin: Annotated[
-        list[str] | None, typer.Option("--cors-origin", help="A page of another origin that may call; repeat for more.")
+        list[str] | None,
+        typer.Option("--cors-origin", help="A page of another origin that may call, or * for all; repeat for more."),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
@@ -89,6 +91,8 @@ def serve(
         raise InputError(
             f'--ratio must be "auto" or one int here; got {ratio!r}. Requests may name one for each chunk.'
         )
+    if not math.isfinite(shutdown_seconds):
+        raise InputError(f"--shutdown-seconds must be a number of seconds such as 20; got {shutdown_seconds}.")
     sizes = {"memory_bytes": parse_bytes("--memory", memory), "max_body_bytes": parse_bytes("--max-body", max_body)}
     disk_bytes = None if disk is None else parse_bytes("--disk", disk)
     _check_installed()
@@ -124,11 +128,16 @@ def serve(
                 f"Listening on {host} without a key: whoever reaches the port can use and delete contexts (--api-key)."
             )
         log_to_stderr()
-        notice(f"http://{host}:{port} serves {settings.model_name}; contexts in {folder}")
+        notice(f"{_url(host, port)} serves {settings.model_name}; contexts in {folder}")
         server = HttpServer(app, log_config=None, access_log=False, server_header=False)
         server.run(sockets=[bound])
     if not server.started:
         raise typer.Exit(1)  # the log says why
+
+
+def _url(host: str, port: int) -> str:
+    """Where a server is; addresses of IPv6 stand in brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _allowed_hosts(host: str, api_key: str | None, named: list[str]) -> tuple[str, ...]:

@@ -32,12 +32,27 @@ def read_texts(names: Sequence[str]) -> str:
 def read_text(name: str) -> str:
     """One text; see `read_texts`."""
     shown = "Standard input" if name == STDIN else name
-    text = _decoded(sys.stdin.buffer.read() if name == STDIN else _bytes_of(Path(name)), shown)
+    text = _decoded(_bytes_of_stdin() if name == STDIN else _bytes_of(Path(name)), shown)
     if not text:
         raise InputError(f"{shown} is empty: there is no text to compress.")
     if text.isspace():
         raise InputError(f"{shown} holds nothing but white space: there is no text to compress.")
     return text.removeprefix(BYTE_ORDER_MARK)
+
+
+def check_stdin_open() -> None:
+    """Refuse to read where nothing can come from.
+
+    Raises:
+        StorageError: if standard input is closed.
+    """
+    if sys.stdin is None:
+        raise StorageError("Standard input is closed. Leave it open, or send something through a pipe.")
+
+
+def _bytes_of_stdin() -> bytes:
+    check_stdin_open()
+    return sys.stdin.buffer.read()
 
 
 def _bytes_of(path: Path) -> bytes:
@@ -70,13 +85,16 @@ def check_output(path: Path, *, force: bool, example: str = "book.beacon") -> No
     """Refuse now a file that could not be written after minutes of work.
 
     Raises:
-        StorageError: if its folder is missing or closed, or a file of that name exists and `force` is not given.
+        StorageError: if its folder is missing or closed, a file of that name exists and `force` is not given, or what
+            exists is no regular file.
     """
     folder = path.parent
     if not folder.is_dir():
         raise StorageError(f"{path} cannot be written: there is no folder {folder}. Make it, or choose another place.")
     if path.is_dir():
         raise StorageError(f"{path} is a folder. Name a file, such as {path / example}.")
+    if path.exists() and not path.is_file():
+        raise StorageError(f"{path} is a device, a pipe or the like, not a file. Name a file, such as {example}.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"{path} cannot be written: the folder {folder} is closed to you. Choose another place.")
     if path.exists() and not force:

@@ -14,8 +14,8 @@ from activation_beacon.errors import InputError
 from activation_beacon.plan import TextPlanner
 from activation_beacon.server.failures import NotFoundError, described
 from activation_beacon.server.jobs import Done, Ended, Piece, Progress
+from activation_beacon.server.listing import Listed, Listing
 from activation_beacon.server.reading import cut
-from activation_beacon.server.sampling import Chosen
 from activation_beacon.server.schema import ChatRequest, CompletionRequest
 from activation_beacon.server.shapes import ChatShape, CompletionShape, Shape
 from activation_beacon.server.state import Server
@@ -53,7 +53,7 @@ class Choice:
     """One answer as it is gathered for a reply in one piece."""
 
     text: str = ""
-    chosen: list[Chosen] = field(default_factory=list)
+    listed: list[Listed] = field(default_factory=list)
     reason: str = "length"
 
 
@@ -133,6 +133,7 @@ class Answers:
         return Asked(request.context, scope, cache.tokens_seen + len(ids), start, unread)
 
     def _checked_ids(self, cache: BeaconCache, prompt: Any) -> list[int]:
+        self.server.library.check_can_fit(cache, self.server.prompting.least_tokens(prompt))
         ids = self._ids(cache, prompt)
         if not ids:
             raise InputError("The prompt is empty: there is nothing to answer. Send at least one word.")
@@ -169,17 +170,19 @@ class Answers:
 
     async def whole(self) -> dict[str, Any]:
         """The reply, when all answers have been written."""
-        choices = [Choice() for _ in range(len(self.asked) * self.num_answers)]
+        listings = self._listings()
+        choices = [Choice() for _ in listings]
         async with contextlib.aclosing(self._heard()) as heard:
             async for event, index in heard:
                 if isinstance(event, Piece):
                     choices[index].text += event.text
-                    choices[index].chosen.append(event.chosen)
+                    choices[index].listed += listings[index].add(event.text, event.chosen, event.offset)
                 elif isinstance(event, Ended):
                     choices[index].text += event.text
+                    choices[index].listed += listings[index].end(event.text, is_cut=event.reason == "stop")
                     choices[index].reason = event.reason
         told = [
-            self.shape.choice(index, choice.text, choice.chosen, choice.reason, self.request.num_likeliest is not None)
+            self.shape.choice(index, choice.text, choice.listed, choice.reason, self.request.num_likeliest is not None)
             for index, choice in enumerate(choices)
         ]
         return {**self._head(self.shape.whole_object), "choices": told, "usage": self.usage()}
@@ -192,9 +195,9 @@ class Answers:
         with_usage = self.request.stream_options is not None and self.request.stream_options.include_usage
         if with_usage:
             head["usage"] = None
-        with_logprobs = self.request.num_likeliest is not None
+        listings = self._listings()
         try:
-            for index in range(len(self.asked) * self.num_answers):
+            for index in range(len(listings)):
                 for choice in self.shape.first(index):
                     yield _event({**head, "choices": [choice]})
             async with contextlib.aclosing(self._heard()) as heard:
@@ -202,7 +205,7 @@ class Answers:
                     if isinstance(event, Progress):
                         yield f": {event.done} of {event.total} chunks read\n\n"
                         continue
-                    for choice in self._pieces(event, index, with_logprobs):
+                    for choice in self._pieces(event, index, listings[index]):
                         yield _event({**head, "choices": [choice]})
             if with_usage:
                 yield _event({**head, "choices": [], "usage": self.usage()})
@@ -210,16 +213,22 @@ class Answers:
         except Exception as error:  # noqa: BLE001 - the status has been sent: the error goes into the stream
             yield _event(self.server.failed(error, described(error)[1]))
 
-    def _pieces(self, event: Piece | Ended, index: int, with_logprobs: bool) -> Iterator[dict[str, Any]]:
+    def _pieces(self, event: Piece | Ended, index: int, listing: Listing) -> Iterator[dict[str, Any]]:
         if isinstance(event, Piece):
-            if event.text or with_logprobs:
-                yield self.shape.piece(index, event.text, event.chosen if with_logprobs else None)
-            return
-        if event.text:
-            yield self.shape.piece(index, event.text, None)
-        yield self.shape.last(index, event.reason)
+            listed = listing.add(event.text, event.chosen, event.offset)
+        else:
+            listed = listing.end(event.text, is_cut=event.reason == "stop")
+        with_logprobs = self.request.num_likeliest is not None
+        if event.text or (listed and with_logprobs):
+            yield self.shape.piece(index, event.text, listed if with_logprobs else None)
+        if isinstance(event, Ended):
+            yield self.shape.last(index, event.reason)
 
     # --- what both share ---
+
+    def _listings(self) -> list[Listing]:
+        """One for each answer."""
+        return [Listing() for _ in range(len(self.asked) * self.num_answers)]
 
     async def _heard(self) -> AsyncGenerator[tuple[Progress | Piece | Ended, int], None]:
         """Events of all jobs with the index of the choice that they are about."""

@@ -32,8 +32,11 @@ class Observer(Protocol):
     def piece_read(self, seconds: float, num_tokens: int) -> None:
         """A piece of a text has been read."""
 
-    def tokens_written(self, seconds: float, num_rows: int) -> None:
-        """A token has been decoded in each row."""
+    def step_decoded(self, seconds: float) -> None:
+        """A token of all answers that are decoded together has been decoded."""
+
+    def token_written(self) -> None:
+        """An answer has got a token, whichever way."""
 
 
 @dataclass
@@ -246,8 +249,13 @@ class Engine:
             self._finish(task.job, cache)
             return
         for answer in self._running[task.job].answers if task.answer is None else [task.answer]:
-            answer.take(logits)
+            self._take(answer, logits)
             self._go_on(answer, cache.fork())
+
+    def _take(self, answer: Answer, logits: torch.Tensor) -> None:
+        answer.take(logits)
+        if self.observer is not None:
+            self.observer.token_written()
 
     def _decode(self) -> None:
         """One token for every answer; those that would close a chunk are read on apart."""
@@ -266,7 +274,7 @@ class Engine:
         seconds = time.perf_counter() - start
         self._debt -= seconds
         if self.observer is not None:
-            self.observer.tokens_written(seconds, len(answers))
+            self.observer.step_decoded(seconds)
 
     def _hand_out(self, answers: list[Answer], logits: torch.Tensor) -> None:
         """Give each answer its logits (B, V); those that end, fail, or have a chunk to close leave."""
@@ -274,7 +282,7 @@ class Engine:
             if answer not in self._batch:
                 continue  # another answer of its job has failed
             try:
-                answer.take(row)
+                self._take(answer, row)
                 if answer.reason is None and not self._must_read(answer, self._batch[answer]):
                     continue
                 self._go_on(answer, self._batch.pop(answer))

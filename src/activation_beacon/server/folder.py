@@ -4,6 +4,7 @@ A context is there when its `.beacon` file is; the numbers can be made anew from
 written before it, so that whoever finds it finds its name. Several servers may share the folder. Looking changes no context: a
 file that does not read well may be one that is still being copied, and is set aside only when it is opened and has been still for
 a while.
+Whatever the place does not allow is a StorageError, and errors say nothing of where the folder is: clients are told them.
 Nothing here runs the model. Ids are checked against one pattern before they become part of a path.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from pydantic import TypeAdapter
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import BeaconError, FileFormatError, InputError, StorageError
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CONTEXT, NUMBERS, DAMAGED = ".beacon", ".json", ".beacon.damaged"
+PART = re.compile(r"\.([A-Za-z0-9_-]+\.(?:beacon|json))\.[0-9a-f]+\.part")
 STILL_S = 60.0  # a damaged file that nobody has written to for so long is no copy in progress
 PART_AGE_S = 3600.0  # a half-written file of this age belongs to no writer any more
 
@@ -65,6 +68,9 @@ class Record:
     error: str | None = None
 
 
+RECORDS = TypeAdapter(Record)
+
+
 def new_id() -> str:
     """A handle that nobody has."""
     return f"ctx_{secrets.token_hex(12)}"
@@ -87,6 +93,12 @@ def described(record: Record, cache: BeaconCache) -> Record:
         base_fingerprint=cache.base_fingerprint,
         adapter_fingerprint=cache.adapter_fingerprint,
     )
+
+
+def _without(text: str, place: str) -> str:
+    """A message without a folder's path, and with files' own names in place of those that they have while they are written."""
+    text = text.replace(f"{place}/", "").replace(place, "the folder") if place else text
+    return PART.sub(r"\1", text)
 
 
 def _version(info: Mapping[str, Any]) -> str:
@@ -137,7 +149,8 @@ class Folder:
 
     def list(self) -> list[Record]:
         """All contexts, newest first, damaged ones with the reason."""
-        names = [entry["name"].rsplit("/", 1)[-1] for entry in self._entries() if entry["type"] == "file"]
+        with self._reaching():
+            names = [entry["name"].rsplit("/", 1)[-1] for entry in self._entries() if entry["type"] == "file"]
         ids = {name.removesuffix(end) for name in names for end in (CONTEXT, DAMAGED) if name.endswith(end)}
         records = [self._found(each) for each in ids if ID.fullmatch(each)]
         return sorted((each for each in records if each is not None), key=lambda each: (-each.created, each.id))
@@ -161,6 +174,10 @@ class Folder:
         """
         if not ID.fullmatch(context_id):
             return None
+        with self._reaching():
+            return self._looked_at(context_id)
+
+    def _looked_at(self, context_id: str) -> Record | None:
         info = self._info(context_id)
         if info is None:
             return self._damaged_record(context_id)
@@ -176,8 +193,16 @@ class Folder:
 
     def version(self, context_id: str) -> str | None:
         """Changes whenever the file does; None if there is none."""
-        info = self._info(context_id)
+        with self._reaching():
+            info = self._info(context_id)
         return None if info is None else _version(info)
+
+    def has(self, context_id: str) -> bool:
+        """Whether there is a context of that id, damaged or not; whatever else may be wrong with it."""
+        if not ID.fullmatch(context_id):
+            return False
+        with self._reaching():
+            return self._info(context_id) is not None or self._is_set_aside(context_id)
 
     def _info(self, context_id: str) -> dict[str, Any] | None:
         try:
@@ -189,14 +214,29 @@ class Folder:
 
     def num_bytes(self) -> int:
         """Bytes of all files."""
-        return sum(entry.get("size") or 0 for entry in self._entries())
+        with self._reaching():
+            return sum(entry.get("size") or 0 for entry in self._entries())
+
+    @contextlib.contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Turns what goes wrong with the place into errors for clients; the log has all of it."""
+        try:
+            yield
+        except (StorageError, FileFormatError) as error:
+            text = _without(str(error), self.root)
+            if text == str(error):
+                raise
+            logger.warning("%s", error)
+            raise type(error)(text) from error
+        except OSError as error:
+            logger.warning("the folder of contexts %s: %s", self.root, error)
+            raise StorageError(f"The folder of contexts cannot be used: {reason(error)}. Ask its operator.") from error
 
     def _noted(self, context_id: str) -> Record | None:
         """What the file of numbers says, whatever has become of the context."""
         try:
-            values = json.loads(self.fs.cat_file(self._path(context_id, NUMBERS)))
-            record = Record(**{**values, "ratios": tuple(values["ratios"])})
-        except (OSError, ValueError, TypeError, KeyError):
+            record = RECORDS.validate_json(self.fs.cat_file(self._path(context_id, NUMBERS)), strict=True)
+        except (OSError, ValueError):  # missing, or of wrong types
             return None
         return record if record.id == context_id else None
 
@@ -216,11 +256,18 @@ class Folder:
         if self.version(context_id) != _version(info):  # replaced meanwhile: these may be either file's numbers
             return self.find(context_id)
         record = dataclasses.replace(described(known, cache), file_bytes=info["size"], error=None)
-        self._write_numbers(record)
+        try:
+            self._write_numbers(record)
+        except OSError as error:  # full, or closed to us: the next start looks again
+            logger.warning("the numbers of context %s could not be written: %s", context_id, reason(error))
         return record
 
+    def _is_set_aside(self, context_id: str) -> bool:
+        is_there: bool = self.fs.exists(self._path(context_id, DAMAGED))
+        return is_there
+
     def _damaged_record(self, context_id: str) -> Record | None:
-        if not self.fs.exists(self._path(context_id, DAMAGED)):
+        if not self._is_set_aside(context_id):
             return None
         return self._noted(context_id) or Record(context_id, context_id, 0, error="The file is damaged.")
 
@@ -234,12 +281,13 @@ class Folder:
             FileFormatError: if it is damaged.
             InputError: if it holds a batch.
         """
-        try:
-            return self._read(context_id)
-        except FileFormatError as error:
-            if self._is_still(context_id):
-                self._set_aside(context_id, str(error))
-            raise
+        with self._reaching():
+            try:
+                return self._read(context_id)
+            except FileFormatError as error:
+                if self._is_still(context_id):
+                    self._set_aside(context_id, str(error))
+                raise
 
     def _is_still(self, context_id: str) -> bool:
         try:
@@ -264,9 +312,11 @@ class Folder:
             local = Path(here) / f"{context_id}{CONTEXT}"
             try:
                 self.fs.get_file(path, str(local))
+                return BeaconCache.load(local)
+            except (StorageError, FileFormatError) as error:
+                raise type(error)(_without(str(error), here)) from error
             except OSError as error:
                 raise StorageError(f"{path} cannot be read: {reason(error)}.") from error
-            return BeaconCache.load(local)
 
     def save(self, record: Record, cache: BeaconCache) -> Record:
         """Write a new context.
@@ -277,12 +327,12 @@ class Folder:
         Raises:
             StorageError: if it cannot be written; what was there is as it was.
         """
-        with self._lock(record.id):
+        with self._lock(record.id), self._reaching():
             return self._written(record, cache)
 
     def replace(self, record: Record, cache: BeaconCache) -> Record | None:
         """Write a context in place of the one of its id; as `save`, but None if it has been deleted meanwhile."""
-        with self._lock(record.id):
+        with self._lock(record.id), self._reaching():
             return self._written(record, cache) if self.version(record.id) is not None else None
 
     def _lock(self, context_id: str) -> "_Lock":
@@ -315,12 +365,13 @@ class Folder:
 
     def delete(self, context_id: str) -> None:
         """Remove a context, damaged or not; one that is being written is removed afterwards."""
-        with self._lock(context_id):
+        with self._lock(context_id), self._reaching():
             self._records.pop(context_id, None)
             for ending in (CONTEXT, DAMAGED, NUMBERS):
                 path = self._path(context_id, ending)
                 if self.fs.exists(path):
-                    self.fs.rm_file(path)
+                    with contextlib.suppress(FileNotFoundError):  # another server was faster
+                        self.fs.rm_file(path)
 
     def _write_numbers(self, record: Record) -> None:
         text, path = json.dumps(dataclasses.asdict(record), indent=2) + "\n", self._path(record.id, NUMBERS)
@@ -357,5 +408,6 @@ class Folder:
     def _remove_old_parts(self) -> None:
         """Files that a killed process left half-written; younger ones may be another server's work."""
         for part in Path(self.root).glob(".*.part"):
-            if time.time() - part.stat().st_mtime > PART_AGE_S:
-                part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it has been moved into place, or cannot be removed
+                if time.time() - part.stat().st_mtime > PART_AGE_S:
+                    part.unlink(missing_ok=True)

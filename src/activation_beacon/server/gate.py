@@ -12,6 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from activation_beacon.errors import InputError
+from activation_beacon.server.addresses import ANY, host_name, origin_name
 from activation_beacon.server.failures import body, described
 from activation_beacon.server.state import Server
 
@@ -68,12 +70,12 @@ class Gate:
 
     def _refusal(self, request: Request) -> JSONResponse | None:
         settings = self.server.settings
-        host = _host_name(request)
+        host = host_name(request.headers.get("host", ""))
         if host and settings.allowed_hosts and host not in settings.allowed_hosts:
             text = f"The server is not called {host[:100]!r}. Its operator allows other names with --allowed-host."
             return JSONResponse(body(text, kind="invalid_request_error", code="host_not_allowed"), 403)
         origin = request.headers.get("origin")
-        if origin and origin not in settings.cors_origins and not _is_same_host(origin, request):
+        if origin and not self._may_call(origin, request):
             text = "Pages of other origins may not call this server. Its operator allows them with --cors-origin."
             return JSONResponse(body(text, kind="invalid_request_error", code="origin_not_allowed"), 403)
         if not self._has_key(request):
@@ -84,6 +86,15 @@ class Gate:
         if length.isdecimal() and int(length) > settings.max_body_bytes:
             return JSONResponse(self._too_large(), 413)
         return None
+
+    def _may_call(self, origin: str, request: Request) -> bool:
+        """Whether pages of an origin may call: those that the operator has named, and the server's own."""
+        allowed = self.server.settings.cors_origins
+        try:
+            name = origin_name(origin)
+        except InputError:
+            return ANY in allowed
+        return ANY in allowed or name in allowed or urlsplit(origin).netloc == request.headers.get("host", "")
 
     def _has_key(self, request: Request) -> bool:
         key = self.server.settings.api_key
@@ -125,19 +136,6 @@ class Gate:
         logger.info("%s", json.dumps(values))
 
 
-def _host_name(request: Request) -> str:
-    """What the server is called by, without the port."""
-    host = request.headers.get("host", "")
-    try:
-        return urlsplit(f"//{host}").hostname or host
-    except ValueError:  # a bracket that is not closed
-        return host
-
-
 def _bearer(request: Request) -> str:
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""
-
-
-def _is_same_host(origin: str, request: Request) -> bool:
-    return urlsplit(origin).netloc == request.headers.get("host", "")

@@ -35,11 +35,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Piece:
-    """A token of an answer: the text that it made certain, which may be empty."""
+    """A token of an answer: the text that it made certain, which may be empty, and the characters before its own."""
 
     number: int
     text: str
     chosen: Chosen
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class Answer:
         if chosen.token in self.ends:
             self.end("stop")
             return
-        self.job.emit(Piece(self.number, self.writer.add(chosen.token), chosen))
+        offset = self.writer.num_chars
+        self.job.emit(Piece(self.number, self.writer.add(chosen.token), chosen, offset))
         if self.writer.is_stopped:
             self.end("stop")
         elif self.num_tokens >= self.sampling.max_tokens:

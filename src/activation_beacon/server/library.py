@@ -13,7 +13,7 @@ import torch
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.config import is_same_fingerprint
-from activation_beacon.errors import FileFormatError
+from activation_beacon.errors import CapacityError, FileFormatError, StorageError
 from activation_beacon.plan import Ratio, TextPlanner
 from activation_beacon.server.engine import Engine
 from activation_beacon.server.failures import NotFoundError, QuotaError
@@ -78,7 +78,7 @@ class Library:
         """
         record = await self._in_thread(self.folder.find, context_id)
         if record is None:
-            raise NotFoundError(f"There is no context {context_id[:64]!r}. GET /v1/contexts lists them.")
+            raise _not_found(context_id)
         return self._checked(record)
 
     def _checked(self, record: Record) -> Record:
@@ -112,10 +112,18 @@ class Library:
             scope = ("context", context_id, version)
             cache = self.memory.get(scope)
             if cache is None:
-                cache = await self._in_thread(self._loaded, context_id)
+                cache = await self._read_from_disk(context_id)
                 self._forget(context_id)
                 self.memory.put(scope, cache)
             return record, cache, scope
+
+    async def _read_from_disk(self, context_id: str) -> BeaconCache:
+        try:
+            return await self._in_thread(self._loaded, context_id)
+        except StorageError:
+            if await self._in_thread(self.folder.has, context_id):
+                raise
+            raise _not_found(context_id) from None  # another server has deleted it just now
 
     def _loaded(self, context_id: str) -> BeaconCache:
         cache = self.folder.load(context_id)
@@ -123,6 +131,26 @@ class Library:
         return cache.to(self.model.device, self.model.get_input_embeddings().weight.dtype)
 
     # --- making ---
+
+    def check_can_fit(self, cache: BeaconCache, num_tokens: int) -> None:
+        """Refuse a text by what is known before it is tokenized.
+
+        Args:
+            cache: that it is to follow.
+            num_tokens: which it has at least.
+
+        Raises:
+            CapacityError: if so many can never be read there.
+        """
+        try:
+            cut(cache.config, cache.policy, self.model.max_positions, cache.rows[0], num_tokens)
+        except CapacityError as error:
+            raise CapacityError(f"The text has {num_tokens:,} tokens or more, which do not fit. {error}") from None
+
+    def empty(self, ratio: Ratio | None = None) -> BeaconCache:
+        """What a new context begins as."""
+        cache: BeaconCache = self.model.new_cache(ratio=self.settings.ratio if ratio is None else ratio)
+        return cache
 
     async def create(
         self, name: str, ids: Sequence[int], *, ratio: Ratio | None = None, bits: int | None = None
@@ -135,7 +163,7 @@ class Library:
             BeaconError: as the engine.
         """
         await self._check_quota(0)
-        start = self.model.new_cache(ratio=self.settings.ratio if ratio is None else ratio)
+        start = self.empty(ratio)
         record = Record(new_id(), name, int(time.time()))
         async with contextlib.aclosing(self._read(start, ids)) as reading:
             async for event in reading:
@@ -187,10 +215,16 @@ class Library:
         return await self._saved(dataclasses.replace(record, id=new_id(), name=name, created=int(time.time())), cache)
 
     async def delete(self, context_id: str) -> None:
-        """Remove a context from memory and disk; answers that are being written on it go on."""
-        await self.record(context_id)
-        await self._unbroken(self.folder.delete, context_id)
-        self._forget(context_id)
+        """Remove a context from memory and disk, whatever is wrong with it; answers that are being written on it go on.
+
+        Raises:
+            NotFoundError: if there is none of that id.
+        """
+        async with self._lock(context_id):  # a request that opens it has it, or does not find it
+            if not await self._in_thread(self.folder.has, context_id):
+                raise _not_found(context_id)
+            await self._unbroken(self.folder.delete, context_id)
+            self._forget(context_id)
 
     async def _saved(self, record: Record, cache: BeaconCache, save: Save | None = None) -> Record:
         await self._check_quota(cache.cache_bytes)
@@ -250,3 +284,7 @@ class Library:
                 self.memory.drop(key)
         self._num_kept += 1
         self.memory.put(("talk", scope, self._num_kept), cache)
+
+
+def _not_found(context_id: str) -> NotFoundError:
+    return NotFoundError(f"There is no context {context_id[:64]!r}. GET /v1/contexts lists them.")

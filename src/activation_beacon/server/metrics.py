@@ -38,10 +38,13 @@ class Metrics:
         self._piece_s.observe(seconds)
         self._read.inc(max(0, num_tokens))
 
-    def tokens_written(self, seconds: float, num_rows: int) -> None:
-        """One token has been written in each answer."""
+    def step_decoded(self, seconds: float) -> None:
+        """A token of all answers that are decoded together has been decoded."""
         self._step_s.observe(seconds)
-        self._written.inc(num_rows)
+
+    def token_written(self) -> None:
+        """An answer has got a token."""
+        self._written.inc()
 
     def first_token(self, seconds: float) -> None:
         """A request has got its first token."""

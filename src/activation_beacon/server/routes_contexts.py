@@ -68,6 +68,8 @@ class _Routes:
     async def create(self, request: Request) -> Response:
         """Compress a text: JSON with `text`, or a form with a UTF-8 `file`. With `stream`, progress comes as events."""
         wanted = await _context_request(request)
+        least = self.server.prompting.least_tokens(wanted.text)
+        self.library.check_can_fit(self.library.empty(wanted.wanted_ratio), least)
         document = functools.partial(self.server.prompting.document, system=wanted.system, is_plain=wanted.plain)
         ids = await run_in_threadpool(document, wanted.text)
         name = wanted.name or _first_words(wanted.text)
@@ -89,6 +91,8 @@ class _Routes:
 
     async def append(self, context_id: str, body: AppendRequest, request: Request) -> Response:
         """Read more text at a context's end."""
+        roomiest = self.library.empty(max(self.server.model.beacon_config.ratios))
+        self.library.check_can_fit(roomiest, self.server.prompting.least_tokens(body.text))
         ids = await run_in_threadpool(self.server.prompting.more, body.text)
         making = self.library.append(context_id, ids, ratio=body.wanted_ratio)
         return await self._made(request, making, is_stream=body.stream)

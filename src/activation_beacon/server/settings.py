@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from activation_beacon.errors import InputError
 from activation_beacon.plan import Ratio
+from activation_beacon.server.addresses import ANY, host_name, origin_name
 
 API_KEY = "BEACON_API_KEY"  # variable of the environment
 
@@ -12,7 +13,7 @@ MIB, GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of `beacon serve`; an empty key is refused with an InputError.
+    """Settings of `beacon serve`; an empty key, and an origin that is none, are refused with an InputError.
 
     Attributes:
         folder: where contexts are kept: a path, or any address that fsspec knows.
@@ -29,8 +30,8 @@ class Settings:
         answer_s: seconds that a request for answers may take, waiting included.
         compress_s: seconds that a request for a context may take.
         shutdown_s: seconds that requests get to finish when the server stops.
-        cors_origins: pages of other origins that may call the server.
-        allowed_hosts: names that requests may call the server by; none for any.
+        cors_origins: pages of other origins that may call the server; "*" for all.
+        allowed_hosts: names that requests may call the server by; none, or "*" among them, for any.
     """
 
     folder: str = "contexts"
@@ -55,3 +56,6 @@ class Settings:
             raise InputError(
                 f"The API key is empty, which would let everybody in. Give one (--api-key, or {API_KEY}), or unset it."
             )
+        object.__setattr__(self, "cors_origins", tuple(map(origin_name, self.cors_origins)))
+        hosts = () if ANY in self.allowed_hosts else tuple(map(host_name, self.allowed_hosts))
+        object.__setattr__(self, "allowed_hosts", hosts)

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from activation_beacon.server.sampling import Chosen
-from activation_beacon.server.writing import token_bytes
+from activation_beacon.server.listing import Listed
+from activation_beacon.server.writing import HALF, token_bytes
 
 
 class Shape(Protocol):
@@ -15,15 +15,15 @@ class Shape(Protocol):
     piece_object: str
 
     def choice(
-        self, index: int, text: str, chosen: Sequence[Chosen], reason: str, with_logprobs: bool
+        self, index: int, text: str, listed: Sequence[Listed], reason: str, with_logprobs: bool
     ) -> dict[str, Any]:
         """A whole answer."""
 
     def first(self, index: int) -> Iterator[dict[str, Any]]:
         """What a stream begins with."""
 
-    def piece(self, index: int, text: str, chosen: Chosen | None) -> dict[str, Any]:
-        """A piece of an answer, with its token's probability if that is wanted."""
+    def piece(self, index: int, text: str, listed: Sequence[Listed] | None) -> dict[str, Any]:
+        """A piece of an answer, with probabilities of tokens if they are wanted."""
 
     def last(self, index: int, reason: str) -> dict[str, Any]:
         """An answer's end."""
@@ -42,20 +42,20 @@ class ChatShape:
         self.tokenizer = tokenizer
 
     def choice(
-        self, index: int, text: str, chosen: Sequence[Chosen], reason: str, with_logprobs: bool
+        self, index: int, text: str, listed: Sequence[Listed], reason: str, with_logprobs: bool
     ) -> dict[str, Any]:
         """A whole answer."""
         message = {"role": "assistant", "content": text, "refusal": None}
-        logprobs = self._logprobs(chosen) if with_logprobs else None
+        logprobs = self._logprobs(listed) if with_logprobs else None
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def first(self, index: int) -> Iterator[dict[str, Any]]:
         """The role."""
         yield self._piece(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, text: str, chosen: Chosen | None) -> dict[str, Any]:
+    def piece(self, index: int, text: str, listed: Sequence[Listed] | None) -> dict[str, Any]:
         """A delta."""
-        return self._piece(index, {"content": text}, None if chosen is None else self._logprobs([chosen]))
+        return self._piece(index, {"content": text}, None if listed is None else self._logprobs(listed))
 
     def last(self, index: int, reason: str) -> dict[str, Any]:
         """An empty delta with the reason."""
@@ -64,9 +64,9 @@ class ChatShape:
     def _piece(self, index: int, delta: dict[str, Any], logprobs: Any = None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
-    def _logprobs(self, chosen: Sequence[Chosen]) -> dict[str, Any]:
+    def _logprobs(self, listed: Sequence[Listed]) -> dict[str, Any]:
         content = []
-        for each in chosen:
+        for each in (entry.chosen for entry in listed):
             likeliest = [self._token(token, logprob) for token, logprob in each.likeliest]
             content.append({**self._token(each.token, each.logprob), "top_logprobs": likeliest})
         return {"content": content, "refusal": None}
@@ -87,37 +87,38 @@ class CompletionShape:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._offsets: dict[int, int] = {}  # by index: characters of a streamed answer so far
 
     def choice(
-        self, index: int, text: str, chosen: Sequence[Chosen], reason: str, with_logprobs: bool
+        self, index: int, text: str, listed: Sequence[Listed], reason: str, with_logprobs: bool
     ) -> dict[str, Any]:
         """A whole answer."""
-        logprobs = self._logprobs(chosen, 0) if with_logprobs else None
+        logprobs = self._logprobs(listed) if with_logprobs else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def first(self, index: int) -> Iterator[dict[str, Any]]:
+    def first(self, index: int) -> Iterator[dict[str, Any]]:  # noqa: ARG002 - the other shape's
         """Nothing: there are no roles."""
-        self._offsets[index] = 0
         yield from ()
 
-    def piece(self, index: int, text: str, chosen: Chosen | None) -> dict[str, Any]:
+    def piece(self, index: int, text: str, listed: Sequence[Listed] | None) -> dict[str, Any]:
         """A piece of text."""
-        logprobs = None if chosen is None else self._logprobs([chosen], self._offsets[index])
-        self._offsets[index] += len(text)
+        logprobs = None if listed is None else self._logprobs(listed)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
 
     def last(self, index: int, reason: str) -> dict[str, Any]:
         """No more text, and the reason."""
         return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
 
-    def _logprobs(self, chosen: Sequence[Chosen], offset: int) -> dict[str, Any]:
-        tokens = [self.tokenizer.decode([each.token]) for each in chosen]
-        offsets = [offset + sum(map(len, tokens[:number])) for number in range(len(tokens))]
-        likeliest = [{self.tokenizer.decode([token]): value for token, value in each.likeliest} for each in chosen]
+    def _logprobs(self, listed: Sequence[Listed]) -> dict[str, Any]:
         return {
-            "tokens": tokens,
-            "token_logprobs": [each.logprob for each in chosen],
-            "top_logprobs": likeliest,
-            "text_offset": offsets,
+            "tokens": [self._name(each.chosen.token) for each in listed],
+            "token_logprobs": [each.chosen.logprob for each in listed],
+            "top_logprobs": [{self._name(token): value for token, value in each.chosen.likeliest} for each in listed],
+            "text_offset": [each.offset for each in listed],
         }
+
+    def _name(self, token: int) -> str:
+        """A token's text; one that is a part of a character is named by its bytes, as OpenAI does it."""
+        text = str(self.tokenizer.decode([token]))
+        octets = bytes(token_bytes(self.tokenizer, token) or text.encode())
+        named = octets.decode("utf-8", "backslashreplace")
+        return text if HALF not in text or HALF in named else f"bytes:{named}"

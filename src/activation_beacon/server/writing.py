@@ -31,12 +31,14 @@ class Writer:
 
     Attributes:
         is_stopped: whether a stop text has come.
+        num_chars: characters of the text so far, a stop text and what is held back included.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
         self.tokenizer = tokenizer
         self.stop = stop
         self.is_stopped = False
+        self.num_chars = 0
         self._ids: list[int] = []
         self._known, self._read = 0, 0  # ids before which the text is certain, and before which it has been taken
         self._held = ""
@@ -65,6 +67,7 @@ class Writer:
         )
 
     def _released(self, text: str) -> str:
+        self.num_chars += len(text)
         self._held += text
         found = [position for position in map(self._held.find, self.stop) if position >= 0]
         if found:
