@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ from activation_beacon.processes import Processes
 from activation_beacon.training.checkpoints import checkpoints
 from activation_beacon.training.sampling import Sample
 from activation_beacon.training.settings import Stage, TrainingSettings
-from activation_beacon.training.trainer import Trainer
+from activation_beacon.training.trainer import RUNAWAY_NATS, Trainer
 from families import VOCABULARY, beacon_tensors, tiny
 
 CHUNK = 8
@@ -247,6 +248,30 @@ def test_a_loss_that_runs_away_stops_the_run(tmp_path, monkeypatch):
         TrainingError, match=r"The loss runs away: .* There is no checkpoint yet\. .* lower learning_rate\."
     ):
         trainer(tmp_path, stage={"steps": 200, "learning_rate": 100.0, "max_grad_norm": 1e9}).run()
+
+
+def test_a_stage_of_harder_texts_is_no_loss_that_runs_away(tmp_path, monkeypatch):
+    monkeypatch.setattr("activation_beacon.training.trainer.SMOOTHING", 0.5)
+    base = tiny("llama")
+
+    class Foreseen(Texts):
+        """The base's own words: what it says after the first token is what it expects most."""
+
+        def sample(self, index):
+            ids = torch.full((1, 1), 3 + index % 5)
+            with torch.no_grad():
+                while ids.shape[1] < 2 * CHUNK:
+                    ids = torch.cat((ids, base(ids).logits[:, -1:].argmax(-1)), 1)
+            return Sample(ids[0], torch.arange(2 * CHUNK) >= CHUNK)
+
+    easy = Stage(steps=4, length=4 * CHUNK, batch_size=2, learning_rate=1e-6)
+    run = dataclasses.replace(settings(tmp_path), stages=(easy, easy))
+    model = attach(base, run.config)
+    samples = [Foreseen().sample(index) for index in range(8)]
+    foreseen = types.SimpleNamespace(sample=lambda index: samples[index])
+    assert Trainer(model, run, [foreseen, Texts()]).run().is_finished
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert min(losses[4:]) > max(losses[:4]) + RUNAWAY_NATS
 
 
 def test_time_that_is_over_ends_the_run_with_a_low_learning_rate(tmp_path, monkeypatch):

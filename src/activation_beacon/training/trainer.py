@@ -37,7 +37,7 @@ from activation_beacon.training.sharding import fill, regather, whole, wrap
 
 logger = logging.getLogger(__name__)
 
-RUNAWAY_NATS = 2.0  # by which the smoothed loss may exceed the best it was
+RUNAWAY_NATS = 2.0  # by which the smoothed loss may exceed the best it was in its stage
 SMOOTHING = 0.95
 LAST_SHARE = 0.02  # of the time that is left for saving
 FALL_SHARE = 0.3  # of the time in which the learning rate falls
@@ -266,6 +266,8 @@ class Trainer:
     def _step(self, clock: "_Clock", ahead: "_Ahead") -> dict[str, Any]:
         start = time.perf_counter()
         number, stage, step = self.settings.stage_at(self.progress.step)
+        if not step:  # the losses of another stage's texts are no measure for this one's
+            self.smoothed = self.best = math.inf
         batches = ahead.get(self.progress.step)
         num_targets, num_tokens = self.group.sum(
             sum(batch.num_targets for batch in batches),
