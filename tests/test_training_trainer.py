@@ -21,6 +21,7 @@ from activation_beacon.training.trainer import RUNAWAY_NATS, Trainer
 from families import VOCABULARY, beacon_tensors, tiny
 
 CHUNK = 8
+DROPPING = {"residual_dropout": 0.2, "embedding_dropout": 0.2, "attention_dropout": 0.2}
 
 
 class Texts:
@@ -46,7 +47,8 @@ def settings(folder, **changes):
 
 def trainer(folder, family="llama", **changes):
     run = settings(folder, **changes)
-    return Trainer(attach(tiny(family), run.config), run, [Texts()] * len(run.stages))
+    rates = DROPPING if family == "starcoder2" else {}
+    return Trainer(attach(tiny(family, **rates), run.config), run, [Texts()] * len(run.stages))
 
 
 def trained(folder, **changes):
@@ -93,6 +95,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path, optimizer)
         {"stage": {"distillation": 1.0}},
         {"average_decay": 0.6},
         {"average_decay": 0.6, "lora_rank": 2},
+        {"family": "starcoder2"},  # made with dropout
     ],
     ids=str,
 )
@@ -138,9 +141,18 @@ def test_texts_read_one_by_one_or_together_give_the_same_gradients_when_their_ra
         torch.testing.assert_close(tensor, one_by_one[name], rtol=1e-3, atol=2e-4, msg=name)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path):
-    _, plain = trained(tmp_path / "a")
-    _, checkpointed = trained(tmp_path / "b", gradient_checkpointing=True)
+def test_gradient_checkpointing_changes_nothing_and_reads_each_layer_once_more(tmp_path):
+    passes = {}
+
+    def trained_in(name, **changes):
+        run = trainer(tmp_path / name, **changes)
+        read = passes.setdefault(name, [])
+        run.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: read.append(1))
+        run.run()
+        return run.adapter_tensors()
+
+    plain, checkpointed = trained_in("plain"), trained_in("checkpointed", gradient_checkpointing=True)
+    assert len(passes["checkpointed"]) == 2 * len(passes["plain"])
     for name, tensor in plain.items():
         torch.testing.assert_close(tensor, checkpointed[name], rtol=1e-5, atol=1e-6, msg=name)
 
@@ -376,6 +388,11 @@ def test_losses_on_dev_texts_are_those_of_the_model_at_each_ratio(tmp_path):
         assert dev[str(ratio)] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
 
 
+def dropping():
+    """A base that was made with dropout, as those of some families are."""
+    return tiny("starcoder2", **DROPPING)
+
+
 def with_dev(folder, *, base=None, dev=True, **changes):
     """A trainer that measures dev texts, or (for comparison) has none."""
     run = settings(folder, dev_texts=2, **changes)
@@ -384,14 +401,6 @@ def with_dev(folder, *, base=None, dev=True, **changes):
 
 
 def test_dev_texts_are_measured_before_the_first_step_and_weights_stay_what_they_would_have_been(tmp_path):
-    def dropping():
-        base = tiny("llama")
-        base.config.attention_dropout = 0.2
-        for layer in base.model.layers:
-            layer.self_attn.attention_dropout = 0.2
-        torch.manual_seed(5)
-        return base
-
     with_some = with_dev(tmp_path / "some", base=dropping(), dev_every=2)
     seen = []
     with_some.report = seen.append
@@ -407,6 +416,26 @@ def test_dev_texts_are_measured_before_the_first_step_and_weights_stay_what_they
     assert [line["step"] for line in metrics(tmp_path / "none")] == [1, 2, 3, 4, 5, 6]
     losses = [[line["loss"] for line in metrics(tmp_path / name) if line["step"]] for name in ("some", "none")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"stage": {"distillation": 1.0}}], ids=str)
+def test_a_base_that_was_made_with_dropout_is_trained_on_and_measured_without(tmp_path, changes):
+    def run(name, **rates):
+        trained = with_dev(tmp_path / name, base=tiny("starcoder2", **rates), **changes)
+        trained.run()
+        return trained.adapter_tensors(), [line["dev"] for line in metrics(tmp_path / name) if "dev" in line]
+
+    (weights, dev), (others, same) = run("some", **DROPPING), run("none", **dict.fromkeys(DROPPING, 0.0))
+    assert_same(weights, others)
+    assert dev == same
+
+
+def test_a_model_that_was_trained_is_in_the_mode_that_it_was_in_before(tmp_path):
+    run = settings(tmp_path, stage={"steps": 1}, gradient_checkpointing=True)
+    model = attach(dropping(), run.config)
+    before = [module.training for module in model.modules()]
+    Trainer(model, run, [Texts()], dev={"dev": Texts()}).run()
+    assert [module.training for module in model.modules()] == before
 
 
 def test_what_is_measured_before_the_first_step_is_what_the_beacons_are_before_it(tmp_path):

@@ -1,7 +1,7 @@
 """The loop: texts in, beacon weights out, and nothing lost on the way.
 
 It holds the weights, the optimizers and how far the run has come; what a step reads is a function of the step. Only
-beacon weights are trained; the base is frozen.
+beacon weights are trained; the base is frozen, and drops nothing.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from activation_beacon.training import checkpoints
 from activation_beacon.training.averaging import Average
 from activation_beacon.training.batches import Batch, step_batches
 from activation_beacon.training.checkpoints import Progress
+from activation_beacon.training.frozen import without_dropout
 from activation_beacon.training.low_rank import LowRank
 from activation_beacon.training.metrics import MetricsLog, StepTotals, peak_memory
 from activation_beacon.training.objective import Losses, Objective, check_head, losses
@@ -127,8 +128,8 @@ class Trainer:
         self.folder = Path(settings.output)
         self.device, self.dtype = (getattr(model.get_input_embeddings().weight, name) for name in ("device", "dtype"))
         _check_shares(settings, self.group)
-        check_head(model)
-        model.train()
+        with without_dropout(model):
+            check_head(model)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for _, parameter in model.beacon_parameters():
@@ -192,6 +193,7 @@ class Trainer:
         log = MetricsLog(self.folder / "metrics.jsonl", self.progress.step) if self.group.is_first else None
         ending = _Ending("all steps are made", is_finished=True)
         with (
+            without_dropout(self.model),
             chunks_at_once(self.model),
             training_products(self.model.cpu_matmul, device=self.device, dtype=self.dtype),
             _Ahead(self._batches, self.settings.num_steps) as ahead,
@@ -426,7 +428,7 @@ class Trainer:
         parts = [(name, ratio) for name in self.dev for ratio in self.settings.config.ratios]
         found: dict[str, dict[str, float]] = {name: {} for name in self.dev}
         start = time.perf_counter()
-        with self._averaged(), _same_random_numbers(self.device):
+        with self._averaged(), without_dropout(self.model):
             for done, (name, ratio) in enumerate(parts, 1):
                 self._doing(
                     self.progress.step, f"measuring {name.replace('_', ' ')} at ratio {ratio}, {done} of {len(parts)}"
@@ -522,13 +524,6 @@ class _Clock:
 
 def _minutes(number: float | None) -> str:
     return f"{number:g} {'minute' if number == 1 else 'minutes'}"
-
-
-@contextlib.contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    """After the block, random numbers (of a base with dropout) go on as if it had drawn none."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 def _check_shares(settings: TrainingSettings, group: Processes) -> None:
