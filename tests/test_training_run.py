@@ -261,7 +261,7 @@ def test_conversations_are_trained_on_after_texts_or_alone(files, tmp_path, has_
     assert mixes == ([(1.0, 0.0, 0.0), (0.2, 0.8, 0.0)] if has_texts else [(0.0, 1.0, 0.0)])
     [*_, last] = checkpoints(tmp_path / "run" / "checkpoints")
     digests = json.loads((last / "state.json").read_text())["digests"]
-    assert digests.keys() == ({"documents", "chats"} if has_texts else {"chats"})
+    assert digests.keys() == ({"documents", "chats", "base"} if has_texts else {"chats", "base"})
     again = run("-o", "run", "--resume", cwd=tmp_path)
     assert again.exit_code == 0, again.output
 
@@ -361,12 +361,49 @@ def test_a_checkpoint_without_digests_is_resumed_and_the_next_one_has_them(files
     state = cut(tmp_path / "run", 3) / "state.json"
     values = json.loads(state.read_text())
     digests = values.pop("digests")
-    assert digests.keys() == {"documents", "questions"}
+    assert digests.keys() == {"documents", "questions", "base"}
     state.write_text(json.dumps(values))
     assert run(*flags, "--resume", cwd=tmp_path).exit_code == 0
     [*_, last] = checkpoints(tmp_path / "run" / "checkpoints")
     values = json.loads((last / "state.json").read_text())
     assert (values["step"], values["digests"]) == (4, digests)
+    after = load_adapter_tensors(tmp_path / "run" / "adapter")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("name", ["base", "adapter"])
+def test_a_run_is_not_resumed_on_another_base_or_with_differences_to_another_adapter(files, tmp_path, name):
+    save_base(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", tmp_path / "base", seed=1)
+    flags = [*arguments(files), "--base", "base", "--adapter", "adapter", "--lora-rank", "2", "--steps", "2",
+             "--save-every", "1", "-o", "run"]  # fmt: skip
+    assert run(*flags, cwd=tmp_path).exit_code == 0
+    known = json.loads((cut(tmp_path / "run", 1) / "state.json").read_text())["digests"][name]
+    shutil.copytree(tmp_path / name, tmp_path / "own")
+    if name == "base":
+        save_base(tmp_path / "base", seed=1)
+    else:
+        shutil.rmtree(tmp_path / "adapter")
+        save_adapter(tmp_path / "adapter", tmp_path / "base", seed=2)
+    refused = run("--resume", "-o", "run", cwd=tmp_path)
+    assert refused.exit_code == 1
+    what = {"base": "base model", "adapter": "adapter"}[name]
+    *_, line = refused.stderr.splitlines()
+    assert line.startswith(f"Error: run/checkpoints/step-0000001 began with another {what} ({known}; this is ")
+    shutil.rmtree(tmp_path / name)
+    (tmp_path / "own").rename(tmp_path / name)
+    assert run("--resume", "-o", "run", cwd=tmp_path).exit_code == 0
+
+
+def test_a_run_of_whole_weights_goes_on_though_the_adapter_that_it_began_with_has_changed(files, tmp_path):
+    save_adapter(tmp_path / "adapter", files / "base", seed=1)
+    flags = [*arguments(files), "--adapter", "adapter", "--steps", "2", "--save-every", "1", "-o", "run"]
+    assert run(*flags, cwd=tmp_path).exit_code == 0
+    weights = load_adapter_tensors(tmp_path / "run" / "adapter")
+    cut(tmp_path / "run", 1)
+    shutil.rmtree(tmp_path / "adapter")
+    save_adapter(tmp_path / "adapter", files / "base", seed=2)
+    assert run("--resume", "-o", "run", cwd=tmp_path).exit_code == 0
     after = load_adapter_tensors(tmp_path / "run" / "adapter")
     assert all(torch.equal(tensor, after[name]) for name, tensor in weights.items())
 

@@ -98,7 +98,7 @@ class Trainer:
         samplers: one for each stage: what it reads.
         dev: samplers of texts nobody trains on, by what their losses are called in the metrics.
         group: the processes that train together.
-        digests: of what the samplers read, by name: a run is continued on the same only.
+        digests: of what the samplers read and what the model was before, by name: a run is continued on the same only.
         report: is called with each line of the metrics.
         working: is called with the step under way (the last one, when dev texts are measured after it) and what is being
             done, several times within one.
@@ -155,7 +155,7 @@ class Trainer:
         """Go on from the last checkpoint of the run, if there is one.
 
         Raises:
-            MismatchError: if it was made under other settings, or has read something else.
+            MismatchError: if it was made under other settings, has read something else, or began with another model.
             FileFormatError: if it is damaged.
         """
         found = checkpoints.checkpoints(self.folder / "checkpoints")
