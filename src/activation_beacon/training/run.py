@@ -121,7 +121,8 @@ def _run(
     samplers = stage_samplers(settings, data, tokenizer, tell)
     trainer = Trainer(
         model, settings, samplers, dev=dev_samplers(settings, data, tokenizer, tell), group=group,
-        digests={**data.digests, **_begun_with(settings, model)}, report=report if group.is_first else None, working=working, notice=tell,
+        digests={**data.digests, **_begun_with(settings, model)}, report=report if group.is_first else None,
+        working=working, notice=tell,
     )  # fmt: skip
     tell_of_waiting(settings, group.count, tell)
     if resume and (progress := trainer.resume()).step:
