@@ -34,13 +34,14 @@ def files(tmp_path_factory) -> Path:
     save_base(root / "base")
     lines = [{"id": f"d{number}", "text": f"{number}. {TEXT}"} for number in range(12)]
     (root / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (root / "dev.jsonl").write_text("".join(json.dumps({"text": f"Dev {n}. {TEXT}"}) + "\n" for n in range(2)))
     (root / "broken.jsonl").write_text(
         json.dumps(lines[0]) + '\n{"text": \n{"id": "x"}\n' + json.dumps(lines[1]) + "\n"
     )
     asked = {"id": "q", "context": 3 * "The lion spoke to the moon. ", "question": "Who spoke?", "answer": "The lion"}
     (root / "questions.jsonl").write_text(json.dumps(asked) + "\n")
     (root / "recipe.yaml").write_text(
-        f"base: {root / 'base'}\ndocuments: [{root / 'texts.jsonl'}]\ndev: [{root / 'texts.jsonl'}]\nworkers: 0\n"
+        f"base: {root / 'base'}\ndocuments: [{root / 'texts.jsonl'}]\ndev: [{root / 'dev.jsonl'}]\nworkers: 0\n"
         f"dev_questions: [{root / 'questions.jsonl'}]\ndev_texts: 1\ndev_length: 320\n"
         f"config: {{chunk_size: {CHUNK}, ratios: [2, 4]}}\n"
         "stages:\n- {steps: 4, length: 128, batch_size: 2}\n- {steps: 2, length: 128, chunk_size: 16, batch_size: 2}\n"
@@ -314,12 +315,8 @@ def test_a_signal_saves_and_ends_the_run_and_resume_finishes_it(files, tmp_path,
 
 def texts_of_ones_own(files, tmp_path) -> list[str]:
     """Options of a run of four updates on copies of the texts and questions, which may be changed."""
-    for name, own in (
-        ("texts.jsonl", "texts.jsonl"),
-        ("questions.jsonl", "questions.jsonl"),
-        ("texts.jsonl", "dev.jsonl"),
-    ):
-        (tmp_path / own).write_text((files / name).read_text())
+    for name in ("texts.jsonl", "questions.jsonl", "dev.jsonl"):
+        shutil.copy(files / name, tmp_path)
     return ["texts.jsonl", *arguments(files)[1:], "--questions", "questions.jsonl", "--dev", "dev.jsonl", "--length", "320",
             "--set", "dev_length=128", "--steps", "2", "--save-every", "1", "--set", "keep_checkpoints=9", "-o", "run"]  # fmt: skip
 
@@ -579,6 +576,44 @@ def test_dev_texts_that_are_too_short_are_refused_by_name(files, tmp_path, monke
     assert (tmp_path / "run").exists() == bool(options)  # an empty folder is not left
 
 
+def test_dev_texts_that_lie_among_the_texts_are_not_trained_on(files, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    shutil.copy(files / "texts.jsonl", texts)
+    shutil.copy(files / "dev.jsonl", texts)
+    options = [*arguments(files)[1:], "--set", "dev_length=128", "--steps", "3"]
+    apart = run(str(files / "texts.jsonl"), *options, "--dev", str(files / "dev.jsonl"), "-o", "apart", cwd=tmp_path)
+    assert apart.exit_code == 0, apart.output
+    assert "not trained on" not in apart.stderr
+    within = run("texts", *options, "--dev", "texts/dev.jsonl", "-o", "within", cwd=tmp_path)
+    assert within.exit_code == 0, within.output
+    assert "Documents: 2 of 14 are not trained on: --dev names them to measure on." in within.stderr
+    one, other = (load_adapter_tensors(tmp_path / name / "adapter") for name in ("apart", "within"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert run("-o", "within", "--resume", cwd=tmp_path).exit_code == 0
+    refused = run("texts/dev.jsonl", *options, "--dev", "texts", "-o", "refused", cwd=tmp_path)
+    assert refused.exit_code == 1
+    assert refused.stderr.splitlines()[-1] == (
+        "Error: No document is left to train on: all 2 are of those that --dev names to measure on. Name others."
+    )
+
+
+def test_dev_questions_that_lie_among_the_questions_are_not_trained_on(files, tmp_path):
+    own = [*texts_of_ones_own(files, tmp_path), "--dev-questions", "dev-questions.jsonl", "--set", "dev_length=320"]
+    [first] = map(json.loads, (tmp_path / "questions.jsonl").read_text().splitlines())
+    asked = [first, {**first, "question": "To whom?"}, {**first, "context": f"{first['context']} It slept."}]
+    lines = [json.dumps(record) + "\n" for record in asked]
+    (tmp_path / "questions.jsonl").write_text("".join(lines))
+    (tmp_path / "dev-questions.jsonl").write_text(lines[0])
+    result = run(*own, cwd=tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "Questions: 1 of 3 are not trained on: --dev-questions names them to measure on." in result.stderr
+    (tmp_path / "questions.jsonl").write_text("".join(lines[1:]))
+    assert run(*own, "-o", "apart", cwd=tmp_path).exit_code == 0
+    one, other = (load_adapter_tensors(tmp_path / name / "adapter") for name in ("apart", "run"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
 def test_a_run_goes_on_by_its_own_recipe_if_nothing_else_is_named(files, tmp_path):
     flags = [*arguments(files), "-o", "run", "--steps", "3", "--save-every", "1", "--set", "keep_checkpoints=9"]
     assert run(*flags, cwd=tmp_path).exit_code == 0
@@ -593,7 +628,7 @@ def test_a_run_goes_on_by_its_own_recipe_if_nothing_else_is_named(files, tmp_pat
 
 def test_a_long_step_is_not_silent(files, tmp_path, monkeypatch):
     monkeypatch.setattr("activation_beacon.cli.train.SECONDS_OF_SILENCE", 0.0)
-    result = run(*arguments(files), "--dev", str(files / "texts.jsonl"), "-o", "run", "--steps", "2", cwd=tmp_path)
+    result = run(*arguments(files), "--dev", str(files / "dev.jsonl"), "-o", "run", "--steps", "2", cwd=tmp_path)
     assert result.exit_code == 0, result.output
     for line in (
         "step 0 of 2: measuring dev at ratio 2, 1 of 2",
