@@ -701,6 +701,9 @@ BAD = [
     (["{files}/bad.yaml", "-o", "run"], "bad.yaml, line 2 is not valid YAML"),
     (["{files}/list.yaml", "-o", "run"], "list.yaml must hold names and values; got list."),
     (["{files}/unknown.yaml", "-o", "run"], "The recipe names learning_rat, which is not known. Known: adapter, average_decay, base"),
+    (["{files}/mapping.yaml", "-o", "run"], "stages must be a list; got {'steps': 5}. Begin each stage with a dash."),
+    (["{files}/number.yaml", "-o", "run"], "Stage 1 must hold names and values; got 5."),
+    (["{files}/text.yaml", "-o", "run"], "config must hold names and values; got 'append'."),
     (["{files}/texts.jsonl", "-o", "run", "--base", "{files}/none"], "There is no folder"),
     (["{files}/texts.jsonl", "-o", "run", "--length", "100"], "length (100) must exceed chunk_size (1024)"),
     (["{files}/texts.jsonl", "-o", "run", "--steps", "0"], "steps must be an int of at least 1; got 0."),
@@ -739,6 +742,9 @@ def test_bad_input_is_one_line_and_exit_status_1(files, tmp_path, args, text):
     (files / "bad.yaml").write_text("base: default\nstages: [}\n")
     (files / "list.yaml").write_text("- 1\n")
     (files / "unknown.yaml").write_text("learning_rat: 1\n")
+    (files / "mapping.yaml").write_text("stages: {steps: 5}\n")
+    (files / "number.yaml").write_text("stages: [5]\n")
+    (files / "text.yaml").write_text("config: append\n")
     result = run(*[arg.format(files=files) for arg in args], cwd=tmp_path)
     assert result.exit_code == 1, result.output
     last = result.stderr.strip().splitlines()[-1]
