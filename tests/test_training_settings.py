@@ -71,6 +71,11 @@ def test_each_step_falls_into_its_stage():
     assert [settings.stage_at(step)[::2] for step in range(5)] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
 
 
+def test_a_stage_is_not_reached_until_its_first_step_is_made():
+    settings = TrainingSettings(output="a", documents=("t",), stages=(Stage(steps=2), Stage(steps=3), Stage(steps=1)))
+    assert [settings.stages_after(step) for step in range(1, 7)] == [[2, 3], [2, 3], [3], [3], [3], []]
+
+
 def test_the_learning_rate_rises_stays_and_falls():
     stage = Stage(learning_rate=1.0, warmup=0.1, decay=0.5)
     rates = [stage.rate(progress) for progress in (0.0, 0.05, 0.1, 0.3, 0.5, 0.75, 1.0)]

@@ -306,6 +306,28 @@ def test_minutes_count_from_when_the_call_began_and_one_step_is_made_at_least(tm
     assert (outcome.progress.step, outcome.why, outcome.is_finished) == (1, "5 minutes are over", True)
 
 
+@pytest.mark.parametrize(
+    ("steps", "minutes", "told"),
+    [
+        (
+            (1, 1, 1),
+            5,
+            "Stages 2 to 3 are not reached in 5 minutes. Go on with --resume, or give the stages before fewer steps.",
+        ),
+        ((2, 1), 1, "Stage 2 is not reached in 1 minute. Go on with --resume, or give the stages before fewer steps."),
+        ((2,), 5, None),
+        ((1,), 5, None),
+    ],
+)
+def test_stages_that_the_time_did_not_reach_are_named(tmp_path, steps, minutes, told):
+    stages = tuple(Stage(steps=each, length=4 * CHUNK, batch_size=1) for each in steps)
+    run = dataclasses.replace(settings(tmp_path), stages=stages)
+    said = []
+    made = Trainer(attach(tiny("llama"), run.config), run, [Texts()] * len(steps), notice=said.append)
+    made.run(max_minutes=minutes, since=time.monotonic() - 60 * minutes)
+    assert said == ([told] if told else [])
+
+
 def test_a_run_that_was_asked_to_stop_is_not_finished_though_its_time_ends_meanwhile(tmp_path, monkeypatch):
     run = trainer(tmp_path)
     run.report = lambda line: run.stop("asked to")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -243,6 +244,11 @@ class TrainingSettings:
                 return number, stage, step
             step -= stage.steps
         return len(self.stages) - 1, self.stages[-1], self.stages[-1].steps - 1
+
+    def stages_after(self, step: int) -> list[int]:
+        """Numbers (from 1) of the stages that are not begun when so many updates are made."""
+        begins = itertools.accumulate((stage.steps for stage in self.stages), initial=0)
+        return [number for number, (_, begin) in enumerate(zip(self.stages, begins, strict=False), 1) if begin >= step]
 
     @property
     def fingerprint(self) -> str:

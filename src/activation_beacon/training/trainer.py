@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +211,11 @@ class Trainer:
                     ending = early
                     break
             checkpoint = self.save()
+        if ending.is_finished and (missed := self.settings.stages_after(self.progress.step)):
+            self.notice(
+                f"{_stages(missed)} not reached in {_minutes(max_minutes)}. Go on with --resume, "
+                "or give the stages before fewer steps."
+            )
         return Outcome(self.progress, ending.is_finished, checkpoint, ending.why, ending.is_interrupted)
 
     @property
@@ -520,6 +525,10 @@ class _Clock:
             return False
         left = self._seconds(self.minutes) - (time.monotonic() - self.start)
         return left < self.longest_step
+
+
+def _stages(numbers: Sequence[int]) -> str:
+    return f"Stage {numbers[0]} is" if len(numbers) == 1 else f"Stages {numbers[0]} to {numbers[-1]} are"
 
 
 def _minutes(number: float | None) -> str:
