@@ -35,6 +35,13 @@ from activation_beacon import answer_scores
         ("rouge_l", "the lion slept under a tree", ["the lion slept under a tree"], 1.0),
         ("rouge_l", "wholly different words", ["the lion sleeps"], 0.0),
         ("rouge_l", "the lion sleeps here", ["nothing alike", "the lion slept"], 4 / 7),
+        ("rouge_l", "Лев спит", ["Лев спит здесь"], 4 / 5),
+        ("rouge_l", "今天很好", ["今天天气很好。"], 8 / 10),
+        ("rouge_l", "ライオンは寝る", ["ライオンは寝る"], 1.0),
+        ("rouge_l", "ber sch ne pfel", ["Über schöne Äpfel"], 0.0),
+        ("rouge_l", "U\u0308ber schöne Äpfel", ["Über schöne Äpfel"], 1.0),
+        ("rouge_l", "शेर सोता है", ["शेर सोती है"], 2 / 3),
+        ("rouge_l", "", ["Лев"], 0.0),
     ],
 )
 def test_scores(score, answer, references, expected):
@@ -85,3 +92,17 @@ def test_scores(score, answer, references, expected):
 def test_a_number_stands_whole_where_it_is_no_part_of_a_longer_one(answer, reference, is_whole):
     assert answer_scores.contains_whole(answer, [reference]) == is_whole
     assert answer_scores.contains_whole(f"It is {answer}", ["no such", reference]) == is_whole
+
+
+def test_rouge_of_english_is_rouge_scores_own():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
+    texts = [
+        "The lion's cubs weren't sleeping; they played hide_and_seek (at 4:30 p.m.) on the 28,000th day!",
+        "A lion and its cub were asleep. They had been playing hide-and-seek, at 4.30 pm, for days.",
+        "running runs ran quickly happily generalizations relational conditional ties dies",
+        "“Never,” said he — it cost £5.50…",
+        "",
+    ]
+    for text in texts:
+        for other in texts:
+            assert answer_scores.rouge_l(text, [other]) == scorer.score(other, text)["rougeL"].fmeasure

@@ -464,6 +464,8 @@ def test_further_options_go_to_the_model_and_what_concerns_the_hub_to_the_tokeni
             {"options": {"torch_dtype": "auto"}},
             "torch_dtype is no option of the base here but an argument. Give dtype=.",
         ),
+        ({"dtype": "float33"}, "There is no dtype 'float33'. Use float32, bfloat16 or float16."),
+        ({"dtype": "nn"}, "There is no dtype 'nn'. Use float32, bfloat16 or float16."),
         ({"options": {"revision": "v1"}}, "revision is no option of the base here but an argument. Give revision=."),
         (
             {"options": {"use_safetensors": False}},

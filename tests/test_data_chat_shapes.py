@@ -39,6 +39,24 @@ def said(*pairs, by="role", text="content"):
         ),
         ({"instruction": "Sum it up.", "input": "A story.", "output": "Short."}, "", [("Sum it up.\n\nA story.", "Short.")]),
         ({"instruction": "Sum it up.", "input": "", "output": "Short."}, "", [("Sum it up.", "Short.")]),
+        (
+            {"instruction": "And?", "output": "Bob.", "history": [["Who?", "Ann. "], ["Where?", "Here."]], "system": " S"},
+            "S", [("Who?", "Ann."), ("Where?", "Here."), ("And?", "Bob.")],
+        ),
+        ({"instruction": "Who?", "output": "Ann.", "history": [], "system": ""}, "", [("Who?", "Ann.")]),
+        ({"instruction": "Who?", "output": "Ann.", "history": None, "system": None}, "", [("Who?", "Ann.")]),
+        (
+            {"system": "S", "conversations": said(("human", "Who?"), ("gpt", "Ann."), by="from", text="value")},
+            "S", [("Who?", "Ann.")],
+        ),
+        (
+            {"system": "S", "messages": said(("system", "S"), ("user", "Who?"), ("assistant", "Ann."))},
+            "S", [("Who?", "Ann.")],
+        ),
+        (
+            {"system": "S", "messages": said(("system", "T"), ("user", "Who?"), ("assistant", "Ann."))},
+            "S\n\nT", [("Who?", "Ann.")],
+        ),
         ({"prompt": "Who?", "completion": " Ann."}, "", [("Who?", "Ann.")]),
         (
             {"prompt": said(("system", "S"), ("user", "Who?")), "completion": said(("assistant", "Ann."))},
@@ -70,6 +88,11 @@ def test_each_shape_is_made_flat(record, system, turns):
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
             "not text", 'a message has a part of type "image_url"',
         ),
+        ({"system": 3, "messages": said(("user", "a"), ("assistant", "b"))}, "wrong type", 'the field "system" is no text but'),
+        ({"instruction": "a", "output": "b", "history": "c"}, "wrong type", 'the field "history" is no list but a str'),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, "no pair", 'the field "history" holds something else than'),
+        ({"instruction": "a", "output": "b", "history": ["cd"]}, "no pair", 'the field "history" holds something else than'),
+        ({"instruction": "a", "output": "b", "history": [["c", ""]]}, "empty message", 'the field "history" is empty'),
         ({"instruction": 3, "output": "a"}, "wrong type", 'the field "instruction" is no text but a int'),
     ],
 )  # fmt: skip

@@ -132,6 +132,15 @@ def test_what_cannot_be_loaded_is_refused(model):
         beacon_lm(model, 3)
 
 
+@pytest.mark.parametrize("batch_size", [2, "4", "auto", "auto:4"])
+def test_several_texts_at_once_are_for_the_base_alone(model, batch_size):
+    with pytest.raises(InputError, match=rf"batch_size \({batch_size}\) must be 1 with beacons: .* Leave it out\."):
+        beacon_lm(model, 4, batch_size=batch_size)
+    assert beacon_lm(model, 4, batch_size="1").batch_size == 1
+    assert beacon_lm(model, 4, batch_size=None).batch_size == 1
+    assert beacon_lm(model, "none", batch_size=2).batch_size == 2
+
+
 # --- RULER -----------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +225,19 @@ def test_more_samples_begin_with_the_same_ones_in_any_process():
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert json.loads(done.stdout) == [sample.context for sample in few]
+
+
+def test_the_first_sample_of_a_process_is_what_it_is_later():
+    code = (
+        "from saved_models import byte_tokenizer; import json\n"
+        "from activation_beacon.evaluation.ruler import ruler_samples\n"
+        "drawn = lambda: list(ruler_samples(byte_tokenizer(), 2048, tasks=['niah_single_1'], count=1))[0].context\n"
+        "print(json.dumps([drawn(), drawn()]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    first, later = json.loads(done.stdout)
+    assert first == later
 
 
 def test_drawing_leaves_the_global_generators_as_they_were():

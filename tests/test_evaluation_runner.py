@@ -234,6 +234,14 @@ def test_one_context_cannot_be_shuffled():
             Plan(("full",), (2,), (96, 10**5)),
             "The task lm has no sample of 100000 tokens. Use a shorter length, or longer texts.",
         ),
+        (
+            Plan(("full",), (2,), (96, CHUNK + 1)),
+            f"A text of {CHUNK + 1} tokens has none after its first chunk ({CHUNK}) to measure. Use a longer length.",
+        ),
+        (
+            Plan(("full", "shuffled"), (2,), (96,), 1),
+            'The method "shuffled" needs samples of two contexts at least. Take more of them (--limit).',
+        ),
     ],
 )
 def test_plans_that_cannot_be_run_are_refused_before_anything_is_measured(model, documents, tmp_path, plan, message):
@@ -255,15 +263,15 @@ def test_plans_that_cannot_be_run_are_refused_before_anything_is_measured(model,
     ],
     ids=lambda task: task.name,
 )
-def test_a_length_that_has_no_room_is_refused_with_one_that_has_for_all_samples(task, length):
+def test_a_length_that_has_no_room_is_refused_with_one_that_has_for_all_samples(model, task, length):
     with pytest.raises(InputError) as error:
-        draw_samples(task, Plan(("full",), (), (length,)))
+        draw_samples(model, task, Plan(("full",), (), (length,)))
     pattern = (
         rf"The task {task.name} has samples that {length} tokens have no room for: template, questions, answers and some text need "
         r"more\. Use a length of at least (\d+)\."
     )
     least = int(re.fullmatch(pattern, str(error.value))[1])
-    [drawn] = draw_samples(task, Plan(("full",), (), (least,))).values()
+    [drawn] = draw_samples(model, task, Plan(("full",), (), (least,))).values()
     for sample in drawn:
         asked = sum(len(byte_prompt().question(each.text)) + each.max_new_tokens for each in sample.questions)
         assert sample.context

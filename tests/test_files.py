@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import stat
 import struct
 import subprocess
@@ -767,6 +768,55 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path, error):
             "Nothing was changed; free space or choose another place."
         )
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from activation_beacon.files import build_folder
+
+def die(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+place = Path(sys.argv[1])
+build_folder("source", place / "new", lambda _: build_folder("source", place / "other", die))
+"""
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """What a process left that was killed when it built the folders new and other."""
+    place = tmp_path_factory.mktemp("left")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(place)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    return place
+
+
+def names_aside(place: Path) -> list[str]:
+    return sorted(path.name.split(".")[1] for path in place.glob(".*.part"))
+
+
+def test_what_a_killed_process_left_of_a_folder_is_removed_when_it_is_built_again(left, tmp_path):
+    place = shutil.copytree(left, tmp_path / "place")
+    assert names_aside(place) == ["new", "other"]
+    build_folder("source", place / "new", fill)
+    assert names_aside(place) == ["other"]
+
+
+def test_what_another_machine_has_under_way_is_left_alone(left, tmp_path, monkeypatch):
+    place = shutil.copytree(left, tmp_path / "place")
+    monkeypatch.setattr("platform.node", lambda: "another")
+    build_folder("source", place / "new", fill)
+    assert names_aside(place) == ["new", "other"]
+
+
+def test_what_a_live_process_has_under_way_is_left_alone(tmp_path):
+    def build_again(folder):
+        build_folder("source", tmp_path / "new", fill)
+        assert folder.is_dir()
+
+    with pytest.raises(StorageError, match="new cannot be written: Directory not empty"):
+        build_folder("source", tmp_path / "new", build_again)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

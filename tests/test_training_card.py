@@ -2,7 +2,7 @@ import pytest
 
 from activation_beacon import BeaconConfig
 from activation_beacon.training.card import training_card
-from activation_beacon.training.settings import TrainingSettings
+from activation_beacon.training.settings import Stage, TrainingSettings
 
 CONFIG = {"chunk_size": 64, "ratios": (2, 4), "base_model": "default"}
 
@@ -33,3 +33,17 @@ def test_a_card_shows_dev_texts_before_and_after_training():
     config = BeaconConfig(**CONFIG, training={"steps": 2})
     card = training_card(config, TrainingSettings(output="run", documents=("texts",)), lines)
     assert "| after step | x2 | x4 |\n|--:|--:|--:|\n| 0 | 4.000 | 4.500 |\n| 2 | 3.000 | 3.250 |\n" in card
+
+
+@pytest.mark.parametrize(
+    ("made", "updates"),
+    [(None, ["3", "1,000", "5"]), (1008, ["3", "1,000", "5"]), (13, ["3", "10 of 1,000", "0 of 5"])],
+)
+def test_a_card_says_of_each_stage_how_many_of_its_updates_were_made(made, updates):
+    stages = tuple(Stage(steps=steps) for steps in (3, 1000, 5))
+    config = BeaconConfig(**CONFIG, training={} if made is None else {"steps": made})
+    card = training_card(config, TrainingSettings(output="run", documents=("texts",), stages=stages), [])
+    rows = [
+        line.split(" | ")[1] for line in card.splitlines() if line.endswith("| documents 1 | cross_entropy 1 | 0.001 |")
+    ]
+    assert rows == updates

@@ -22,6 +22,20 @@ def test_a_conversation_is_what_the_template_makes_of_it(count):
     assert answers_of(sample) == [f"{turn.answer}<|end|>" for turn in TURNS[:count]]
 
 
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_ends_an_answer_with_a_blank_and_the_end_of_text_ends_it_once():
+    sample = Conversations(letter_tokenizer(LLAMA_2)).sample("A story.", TURNS[:2])
+    assert text_of(sample.ids.tolist()) == (
+        "[INST] A story.\n\nWho? [/INST]Ann.<|eos|>[INST] Where? [/INST]Here, of course.<|eos|>"
+    )
+    assert answers_of(sample) == ["Ann.<|eos|>", "Here, of course.<|eos|>"]
+
+
 @pytest.mark.parametrize(
     ("template", "text"),
     [
@@ -38,7 +52,7 @@ def test_where_the_template_ends_no_answer_the_end_of_text_does(template, text):
     assert [answer.strip() for answer in answers_of(sample)] == ["Ann.<|eos|>", "Here, of course.<|eos|>"]
 
 
-@pytest.mark.parametrize("template", [MARKED, UNMARKED, None])
+@pytest.mark.parametrize("template", [MARKED, UNMARKED, LLAMA_2, None])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_sample_is_as_long_as_its_parts_and_the_overheads(template, count):
     made = Conversations(letter_tokenizer(template))

@@ -11,7 +11,7 @@ import torch
 from activation_beacon.data.sources import ReadReport
 from activation_beacon.errors import ConfigError, InputError
 from activation_beacon.training.conversations import Turn
-from activation_beacon.training.questions import PackedQuestions, QuestionGroup, digest_of, read_groups
+from activation_beacon.training.questions import PackedQuestions, QuestionGroup, digest_of, read_groups, without
 from training_texts import MARKED, UNMARKED, answers_of, letter_tokenizer, num_chunks, text_of
 
 CHUNK, LENGTH = 128, 1024
@@ -248,6 +248,17 @@ def test_neighbours_with_one_context_are_a_group_and_questions_without_context_s
     assert report.summary() == f"8 records read, 1 skipped: 1 missing field ({path}, line 9)."
     with pytest.raises(InputError, match='line 9: there is no field "answer"'):
         read_groups(path, on_error="stop")
+
+
+def test_questions_that_are_asked_elsewhere_on_the_same_context_are_left_out():
+    groups = [
+        QuestionGroup("c1", (Turn("q1", "a1"), Turn("q2", "a2"))),
+        QuestionGroup("c2", (Turn("q1", "a1"),)),
+        QuestionGroup("", (Turn("q1", "a1"),)),
+    ]
+    others = [QuestionGroup("c1", (Turn("q1", "another"),)), QuestionGroup("", (Turn("q1", "a1"), Turn("q2", "a2")))]
+    assert without(groups, others) == [QuestionGroup("c1", (Turn("q2", "a2"),)), groups[1]]
+    assert without(groups, []) == groups
 
 
 def test_a_digest_of_questions_is_another_when_anything_in_them_is():

@@ -34,13 +34,14 @@ def files(tmp_path_factory) -> Path:
     save_base(root / "base")
     lines = [{"id": f"d{number}", "text": f"{number}. {TEXT}"} for number in range(12)]
     (root / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (root / "dev.jsonl").write_text("".join(json.dumps({"text": f"Dev {n}. {TEXT}"}) + "\n" for n in range(2)))
     (root / "broken.jsonl").write_text(
         json.dumps(lines[0]) + '\n{"text": \n{"id": "x"}\n' + json.dumps(lines[1]) + "\n"
     )
     asked = {"id": "q", "context": 3 * "The lion spoke to the moon. ", "question": "Who spoke?", "answer": "The lion"}
     (root / "questions.jsonl").write_text(json.dumps(asked) + "\n")
     (root / "recipe.yaml").write_text(
-        f"base: {root / 'base'}\ndocuments: [{root / 'texts.jsonl'}]\ndev: [{root / 'texts.jsonl'}]\nworkers: 0\n"
+        f"base: {root / 'base'}\ndocuments: [{root / 'texts.jsonl'}]\ndev: [{root / 'dev.jsonl'}]\nworkers: 0\n"
         f"dev_questions: [{root / 'questions.jsonl'}]\ndev_texts: 1\ndev_length: 320\n"
         f"config: {{chunk_size: {CHUNK}, ratios: [2, 4]}}\n"
         "stages:\n- {steps: 4, length: 128, batch_size: 2}\n- {steps: 2, length: 128, chunk_size: 16, batch_size: 2}\n"
@@ -261,7 +262,7 @@ def test_conversations_are_trained_on_after_texts_or_alone(files, tmp_path, has_
     assert mixes == ([(1.0, 0.0, 0.0), (0.2, 0.8, 0.0)] if has_texts else [(0.0, 1.0, 0.0)])
     [*_, last] = checkpoints(tmp_path / "run" / "checkpoints")
     digests = json.loads((last / "state.json").read_text())["digests"]
-    assert digests.keys() == ({"documents", "chats"} if has_texts else {"chats"})
+    assert digests.keys() == ({"documents", "chats", "base"} if has_texts else {"chats", "base"})
     again = run("-o", "run", "--resume", cwd=tmp_path)
     assert again.exit_code == 0, again.output
 
@@ -314,12 +315,8 @@ def test_a_signal_saves_and_ends_the_run_and_resume_finishes_it(files, tmp_path,
 
 def texts_of_ones_own(files, tmp_path) -> list[str]:
     """Options of a run of four updates on copies of the texts and questions, which may be changed."""
-    for name, own in (
-        ("texts.jsonl", "texts.jsonl"),
-        ("questions.jsonl", "questions.jsonl"),
-        ("texts.jsonl", "dev.jsonl"),
-    ):
-        (tmp_path / own).write_text((files / name).read_text())
+    for name in ("texts.jsonl", "questions.jsonl", "dev.jsonl"):
+        shutil.copy(files / name, tmp_path)
     return ["texts.jsonl", *arguments(files)[1:], "--questions", "questions.jsonl", "--dev", "dev.jsonl", "--length", "320",
             "--set", "dev_length=128", "--steps", "2", "--save-every", "1", "--set", "keep_checkpoints=9", "-o", "run"]  # fmt: skip
 
@@ -361,12 +358,49 @@ def test_a_checkpoint_without_digests_is_resumed_and_the_next_one_has_them(files
     state = cut(tmp_path / "run", 3) / "state.json"
     values = json.loads(state.read_text())
     digests = values.pop("digests")
-    assert digests.keys() == {"documents", "questions"}
+    assert digests.keys() == {"documents", "questions", "base"}
     state.write_text(json.dumps(values))
     assert run(*flags, "--resume", cwd=tmp_path).exit_code == 0
     [*_, last] = checkpoints(tmp_path / "run" / "checkpoints")
     values = json.loads((last / "state.json").read_text())
     assert (values["step"], values["digests"]) == (4, digests)
+    after = load_adapter_tensors(tmp_path / "run" / "adapter")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("name", ["base", "adapter"])
+def test_a_run_is_not_resumed_on_another_base_or_with_differences_to_another_adapter(files, tmp_path, name):
+    save_base(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", tmp_path / "base", seed=1)
+    flags = [*arguments(files), "--base", "base", "--adapter", "adapter", "--lora-rank", "2", "--steps", "2",
+             "--save-every", "1", "-o", "run"]  # fmt: skip
+    assert run(*flags, cwd=tmp_path).exit_code == 0
+    known = json.loads((cut(tmp_path / "run", 1) / "state.json").read_text())["digests"][name]
+    shutil.copytree(tmp_path / name, tmp_path / "own")
+    if name == "base":
+        save_base(tmp_path / "base", seed=1)
+    else:
+        shutil.rmtree(tmp_path / "adapter")
+        save_adapter(tmp_path / "adapter", tmp_path / "base", seed=2)
+    refused = run("--resume", "-o", "run", cwd=tmp_path)
+    assert refused.exit_code == 1
+    what = {"base": "base model", "adapter": "adapter"}[name]
+    *_, line = refused.stderr.splitlines()
+    assert line.startswith(f"Error: run/checkpoints/step-0000001 began with another {what} ({known}; this is ")
+    shutil.rmtree(tmp_path / name)
+    (tmp_path / "own").rename(tmp_path / name)
+    assert run("--resume", "-o", "run", cwd=tmp_path).exit_code == 0
+
+
+def test_a_run_of_whole_weights_goes_on_though_the_adapter_that_it_began_with_has_changed(files, tmp_path):
+    save_adapter(tmp_path / "adapter", files / "base", seed=1)
+    flags = [*arguments(files), "--adapter", "adapter", "--steps", "2", "--save-every", "1", "-o", "run"]
+    assert run(*flags, cwd=tmp_path).exit_code == 0
+    weights = load_adapter_tensors(tmp_path / "run" / "adapter")
+    cut(tmp_path / "run", 1)
+    shutil.rmtree(tmp_path / "adapter")
+    save_adapter(tmp_path / "adapter", files / "base", seed=2)
+    assert run("--resume", "-o", "run", cwd=tmp_path).exit_code == 0
     after = load_adapter_tensors(tmp_path / "run" / "adapter")
     assert all(torch.equal(tensor, after[name]) for name, tensor in weights.items())
 
@@ -542,6 +576,44 @@ def test_dev_texts_that_are_too_short_are_refused_by_name(files, tmp_path, monke
     assert (tmp_path / "run").exists() == bool(options)  # an empty folder is not left
 
 
+def test_dev_texts_that_lie_among_the_texts_are_not_trained_on(files, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    shutil.copy(files / "texts.jsonl", texts)
+    shutil.copy(files / "dev.jsonl", texts)
+    options = [*arguments(files)[1:], "--set", "dev_length=128", "--steps", "3"]
+    apart = run(str(files / "texts.jsonl"), *options, "--dev", str(files / "dev.jsonl"), "-o", "apart", cwd=tmp_path)
+    assert apart.exit_code == 0, apart.output
+    assert "not trained on" not in apart.stderr
+    within = run("texts", *options, "--dev", "texts/dev.jsonl", "-o", "within", cwd=tmp_path)
+    assert within.exit_code == 0, within.output
+    assert "Documents: 2 of 14 are not trained on: --dev names them to measure on." in within.stderr
+    one, other = (load_adapter_tensors(tmp_path / name / "adapter") for name in ("apart", "within"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert run("-o", "within", "--resume", cwd=tmp_path).exit_code == 0
+    refused = run("texts/dev.jsonl", *options, "--dev", "texts", "-o", "refused", cwd=tmp_path)
+    assert refused.exit_code == 1
+    assert refused.stderr.splitlines()[-1] == (
+        "Error: No document is left to train on: all 2 are of those that --dev names to measure on. Name others."
+    )
+
+
+def test_dev_questions_that_lie_among_the_questions_are_not_trained_on(files, tmp_path):
+    own = [*texts_of_ones_own(files, tmp_path), "--dev-questions", "dev-questions.jsonl", "--set", "dev_length=320"]
+    [first] = map(json.loads, (tmp_path / "questions.jsonl").read_text().splitlines())
+    asked = [first, {**first, "question": "To whom?"}, {**first, "context": f"{first['context']} It slept."}]
+    lines = [json.dumps(record) + "\n" for record in asked]
+    (tmp_path / "questions.jsonl").write_text("".join(lines))
+    (tmp_path / "dev-questions.jsonl").write_text(lines[0])
+    result = run(*own, cwd=tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "Questions: 1 of 3 are not trained on: --dev-questions names them to measure on." in result.stderr
+    (tmp_path / "questions.jsonl").write_text("".join(lines[1:]))
+    assert run(*own, "-o", "apart", cwd=tmp_path).exit_code == 0
+    one, other = (load_adapter_tensors(tmp_path / name / "adapter") for name in ("apart", "run"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
 def test_a_run_goes_on_by_its_own_recipe_if_nothing_else_is_named(files, tmp_path):
     flags = [*arguments(files), "-o", "run", "--steps", "3", "--save-every", "1", "--set", "keep_checkpoints=9"]
     assert run(*flags, cwd=tmp_path).exit_code == 0
@@ -556,7 +628,7 @@ def test_a_run_goes_on_by_its_own_recipe_if_nothing_else_is_named(files, tmp_pat
 
 def test_a_long_step_is_not_silent(files, tmp_path, monkeypatch):
     monkeypatch.setattr("activation_beacon.cli.train.SECONDS_OF_SILENCE", 0.0)
-    result = run(*arguments(files), "--dev", str(files / "texts.jsonl"), "-o", "run", "--steps", "2", cwd=tmp_path)
+    result = run(*arguments(files), "--dev", str(files / "dev.jsonl"), "-o", "run", "--steps", "2", cwd=tmp_path)
     assert result.exit_code == 0, result.output
     for line in (
         "step 0 of 2: measuring dev at ratio 2, 1 of 2",
@@ -629,6 +701,9 @@ BAD = [
     (["{files}/bad.yaml", "-o", "run"], "bad.yaml, line 2 is not valid YAML"),
     (["{files}/list.yaml", "-o", "run"], "list.yaml must hold names and values; got list."),
     (["{files}/unknown.yaml", "-o", "run"], "The recipe names learning_rat, which is not known. Known: adapter, average_decay, base"),
+    (["{files}/mapping.yaml", "-o", "run"], "stages must be a list; got {'steps': 5}. Begin each stage with a dash."),
+    (["{files}/number.yaml", "-o", "run"], "Stage 1 must hold names and values; got 5."),
+    (["{files}/text.yaml", "-o", "run"], "config must hold names and values; got 'append'."),
     (["{files}/texts.jsonl", "-o", "run", "--base", "{files}/none"], "There is no folder"),
     (["{files}/texts.jsonl", "-o", "run", "--length", "100"], "length (100) must exceed chunk_size (1024)"),
     (["{files}/texts.jsonl", "-o", "run", "--steps", "0"], "steps must be an int of at least 1; got 0."),
@@ -667,6 +742,9 @@ def test_bad_input_is_one_line_and_exit_status_1(files, tmp_path, args, text):
     (files / "bad.yaml").write_text("base: default\nstages: [}\n")
     (files / "list.yaml").write_text("- 1\n")
     (files / "unknown.yaml").write_text("learning_rat: 1\n")
+    (files / "mapping.yaml").write_text("stages: {steps: 5}\n")
+    (files / "number.yaml").write_text("stages: [5]\n")
+    (files / "text.yaml").write_text("config: append\n")
     result = run(*[arg.format(files=files) for arg in args], cwd=tmp_path)
     assert result.exit_code == 1, result.output
     last = result.stderr.strip().splitlines()[-1]

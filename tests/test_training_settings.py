@@ -71,6 +71,11 @@ def test_each_step_falls_into_its_stage():
     assert [settings.stage_at(step)[::2] for step in range(5)] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
 
 
+def test_a_stage_is_not_reached_until_its_first_step_is_made():
+    settings = TrainingSettings(output="a", documents=("t",), stages=(Stage(steps=2), Stage(steps=3), Stage(steps=1)))
+    assert [settings.stages_after(step) for step in range(1, 7)] == [[2, 3], [2, 3], [3], [3], [3], []]
+
+
 def test_the_learning_rate_rises_stays_and_falls():
     stage = Stage(learning_rate=1.0, warmup=0.1, decay=0.5)
     rates = [stage.rate(progress) for progress in (0.0, 0.05, 0.1, 0.3, 0.5, 0.75, 1.0)]
@@ -113,13 +118,22 @@ def test_a_stage_that_makes_no_sense_is_refused(values, text):
 
 BAD_RUNS = [
     ({"stages": []}, "stages is empty. Name at least one."),
-    ({"stages": 3}, "stages must be a list; got 3."),
+    ({"stages": 3}, "stages must be a list; got 3. Begin each stage with a dash."),
+    ({"stages": [{"learning_rate": "1e-4x"}]}, "learning_rate must be a number of more than 0; got '1e-4x'."),
+    ({"stages": [{"learning_rate": "inf"}]}, "learning_rate must be a number of more than 0; got 'inf'."),
+    ({"stages": [{"steps": "1e3"}]}, "steps must be an int of at least 1; got '1e3'."),
+    ({"dtype": "float33"}, "dtype must be one of None, float32, bfloat16, float16; got 'float33'."),
+    ({"seed": "abc"}, "seed must be an int of at least 0; got 'abc'."),
+    ({"seed": -1}, "seed must be an int of at least 0; got -1."),
+    ({"workers": "two"}, "workers must be an int of at least 0; got 'two'."),
     ({"stages": [3]}, "Stage 1 must hold names and values; got 3."),
     ({"stages": [{"step": 3}]}, "Stage 1 names step, which is not known. Known: batch_size, chats, chunk_size,"),
     ({"config": {"chunk": 3}}, "config names chunk, which is not known. Known: anchored, chunk_size,"),
     ({"adapter": 3}, "adapter must be a name, or a list of names; got 3."),
     ({"adapter": ["a", 3]}, "adapter must be a name, or a list of names; got ['a', 3]."),
     ({"adapter": ""}, "adapter must be a name, or a list of names; got ''."),
+    ({"documents": 5}, "documents must be a name, or a list of names; got 5."),
+    ({"dev": ["a", 5]}, "dev must be a name, or a list of names; got ['a', 5]."),
     ({"wrapper": "zero"}, "wrapper must be one of ddp, fsdp; got 'zero'."),
     (
         {"wrapper": "fsdp", "optimizer": "muon"},
@@ -145,3 +159,14 @@ def test_a_run_that_makes_no_sense_is_refused(values, text):
     with pytest.raises(ConfigError) as caught:
         TrainingSettings.from_dict({"output": "run", "documents": ["texts"], **values})
     assert str(caught.value).startswith(text)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "+1e-4", "0.0001", ".1e-3", "1.e-4"])
+def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(
+        f"documents: [texts]\naverage_decay: '0.5'\nstages: [{{steps: 3, learning_rate: {text}, warmup: {text}}}]\n"
+    )
+    settings = TrainingSettings.from_dict({**read_recipe(tmp_path / "recipe.yaml"), "output": "run"})
+    [stage] = settings.stages
+    assert (stage.learning_rate, stage.warmup, settings.average_decay) == (1e-4, 1e-4, 0.5)
+    assert TrainingSettings.from_dict(settings.to_dict()).fingerprint == settings.fingerprint

@@ -64,6 +64,24 @@ def test_a_digest_is_of_tokens_and_bounds_and_of_nothing_else(tmp_path):
     assert len(digests | {known}) == 5
 
 
+def test_a_store_without_the_documents_of_another_is_one_in_which_they_never_were(tmp_path):
+    def store(name, texts):
+        return build_token_store(put(tmp_path / name, texts), tokenizer_of(), tmp_path / "stores")
+
+    texts = ["one two three", "four", "five four", "four", "two one three"]
+    whole, others = store("a.jsonl", texts), store("b.jsonl", ["four", "three one two", "five"])
+    left = whole.without(others)
+    assert contents_of(left) == {"d0": [2, 3, 4], "d2": [6, 5], "d4": [3, 2, 4]}
+    assert (len(left), left.num_tokens, left.lengths.tolist()) == (3, 8, [3, 2, 3])
+    assert left.digest not in (whole.digest, whole.without(store("c.jsonl", ["five four"])).digest)
+    assert whole.without(store("d.jsonl", ["five"])) is whole
+    assert contents_of(left.without(store("e.jsonl", ["five four"]))) == {"d0": [2, 3, 4], "d4": [3, 2, 4]}
+    again = pickle.loads(pickle.dumps(left))
+    assert (contents_of(again), again.digest) == (contents_of(left), left.digest)
+    with pytest.raises(IndexError, match="There is no document 3: the store holds 3"):
+        left.document(3)
+
+
 def test_a_store_holds_what_the_tokenizer_says_in_the_order_of_the_sources(tmp_path, sources):
     tokenizer = tokenizer_of()
     store = build_token_store(sources, tokenizer, tmp_path / "stores")

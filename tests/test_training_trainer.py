@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import math
@@ -16,10 +17,11 @@ from activation_beacon.processes import Processes
 from activation_beacon.training.checkpoints import checkpoints
 from activation_beacon.training.sampling import Sample
 from activation_beacon.training.settings import Stage, TrainingSettings
-from activation_beacon.training.trainer import Trainer
+from activation_beacon.training.trainer import RUNAWAY_NATS, Trainer
 from families import VOCABULARY, beacon_tensors, tiny
 
 CHUNK = 8
+DROPPING = {"residual_dropout": 0.2, "embedding_dropout": 0.2, "attention_dropout": 0.2}
 
 
 class Texts:
@@ -45,7 +47,8 @@ def settings(folder, **changes):
 
 def trainer(folder, family="llama", **changes):
     run = settings(folder, **changes)
-    return Trainer(attach(tiny(family), run.config), run, [Texts()] * len(run.stages))
+    rates = DROPPING if family == "starcoder2" else {}
+    return Trainer(attach(tiny(family, **rates), run.config), run, [Texts()] * len(run.stages))
 
 
 def trained(folder, **changes):
@@ -92,6 +95,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path, optimizer)
         {"stage": {"distillation": 1.0}},
         {"average_decay": 0.6},
         {"average_decay": 0.6, "lora_rank": 2},
+        {"family": "starcoder2"},  # made with dropout
     ],
     ids=str,
 )
@@ -137,9 +141,18 @@ def test_texts_read_one_by_one_or_together_give_the_same_gradients_when_their_ra
         torch.testing.assert_close(tensor, one_by_one[name], rtol=1e-3, atol=2e-4, msg=name)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path):
-    _, plain = trained(tmp_path / "a")
-    _, checkpointed = trained(tmp_path / "b", gradient_checkpointing=True)
+def test_gradient_checkpointing_changes_nothing_and_reads_each_layer_once_more(tmp_path):
+    passes = {}
+
+    def trained_in(name, **changes):
+        run = trainer(tmp_path / name, **changes)
+        read = passes.setdefault(name, [])
+        run.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: read.append(1))
+        run.run()
+        return run.adapter_tensors()
+
+    plain, checkpointed = trained_in("plain"), trained_in("checkpointed", gradient_checkpointing=True)
+    assert len(passes["checkpointed"]) == 2 * len(passes["plain"])
     for name, tensor in plain.items():
         torch.testing.assert_close(tensor, checkpointed[name], rtol=1e-5, atol=1e-6, msg=name)
 
@@ -249,6 +262,30 @@ def test_a_loss_that_runs_away_stops_the_run(tmp_path, monkeypatch):
         trainer(tmp_path, stage={"steps": 200, "learning_rate": 100.0, "max_grad_norm": 1e9}).run()
 
 
+def test_a_stage_of_harder_texts_is_no_loss_that_runs_away(tmp_path, monkeypatch):
+    monkeypatch.setattr("activation_beacon.training.trainer.SMOOTHING", 0.5)
+    base = tiny("llama")
+
+    class Foreseen(Texts):
+        """The base's own words: what it says after the first token is what it expects most."""
+
+        def sample(self, index):
+            ids = torch.full((1, 1), 3 + index % 5)
+            with torch.no_grad():
+                while ids.shape[1] < 2 * CHUNK:
+                    ids = torch.cat((ids, base(ids).logits[:, -1:].argmax(-1)), 1)
+            return Sample(ids[0], torch.arange(2 * CHUNK) >= CHUNK)
+
+    easy = Stage(steps=4, length=4 * CHUNK, batch_size=2, learning_rate=1e-6)
+    run = dataclasses.replace(settings(tmp_path), stages=(easy, easy))
+    model = attach(base, run.config)
+    samples = [Foreseen().sample(index) for index in range(8)]
+    foreseen = types.SimpleNamespace(sample=lambda index: samples[index])
+    assert Trainer(model, run, [foreseen, Texts()]).run().is_finished
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert min(losses[4:]) > max(losses[:4]) + RUNAWAY_NATS
+
+
 def test_time_that_is_over_ends_the_run_with_a_low_learning_rate(tmp_path, monkeypatch):
     calls = itertools.count()
     clock = types.SimpleNamespace(monotonic=lambda: next(calls) / 10, perf_counter=time.perf_counter)
@@ -267,6 +304,28 @@ def test_time_that_is_over_ends_the_run_with_a_low_learning_rate(tmp_path, monke
 def test_minutes_count_from_when_the_call_began_and_one_step_is_made_at_least(tmp_path):
     outcome = trainer(tmp_path, stage={"steps": 50}).run(max_minutes=5, since=time.monotonic() - 6 * 60)
     assert (outcome.progress.step, outcome.why, outcome.is_finished) == (1, "5 minutes are over", True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "minutes", "told"),
+    [
+        (
+            (1, 1, 1),
+            5,
+            "Stages 2 to 3 are not reached in 5 minutes. Go on with --resume, or give the stages before fewer steps.",
+        ),
+        ((2, 1), 1, "Stage 2 is not reached in 1 minute. Go on with --resume, or give the stages before fewer steps."),
+        ((2,), 5, None),
+        ((1,), 5, None),
+    ],
+)
+def test_stages_that_the_time_did_not_reach_are_named(tmp_path, steps, minutes, told):
+    stages = tuple(Stage(steps=each, length=4 * CHUNK, batch_size=1) for each in steps)
+    run = dataclasses.replace(settings(tmp_path), stages=stages)
+    said = []
+    made = Trainer(attach(tiny("llama"), run.config), run, [Texts()] * len(steps), notice=said.append)
+    made.run(max_minutes=minutes, since=time.monotonic() - 60 * minutes)
+    assert said == ([told] if told else [])
 
 
 def test_a_run_that_was_asked_to_stop_is_not_finished_though_its_time_ends_meanwhile(tmp_path, monkeypatch):
@@ -351,6 +410,11 @@ def test_losses_on_dev_texts_are_those_of_the_model_at_each_ratio(tmp_path):
         assert dev[str(ratio)] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
 
 
+def dropping():
+    """A base that was made with dropout, as those of some families are."""
+    return tiny("starcoder2", **DROPPING)
+
+
 def with_dev(folder, *, base=None, dev=True, **changes):
     """A trainer that measures dev texts, or (for comparison) has none."""
     run = settings(folder, dev_texts=2, **changes)
@@ -359,14 +423,6 @@ def with_dev(folder, *, base=None, dev=True, **changes):
 
 
 def test_dev_texts_are_measured_before_the_first_step_and_weights_stay_what_they_would_have_been(tmp_path):
-    def dropping():
-        base = tiny("llama")
-        base.config.attention_dropout = 0.2
-        for layer in base.model.layers:
-            layer.self_attn.attention_dropout = 0.2
-        torch.manual_seed(5)
-        return base
-
     with_some = with_dev(tmp_path / "some", base=dropping(), dev_every=2)
     seen = []
     with_some.report = seen.append
@@ -382,6 +438,26 @@ def test_dev_texts_are_measured_before_the_first_step_and_weights_stay_what_they
     assert [line["step"] for line in metrics(tmp_path / "none")] == [1, 2, 3, 4, 5, 6]
     losses = [[line["loss"] for line in metrics(tmp_path / name) if line["step"]] for name in ("some", "none")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"stage": {"distillation": 1.0}}], ids=str)
+def test_a_base_that_was_made_with_dropout_is_trained_on_and_measured_without(tmp_path, changes):
+    def run(name, **rates):
+        trained = with_dev(tmp_path / name, base=tiny("starcoder2", **rates), **changes)
+        trained.run()
+        return trained.adapter_tensors(), [line["dev"] for line in metrics(tmp_path / name) if "dev" in line]
+
+    (weights, dev), (others, same) = run("some", **DROPPING), run("none", **dict.fromkeys(DROPPING, 0.0))
+    assert_same(weights, others)
+    assert dev == same
+
+
+def test_a_model_that_was_trained_is_in_the_mode_that_it_was_in_before(tmp_path):
+    run = settings(tmp_path, stage={"steps": 1}, gradient_checkpointing=True)
+    model = attach(dropping(), run.config)
+    before = [module.training for module in model.modules()]
+    Trainer(model, run, [Texts()], dev={"dev": Texts()}).run()
+    assert [module.training for module in model.modules()] == before
 
 
 def test_what_is_measured_before_the_first_step_is_what_the_beacons_are_before_it(tmp_path):

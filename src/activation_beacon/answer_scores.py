@@ -2,6 +2,7 @@
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,8 +11,15 @@ from activation_beacon.errors import InputError
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Thai, Lao, Burmese, Khmer, kana and Chinese characters: between words of these scripts stands no blank.
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 # A comma belongs to a number only where it sets off thousands: 27,28 is a list. A point does where a digit follows.
 NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)*")
+
+STEMMED = 3  # letters that a word has more of, if rouge-score stems it
 
 Score = Callable[[str, Sequence[str]], float]
 
@@ -56,7 +64,7 @@ def token_f1(answer: str, references: Sequence[str]) -> float:
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """ROUGE-L of the best reference, with stemming.
+    """ROUGE-L of the best reference, over the words of any script; English ones are stemmed.
 
     Raises:
         InputError: if rouge-score is not installed.
@@ -88,7 +96,27 @@ def _f1(words: list[str], reference: list[str]) -> float:
 
 def _rouge_scorer() -> Any:
     try:
+        from nltk.stem.porter import PorterStemmer
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise InputError('ROUGE needs rouge-score: pip install "activation-beacon[eval]".') from error
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=_Words(PorterStemmer()))
+
+
+class _Words:
+    """Cuts a text into words as rouge-score's own tokenizer does, but keeps those that are not of the letters a to z, too."""
+
+    def __init__(self, stemmer: Any) -> None:
+        self._stemmer = stemmer
+
+    def tokenize(self, text: str) -> list[str]:
+        """Words in lower case; characters by themselves in scripts without blanks."""
+        folded = unicodedata.normalize("NFC", text.lower())
+        return [
+            self._stemmer.stem(word) if word.isascii() and len(word) > STEMMED else word
+            for word in WORD.findall("".join(char if _is_of_word(char) else " " for char in folded))
+        ]
+
+
+def _is_of_word(char: str) -> bool:
+    return char.isalnum() or unicodedata.category(char).startswith("M")  # M: marks, such as the vowels of Hindi

@@ -42,10 +42,12 @@ def load_pretrained_base(
 
     Raises:
         BaseModelError: If the model cannot be found, fetched, built or placed on the device.
-        InputError: For an option that has an argument here, or that is not the caller's to set.
+        InputError: For an option that has an argument here, or that is not the caller's to set; for a dtype that torch does
+            not have.
     """
     options = dict(options or {})
     _check_options(options, device)
+    _check_dtype(dtype)
     if name == DEFAULT_BASE_NAME:
         check_default_revision(revision)
         source, revision = str(prepare_default_base()), None
@@ -106,6 +108,11 @@ def _check_options(options: Mapping[str, Any], device: torch.device | str | None
             )
     if device is not None and options.get("device_map") is not None:
         raise InputError(f"device ({device}) and device_map ({options['device_map']}) both place the model. Give one.")
+
+
+def _check_dtype(dtype: torch.dtype | str | None) -> None:
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"There is no dtype {dtype!r}. Use float32, bfloat16 or float16.")
 
 
 def _load_model(

@@ -1,9 +1,11 @@
 """Files that are whole or not there: written aside and moved, read only after their hash is right. No pickle."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import platform
 import secrets
 import shutil
 import stat
@@ -105,6 +107,8 @@ def write_text(path: str | Path, text: str) -> None:
 def build_folder(source: str | Path, target: str | Path, write: Callable[[Path], None]) -> None:
     """Build a folder aside with `write` and move it into place when it is complete.
 
+    What a process that was killed has left of the same folder is removed first.
+
     Args:
         source: named in errors.
         target: the folder; must not exist or be empty.
@@ -118,10 +122,11 @@ def build_folder(source: str | Path, target: str | Path, write: Callable[[Path],
         raise StorageError(
             f"{target} exists already and is not empty. Choose another folder for what comes of {source}."
         )
-    aside = _aside(target)
+    aside = _aside(target.with_name(f"{target.name}.{_host()}-{os.getpid()}"))
     with _writing(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_left(target)
             aside.mkdir()
             write(aside)
             if target.exists():
@@ -129,6 +134,31 @@ def build_folder(source: str | Path, target: str | Path, write: Callable[[Path],
             aside.replace(target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _remove_left(target: Path) -> None:
+    """Remove folders aside whose processes, by their names one of this machine, are no more."""
+    start = f".{target.name}.{_host()}-"
+    for path in target.parent.glob(f"{glob.escape(start)}*.part"):
+        number = path.name.removeprefix(start).partition(".")[0]
+        if number.isdecimal() and not _is_running(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        return True  # nobody can be asked without harm
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it is another user's
+        return True
+    return True
 
 
 def write_context_file(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> int:

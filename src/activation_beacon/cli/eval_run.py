@@ -120,7 +120,7 @@ def run_jobs(
         planned = [(job.make(loaded), Plan(job.methods, wanted.ratios, wanted.lengths, wanted.limit)) for job in jobs]
         for task, plan in planned:
             list(planned_ways(task, plan))  # what is not known is refused before a folder is made
-        drawn = [draw_samples(task, plan) for task, plan in planned]
+        drawn = [draw_samples(loaded.model, task, plan) for task, plan in planned]
         if group.is_first:
             warn_untrained(loaded.config)
         with group.first_before_others():

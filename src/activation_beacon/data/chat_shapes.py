@@ -5,10 +5,13 @@ A record tells its shape by its fields:
 - OpenAI's, and transformers': `messages[]` with `role` and `content`, a text or a list of parts of type "text".
 - ShareGPT's: `conversations[]` with `from` and `value`.
 - TRL's: `prompt` and `completion`, each a text or a list of messages.
-- Alpaca's: `instruction`, often `input`, and `output`.
+- Alpaca's: `instruction`, often `input`, and `output`; what was said before in `history[]`, as pairs.
+
+Each may have a system text of its own in `system`, beside its messages.
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from activation_beacon.data.data_files import BadRecord
@@ -56,6 +59,14 @@ def flat_chat(fields: Fields) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _messages_of(fields: Fields) -> list[Message]:
+    messages = _said(fields)
+    if not fields.get("system"):
+        return messages
+    opening = (SYSTEM, text_of(fields, "system", empty="empty message").strip())
+    return messages if messages[:1] == [opening] else [opening, *messages]
+
+
+def _said(fields: Fields) -> list[Message]:
     for name in LISTS:
         if name in fields:
             return _listed(fields, name)
@@ -65,9 +76,21 @@ def _messages_of(fields: Fields) -> list[Message]:
         asked = [text_of(fields, "instruction", empty="empty message").strip()]
         if fields.get("input"):
             asked.append(text_of(fields, "input", empty="empty message").strip())
-        return [(USER, GAP.join(asked)), (ASSISTANT, text_of(fields, "output", empty="empty message").strip())]
+        answer = text_of(fields, "output", empty="empty message").strip()
+        return [*_history(fields), (USER, GAP.join(asked)), (ASSISTANT, answer)]
     known = ", ".join(map(str, fields)) or "none"
     raise BadRecord("no conversation", f"there is none of the fields {SHAPES} (fields: {known})")
+
+
+def _history(fields: Fields) -> Iterator[Message]:
+    """What stands in pairs of a question and its answer, if anything does."""
+    for pair in field_of(fields, "history", list, "list") if fields.get("history") else ():
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise BadRecord(
+                "no pair", 'the field "history" holds something else than pairs of a question and its answer'
+            )
+        for role, text in zip((USER, ASSISTANT), pair, strict=True):
+            yield role, text_of({"history": text}, "history", empty="empty message").strip()
 
 
 def _side(fields: Fields, name: str, role: str) -> list[Message]:

@@ -29,10 +29,11 @@ class BeaconLM(HFLM):
         max_length: tokens of a prompt at most; by default what fits: the base model's positions, times the ratio.
         dtype: float type to load in; None or "auto" for the base model's own.
         device: to load on; None for a CUDA device if there is one.
-        kwargs: further arguments of `HFLM`, such as `batch_size`.
+        batch_size: of the base model alone; with beacons it is 1.
+        kwargs: further arguments of `HFLM`.
 
     Raises:
-        InputError: for a model object without a tokenizer.
+        InputError: for a model object without a tokenizer, or several texts at once with beacons.
         RatioError: if the adapter does not know the ratio.
     """
 
@@ -46,8 +47,15 @@ class BeaconLM(HFLM):
         max_length: int | None = None,
         dtype: str | None = None,
         device: str | None = None,
+        batch_size: int | str | None = 1,
         **kwargs: Any,
     ) -> None:
+        self.is_base = str(beacon_ratio) == NONE
+        if not self.is_base and str(batch_size or 1) != "1":
+            raise InputError(
+                f"batch_size ({batch_size}) must be 1 with beacons: lm-eval fills shorter texts up, and what it fills in would be "
+                "compressed. Leave it out."
+            )
         model = pretrained
         if isinstance(pretrained, str):
             found = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +63,6 @@ class BeaconLM(HFLM):
             tokenizer = tokenizer or own
         if tokenizer is None:
             raise InputError("A model object needs its tokenizer beside it: BeaconLM(model, tokenizer=tokenizer).")
-        self.is_base = str(beacon_ratio) == NONE
         ratio = _as_ratio(beacon_ratio)
         if not self.is_base:
             model.beacon_ratio = ratio
@@ -64,6 +71,7 @@ class BeaconLM(HFLM):
             tokenizer=tokenizer,
             max_length=max_length or text_limit(model, None if self.is_base else ratio),
             device=device or str(model.device),
+            batch_size=batch_size or 1,
             **kwargs,
         )
 

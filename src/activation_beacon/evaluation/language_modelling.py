@@ -223,14 +223,23 @@ def position_edges(chunk_size: int) -> list[int]:
     return edges
 
 
-def loss_record(losses: Losses, chunk_size: int) -> dict[str, Any]:
-    """One text's losses as plain values: the mean over the tokens that count, and over each range of positions."""
-    num_tokens = len(losses.nll) + 1
-    mask = counted(num_tokens, chunk_size)
-    if not bool(mask.any()):
+def check_length(num_tokens: int, chunk_size: int) -> None:
+    """Refuse texts of which no token counts.
+
+    Raises:
+        InputError: with the two lengths.
+    """
+    if not bool(counted(num_tokens, chunk_size).any()):
         raise InputError(
             f"A text of {num_tokens} tokens has none after its first chunk ({chunk_size}) to measure. Use a longer length."
         )
+
+
+def loss_record(losses: Losses, chunk_size: int) -> dict[str, Any]:
+    """One text's losses as plain values: the mean over the tokens that count, and over each range of positions."""
+    num_tokens = len(losses.nll) + 1
+    check_length(num_tokens, chunk_size)
+    mask = counted(num_tokens, chunk_size)
     positions = torch.arange(1, num_tokens) % chunk_size
     edges = position_edges(chunk_size)
     by_position = []

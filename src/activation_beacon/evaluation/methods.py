@@ -40,7 +40,7 @@ class Method:
     Attributes:
         name: as the command line has it.
         description: one clause.
-        read: of the model, the text's ids, how many of them open the chat template, and the ratio.
+        read: of the model, the text's ids, how many of them stand before the text itself, and the ratio.
         has_ratio: whether the ratio decides its size.
     """
 
@@ -57,10 +57,10 @@ def read_context(
 
     Args:
         model: with beacons attached.
-        ids: the text, opened by the chat template.
+        ids: the text, opened by the chat template or by a beginning-of-text token.
         method: a key of `METHODS`.
         ratio: of beacons, or of the beacons that the method is to be no larger than.
-        opening: how many ids belong to the template; truncation keeps them.
+        opening: how many ids open it; truncation keeps them.
 
     Raises:
         InputError: for an unknown method, or a ratio that is missing.

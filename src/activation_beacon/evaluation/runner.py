@@ -63,8 +63,8 @@ def run_task(
         PeerError: if kvpress is asked for and cannot be run.
     """
     ways = list(planned_ways(task, plan))
+    samples = draw_samples(model, task, plan) if samples is None else samples
     results.open_task(task.name, task.settings, task.quality)
-    samples = draw_samples(task, plan) if samples is None else samples
     group = group or Processes()
     units = list(_units(samples, ways, group))
     total, done = len(units), 0
@@ -138,11 +138,12 @@ def planned_ways(task: Task, plan: Plan) -> Iterator[tuple[str, Any]]:
             yield method, ratio
 
 
-def draw_samples(task: Task, plan: Plan) -> dict[int, list[Any]]:
+def draw_samples(model: Any, task: Task, plan: Plan) -> dict[int, list[Any]]:
     """The samples of each length.
 
     Raises:
-        InputError: for a length of which there is none, or that has no room for one of them.
+        InputError: for a length of which there is none, that has no room for one of them, or whose samples the methods
+            cannot be run on.
     """
     samples = {}
     for length in plan.lengths:
@@ -157,6 +158,7 @@ def draw_samples(task: Task, plan: Plan) -> dict[int, list[Any]]:
             raise InputError(
                 f"The task {task.name} has no sample of {length} tokens. Use a shorter length, or longer texts."
             )
+        task.check(model, samples[length], plan.methods)
     return samples
 
 

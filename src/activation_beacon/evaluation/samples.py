@@ -9,6 +9,7 @@ from typing import Any
 from activation_beacon.answer_scores import SCORES
 from activation_beacon.errors import InputError
 from activation_beacon.evaluation.contexts import Context
+from activation_beacon.evaluation.documents import prefix_ids
 from activation_beacon.evaluation.methods import read_context
 from activation_beacon.plan import Ratio
 from activation_beacon.prompts import ChatPrompt
@@ -100,7 +101,9 @@ def answer_sample(
 
 
 def asked_ids(prompt: ChatPrompt, sample: Sample, context: str | None = None) -> tuple[list[int], int, list[list[int]]]:
-    """Ids of the context, how many of them open the chat template, and ids of each question that follows.
+    """Ids of the context, how many of them stand before its text, and ids of each question that follows.
+
+    What stands before the text opens the chat template; without one it is what the tokenizer puts before every text.
 
     Args:
         prompt: of the tokenizer.
@@ -110,7 +113,7 @@ def asked_ids(prompt: ChatPrompt, sample: Sample, context: str | None = None) ->
     document = sample.context if context is None else context
     if sample.is_plain:
         ids, asked = split_ids(prompt.tokenizer, document, sample.questions[0].text)
-        return ids, 0, [asked]
+        return ids, min(len(ids), len(prefix_ids(prompt.tokenizer))), [asked]
     return prompt.opening(document), len(prompt.opening("")), _question_ids(prompt, sample)
 
 

@@ -57,6 +57,9 @@ class Task(Protocol):
     def samples(self, length: int) -> Iterator[Any]:
         """The samples of a length, in an order that does not depend on how many are taken."""
 
+    def check(self, model: Any, samples: Sequence[Any], methods: Sequence[str]) -> None:
+        """Refuse, before anything is run, samples of a length that these methods cannot be run on."""
+
     def run(self, model: Any, samples: Sequence[Any], index: int, method: str, ratio: Ratio | None) -> dict[str, Any]:
         """One sample's record; the others are there to be mixed up with it."""
 
@@ -105,6 +108,13 @@ class LanguageModelling:
         for text, name in zip(found, told_apart(text.id for text in same), strict=True):
             yield Text(name, text.ids, text.kind)
 
+    def check(self, model: Any, samples: Sequence[Text], methods: Sequence[str]) -> None:
+        """Refuse texts without a token to measure, and to mix up texts that are all the same."""
+        for text in samples:
+            language_modelling.check_length(len(text.ids), model.beacon_config.chunk_size)
+        if SHUFFLED in methods:
+            other_value([text.ids for text in samples], 0)
+
     def run(self, model: Any, samples: Sequence[Text], index: int, method: str, ratio: Ratio | None) -> dict[str, Any]:
         """One text read in one way."""
         text = samples[index]
@@ -140,6 +150,12 @@ class Answering:
     def samples(self, length: int) -> Iterator[Sample]:
         """The samples of a length."""
         return self.make(length)
+
+    def check(self, model: Any, samples: Sequence[Sample], methods: Sequence[str]) -> None:
+        """Refuse to mix up contexts that are all the same."""
+        del model  # questions are asked on contexts of any length
+        if SHUFFLED in methods:
+            other_value([sample.context for sample in samples], 0)
 
     def run(
         self, model: Any, samples: Sequence[Sample], index: int, method: str, ratio: Ratio | None

@@ -15,6 +15,7 @@ import torch
 from activation_beacon.at_once import chunks_at_once
 from activation_beacon.plan import chunks_closed
 from activation_beacon.training.batches import draw_ratios
+from activation_beacon.training.frozen import without_dropout
 from activation_beacon.training.objective import Objective, losses
 
 OBJECTIVES = {
@@ -59,14 +60,9 @@ def measure(
         objectives: by name.
         seed: of the ratios.
     """
-    was_training = model.training
-    model.train()
-    try:
-        with chunks_at_once(model):
-            for name, objective in objectives.items():
-                yield _measured(model, texts, name, objective, chunk_size, seed)
-    finally:
-        model.train(was_training)
+    with without_dropout(model), chunks_at_once(model):
+        for name, objective in objectives.items():
+            yield _measured(model, texts, name, objective, chunk_size, seed)
 
 
 def _measured(

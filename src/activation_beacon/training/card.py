@@ -19,7 +19,7 @@ def training_card(config: BeaconConfig, settings: TrainingSettings, metrics: Seq
             "",
             _account(summary, settings),
             "",
-            *_stages(settings),
+            *_stages(settings, summary.get("steps", settings.num_steps)),
             "",
             "![curves](curves.png)",
             "",
@@ -45,7 +45,7 @@ def _account(summary: Mapping[str, Any], settings: TrainingSettings) -> str:
     )
 
 
-def _stages(settings: TrainingSettings) -> list[str]:
+def _stages(settings: TrainingSettings, num_made: int) -> list[str]:
     rows = [
         "| stage | updates | texts | tokens of a text | chunk | read | loss | learning rate |",
         "|---|--:|--:|--:|--:|---|---|--:|",
@@ -55,8 +55,11 @@ def _stages(settings: TrainingSettings) -> list[str]:
         parts = ("cross_entropy", "distillation", "context_weight")
         loss = ", ".join(f"{name} {getattr(stage, name):g}" for name in parts if getattr(stage, name))
         chunk = stage.chunk_size or settings.config.chunk_size
+        made = min(num_made, stage.steps)
+        num_made -= made
+        updates = f"{stage.steps:,}" if made == stage.steps else f"{made:,} of {stage.steps:,}"
         rows.append(
-            f"| {number} | {stage.steps:,} | {stage.batch_size} | {stage.length:,} | {chunk:,} | {read} | {loss} | "
+            f"| {number} | {updates} | {stage.batch_size} | {stage.length:,} | {chunk:,} | {read} | {loss} | "
             f"{stage.learning_rate:g} |"
         )
     return rows

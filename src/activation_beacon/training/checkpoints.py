@@ -25,6 +25,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 WEIGHTS_FILE = "trained.safetensors"
 AVERAGE_FILE = "average.safetensors"
 PATTERN = "step-*"
+MODELS = {"base": "base model", "adapter": "adapter"}  # what a run begins with, by the name of its digest
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Progress:
         targets: tokens whose prediction counted.
         seconds: spent training, over all calls.
         fingerprint: of the settings.
-        digests: of what the run reads, by name; none in a checkpoint from before they were kept.
+        digests: of what the run reads and of what it began with, by name; a checkpoint from before one was kept has none.
     """
 
     step: int = 0
@@ -102,11 +103,11 @@ def read_progress(checkpoint: Path, fingerprint: str, digests: Mapping[str, str]
     Args:
         checkpoint: its folder.
         fingerprint: of the settings under which the run is to go on.
-        digests: of what it is to read, by name. What the checkpoint has no digest of is not compared.
+        digests: of what it is to read and begins with, by name. What the checkpoint has no digest of is not compared.
 
     Raises:
         FileFormatError: if it is damaged.
-        MismatchError: if it was made under other settings, or has read something else.
+        MismatchError: if it was made under other settings, has read something else, or began with another model.
     """
     try:
         progress = Progress(**json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
@@ -121,9 +122,11 @@ def read_progress(checkpoint: Path, fingerprint: str, digests: Mapping[str, str]
         )
     for name, digest in digests.items():
         if (known := progress.digests.get(name, digest)) != digest:
+            what = f"began with another {MODELS[name]}" if name in MODELS else f"has read other {name}"
+            now = "this is" if name in MODELS else "these are"
             raise MismatchError(
-                f"{checkpoint} has read other {name} ({known}; these are {digest}). Put back what the run began with, or "
-                "start a new one in another folder from --adapter."
+                f"{checkpoint} {what} ({known}; {now} {digest}). Put back what the run began with, or start a new one in "
+                "another folder from --adapter."
             )
     return replace(progress, digests={**progress.digests, **digests})
 

@@ -34,10 +34,10 @@ class Conversations:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.prompt = ChatPrompt(tokenizer)
-        mark = self.prompt.follow_up("?")[0]
+        following = self.prompt.follow_up("?")
         # Most templates end an answer themselves; where one does not, the model's own end of text does.
-        self._template_ends = self.prompt.has_template and mark in _marks(tokenizer)
-        end = mark if self._template_ends else tokenizer.eos_token_id
+        self._num_ending = _num_ending(following, tokenizer) if self.prompt.has_template else 0
+        end = following[self._num_ending - 1] if self._num_ending else tokenizer.eos_token_id
         if end is None:
             raise InputError("The tokenizer has no eos_token, so that no answer could end. Set tokenizer.eos_token.")
         self.end: int = end
@@ -88,9 +88,8 @@ class Conversations:
         """A conversation from the ids of its first question on."""
         is_target = [False] * len(ids)
         for number, turn in enumerate(turns):
-            asking = self.prompt.follow_up(turn.question) if number else []
-            if number and self._template_ends:
-                asking = asking[1:]  # the answer before has ended already
+            # The answer before has ended already.
+            asking = self.prompt.follow_up(turn.question)[self._num_ending :] if number else []
             answer = [*self.ids(turn.answer if self.prompt.has_template else f" {turn.answer}"), self.end]
             ids += asking + answer
             is_target += [False] * len(asking) + [True] * len(answer)
@@ -98,6 +97,18 @@ class Conversations:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _num_ending(following: Sequence[int], tokenizer: Any) -> int:
+    """How many of the ids that follow an answer end it: a mark, or (as in Llama 2) a blank and the end of text; 0 if none do."""
+    if following[0] in _marks(tokenizer):
+        return 1
+    for place, number in enumerate(following):
+        if number == tokenizer.eos_token_id:
+            return place + 1
+        if tokenizer.decode([number]).strip():
+            break
+    return 0
 
 
 def _marks(tokenizer: Any) -> set[int]:

@@ -54,6 +54,16 @@ def read_groups(
     return [_group(context, (question for _, question in members)) for (context, _), members in groups]
 
 
+def without(groups: Sequence[QuestionGroup], others: Sequence[QuestionGroup]) -> list[QuestionGroup]:
+    """Groups but for the questions that the others ask on the same context, whatever the answer; a group needs one at least."""
+    asked = {(other.context, turn.question) for other in others for turn in other.questions}
+    found = [
+        QuestionGroup(group.context, tuple(t for t in group.questions if (group.context, t.question) not in asked))
+        for group in groups
+    ]
+    return [group for group in found if group.questions]
+
+
 def digest_of(groups: Sequence[QuestionGroup]) -> str:
     """Sixteen hexadecimal digits for all contexts, questions and answers, and their order."""
     digest = hashlib.sha256()

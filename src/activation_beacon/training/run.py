@@ -20,6 +20,7 @@ from activation_beacon.default_base import DEFAULT_BASE_REVISION
 from activation_beacon.errors import BaseModelError, CapacityError, ConfigError, StorageError
 from activation_beacon.exact import digit_ids, with_digits
 from activation_beacon.files import write_text
+from activation_beacon.fingerprint import fingerprint
 from activation_beacon.hub import adapter_folder
 from activation_beacon.model import attach
 from activation_beacon.persistence import fill_parameters, load_adapter_config, load_adapter_tensors, save_adapter
@@ -120,7 +121,8 @@ def _run(
     samplers = stage_samplers(settings, data, tokenizer, tell)
     trainer = Trainer(
         model, settings, samplers, dev=dev_samplers(settings, data, tokenizer, tell), group=group,
-        digests=data.digests, report=report if group.is_first else None, working=working, notice=tell,
+        digests={**data.digests, **_begun_with(settings, model)}, report=report if group.is_first else None,
+        working=working, notice=tell,
     )  # fmt: skip
     tell_of_waiting(settings, group.count, tell)
     if resume and (progress := trainer.resume()).step:
@@ -246,6 +248,12 @@ def _model(settings: TrainingSettings, group: Processes, device: str | None) -> 
             _tell_differences(adapter, load_adapter_config(folder), model.beacon_config)
         fill_parameters(model.beacon_parameters(), load_adapter_tensors(folder), weight=1 / number)
     return model, tokenizer
+
+
+def _begun_with(settings: TrainingSettings, model: Any) -> dict[str, str]:
+    """Fingerprints of what checkpoints do not hold and a run cannot go on without: its base; below differences, its adapter."""
+    is_below = settings.lora_rank is not None and settings.adapters
+    return {"base": model.base_fingerprint, **({"adapter": fingerprint(model.beacon_parameters())} if is_below else {})}
 
 
 def _check_positions(settings: TrainingSettings, positions: int | None) -> None:

@@ -105,7 +105,7 @@ def read_sources(settings: TrainingSettings, tokenizer: Any, folder: Path, group
         tell: is called with what was found, and with file and line of what was skipped.
 
     Raises:
-        As `sources.read_records`.
+        As `sources.read_records`, and InputError if nothing but what is to be measured on is left to train on.
     """
     smallest = min(stage.chunk_size or settings.config.chunk_size for stage in settings.stages)
     with group.first_before_others():
@@ -113,8 +113,44 @@ def read_sources(settings: TrainingSettings, tokenizer: Any, folder: Path, group
         dev = _store(settings, "dev", tokenizer, folder, settings.length_of_dev_texts, tell)
     with group.first_before_others():
         documents = _store(settings, "documents", tokenizer, folder, LEAST_CHUNKS * smallest, tell)
+    if documents is not None and dev is not None:
+        documents = _documents_without(documents, dev, tell)
     questions, dev_questions = (_groups(settings, name, tell) for name in ("questions", "dev_questions"))
+    if questions and dev_questions:
+        questions = _questions_without(questions, dev_questions, tell)
     return RunData(documents, dev, questions, dev_questions, _chats(settings, tell))
+
+
+def _documents_without(documents: TokenStore, dev: TokenStore, tell: Tell) -> TokenStore:
+    """Documents but for dev texts: what is measured on must not have been trained on."""
+    kept = documents.without(dev)
+    _tell_shared("document", len(documents), len(kept), "--dev", tell)
+    return kept
+
+
+def _questions_without(groups: "list[QuestionGroup]", dev: "list[QuestionGroup]", tell: Tell) -> "list[QuestionGroup]":
+    from activation_beacon.training.questions import without
+
+    kept = without(groups, dev)
+    before, after = (sum(len(group.questions) for group in each) for each in (groups, kept))
+    _tell_shared("question", before, after, "--dev-questions", tell)
+    return kept
+
+
+def _tell_shared(what: str, before: int, after: int, option: str, tell: Tell) -> None:
+    """Say how many are not trained on.
+
+    Raises:
+        InputError: if none is left.
+    """
+    if not after:
+        raise InputError(
+            f"No {what} is left {PURPOSE}: all {before:,} are of those that {option} names to measure on. Name others."
+        )
+    if after < before:
+        tell(
+            f"{what.capitalize()}s: {before - after:,} of {before:,} are not trained on: {option} names them to measure on."
+        )
 
 
 def _store(

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,9 +176,10 @@ class TrainingSettings:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("documents", "questions", "chats", "dev", "dev_questions", "exclude"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
+        for name in ("documents", "questions", "chats", "dev", "dev_questions"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        excluded = self.exclude
+        object.__setattr__(self, "exclude", (excluded,) if isinstance(excluded, str) else tuple(excluded or ()))
         object.__setattr__(self, "stages", tuple(self.stages))
         names = adapter_names(self.adapter)
         object.__setattr__(self, "adapter", names if len(names) > 1 else names[0] if names else None)
@@ -188,6 +191,9 @@ class TrainingSettings:
             _check_int("max_tokens", self.max_tokens, least=1)
         for name in ("save_every", "dev_every", "dev_texts", "keep_checkpoints"):
             _check_int(name, getattr(self, name), least=1)
+        for name in ("seed", "workers"):
+            _check_int(name, getattr(self, name), least=0)
+        _check_choice("dtype", self.dtype, (None, *DTYPES))
         _check_number("average_decay", self.average_decay, least=0.0)
         if self.average_decay >= 1:
             raise ConfigError(f"average_decay must be less than 1; got {self.average_decay!r}.")
@@ -239,6 +245,11 @@ class TrainingSettings:
             step -= stage.steps
         return len(self.stages) - 1, self.stages[-1], self.stages[-1].steps - 1
 
+    def stages_after(self, step: int) -> list[int]:
+        """Numbers (from 1) of the stages that are not begun when so many updates are made."""
+        begins = itertools.accumulate((stage.steps for stage in self.stages), initial=0)
+        return [number for number, (_, begin) in enumerate(zip(self.stages, begins, strict=False), 1) if begin >= step]
+
     @property
     def fingerprint(self) -> str:
         """Of all that decides what weights come out: a run is continued under the same one only."""
@@ -269,22 +280,20 @@ class TrainingSettings:
         Raises:
             ConfigError: for a name that is not known, or a value that makes no sense.
         """
-        values = dict(values)
+        values = _with_numbers(cls, values)
         _check_names("The recipe", values, [field.name for field in dataclasses.fields(cls)])
         config, stages = values.pop("config", {}), values.pop("stages", [{}])
-        _check_mapping("config", config, CONFIG_FIELDS)
-        if not isinstance(stages, list | tuple):
-            raise ConfigError(f"stages must be a list; got {stages!r}.")
-        names = [field.name for field in dataclasses.fields(Stage)]
-        for number, stage in enumerate(stages, 1):
-            _check_mapping(f"Stage {number}", stage, names)
+        _check_parts(stages, config)
+        made = [_with_numbers(Stage, stage) for stage in stages]
         try:
-            return cls(**values, config=BeaconConfig(**config), stages=tuple(Stage(**stage) for stage in stages))
+            return cls(**values, config=BeaconConfig(**config), stages=tuple(Stage(**stage) for stage in made))
         except TypeError as error:
             raise ConfigError(f"The recipe cannot be read: {error}.") from error
 
 
 DEV_CHUNKS = 4
+DTYPES = ("float32", "bfloat16", "float16")
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 CONFIG_FIELDS = (
     "chunk_size",
     "ratios",
@@ -303,7 +312,7 @@ NOT_DECISIVE = (
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The values of a YAML recipe; paths in it that exist beside it are taken from there.
+    """The values of a YAML recipe.
 
     Raises:
         ConfigError: if it cannot be read as one.
@@ -321,6 +330,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold names and values; got {type(values).__name__}.")
+    _check_parts(values.get("stages") or [], values.get("config") or {})
     return values
 
 
@@ -330,10 +340,32 @@ def adapter_names(adapter: Any) -> tuple[str, ...]:
     Raises:
         ConfigError: if it is anything else.
     """
-    names = (adapter,) if isinstance(adapter, str) else () if adapter is None else adapter
+    return _names("adapter", adapter)
+
+
+def _names(what: str, given: Any) -> tuple[str, ...]:
+    names = (given,) if isinstance(given, str) else () if given is None else given
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"adapter must be a name, or a list of names; got {adapter!r}.")
+        raise ConfigError(f"{what} must be a name, or a list of names; got {given!r}.")
     return tuple(names)
+
+
+def _with_numbers(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a dataclass whose numbers are numbers: 1e-4, which has no point, is a text in YAML."""
+    floats = {field.name for field in dataclasses.fields(kind) if field.type is float}
+    return {
+        name: float(value) if name in floats and isinstance(value, str) and NUMBER.fullmatch(value) else value
+        for name, value in values.items()
+    }
+
+
+def _check_parts(stages: object, config: object) -> None:
+    _check_mapping("config", config, CONFIG_FIELDS)
+    if not isinstance(stages, list | tuple):
+        raise ConfigError(f"stages must be a list; got {stages!r}. Begin each stage with a dash.")
+    names = [field.name for field in dataclasses.fields(Stage)]
+    for number, stage in enumerate(stages, 1):
+        _check_mapping(f"Stage {number}", stage, names)
 
 
 def _check_mapping(what: str, values: object, known: Any) -> None:

@@ -56,6 +56,7 @@ class TokenStore:
 
     Args:
         folder: that `build_token_store` made.
+        left_out: numbers of documents that are passed over, as if they were not there.
 
     Attributes:
         header: what the store was made from, and its sizes.
@@ -67,8 +68,8 @@ class TokenStore:
         FileFormatError: if it is damaged, incomplete, or not one of ours.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, left_out: Sequence[int] = ()) -> None:
+        self.folder, self.left_out = Path(folder), tuple(left_out)
         self.header = _read_header(self.folder)
         try:
             self._tokens: Tokens = np.load(self.folder / TOKENS_FILE, mmap_mode="r", allow_pickle=False)
@@ -79,18 +80,20 @@ class TokenStore:
         sizes = (len(self.ids), len(self._offsets) - 1, len(self._tokens), int(self._offsets[-1]))
         if sizes != (self.header.get("documents"),) * 2 + (self.header.get("tokens"),) * 2:
             raise _damaged(self.folder, "its files have other lengths than its header says")
-        self.lengths = np.diff(self._offsets)
+        self._kept = np.delete(np.arange(len(self.ids)), self.left_out)
+        self.ids = [self.ids[number] for number in self._kept] if left_out else self.ids
+        self.lengths = np.diff(self._offsets)[self._kept]
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path]]:
-        return TokenStore, (self.folder,)  # a memory map would be pickled with all that it maps
+    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path, tuple[int, ...]]]:
+        return TokenStore, (self.folder, self.left_out)  # a memory map would be pickled with all that it maps
 
     @property
     def num_tokens(self) -> int:
         """Of all documents together."""
-        return len(self._tokens)
+        return int(self.lengths.sum())
 
     @property
     def summary(self) -> str:
@@ -102,6 +105,8 @@ class TokenStore:
         """Sixteen hexadecimal digits for all tokens and the bounds of documents, whatever they were made from."""
         digest = hashlib.sha256(self._offsets.data)
         digest.update(self._tokens.data)
+        if self.left_out:
+            digest.update(json.dumps(self.left_out).encode())
         return digest.hexdigest()[:NAME_DIGITS]
 
     def document(self, index: int) -> Tokens:
@@ -112,7 +117,23 @@ class TokenStore:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"There is no document {index}: the store holds {len(self)}, counted from 0.")
-        return self._tokens[self._offsets[index] : self._offsets[index + 1]]
+        number = self._kept[index]
+        return self._tokens[self._offsets[number] : self._offsets[number + 1]]
+
+    def without(self, other: "TokenStore") -> "TokenStore":
+        """The same documents but for those that another store holds too, token by token; this store where there are none."""
+        known = {_digest_of(other.document(number)) for number in range(len(other))}
+        lengths = set(other.lengths.tolist())
+        shared = [
+            int(self._kept[number])
+            for number, length in enumerate(self.lengths.tolist())
+            if length in lengths and _digest_of(self.document(number)) in known
+        ]
+        return TokenStore(self.folder, sorted({*self.left_out, *shared})) if shared else self
+
+
+def _digest_of(tokens: Tokens) -> bytes:
+    return hashlib.sha256(tokens.tobytes()).digest()
 
 
 def build_token_store(

@@ -1,7 +1,7 @@
 """The loop: texts in, beacon weights out, and nothing lost on the way.
 
 It holds the weights, the optimizers and how far the run has come; what a step reads is a function of the step. Only
-beacon weights are trained; the base is frozen.
+beacon weights are trained; the base is frozen, and drops nothing.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from activation_beacon.training import checkpoints
 from activation_beacon.training.averaging import Average
 from activation_beacon.training.batches import Batch, step_batches
 from activation_beacon.training.checkpoints import Progress
+from activation_beacon.training.frozen import without_dropout
 from activation_beacon.training.low_rank import LowRank
 from activation_beacon.training.metrics import MetricsLog, StepTotals, peak_memory
 from activation_beacon.training.objective import Losses, Objective, check_head, losses
@@ -37,7 +38,7 @@ from activation_beacon.training.sharding import fill, regather, whole, wrap
 
 logger = logging.getLogger(__name__)
 
-RUNAWAY_NATS = 2.0  # by which the smoothed loss may exceed the best it was
+RUNAWAY_NATS = 2.0  # by which the smoothed loss may exceed the best it was in its stage
 SMOOTHING = 0.95
 LAST_SHARE = 0.02  # of the time that is left for saving
 FALL_SHARE = 0.3  # of the time in which the learning rate falls
@@ -97,7 +98,7 @@ class Trainer:
         samplers: one for each stage: what it reads.
         dev: samplers of texts nobody trains on, by what their losses are called in the metrics.
         group: the processes that train together.
-        digests: of what the samplers read, by name: a run is continued on the same only.
+        digests: of what the samplers read and what the model was before, by name: a run is continued on the same only.
         report: is called with each line of the metrics.
         working: is called with the step under way (the last one, when dev texts are measured after it) and what is being
             done, several times within one.
@@ -127,8 +128,8 @@ class Trainer:
         self.folder = Path(settings.output)
         self.device, self.dtype = (getattr(model.get_input_embeddings().weight, name) for name in ("device", "dtype"))
         _check_shares(settings, self.group)
-        check_head(model)
-        model.train()
+        with without_dropout(model):
+            check_head(model)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for _, parameter in model.beacon_parameters():
@@ -154,7 +155,7 @@ class Trainer:
         """Go on from the last checkpoint of the run, if there is one.
 
         Raises:
-            MismatchError: if it was made under other settings, or has read something else.
+            MismatchError: if it was made under other settings, has read something else, or began with another model.
             FileFormatError: if it is damaged.
         """
         found = checkpoints.checkpoints(self.folder / "checkpoints")
@@ -192,6 +193,7 @@ class Trainer:
         log = MetricsLog(self.folder / "metrics.jsonl", self.progress.step) if self.group.is_first else None
         ending = _Ending("all steps are made", is_finished=True)
         with (
+            without_dropout(self.model),
             chunks_at_once(self.model),
             training_products(self.model.cpu_matmul, device=self.device, dtype=self.dtype),
             _Ahead(self._batches, self.settings.num_steps) as ahead,
@@ -209,6 +211,11 @@ class Trainer:
                     ending = early
                     break
             checkpoint = self.save()
+        if ending.is_finished and (missed := self.settings.stages_after(self.progress.step)):
+            self.notice(
+                f"{_stages(missed)} not reached in {_minutes(max_minutes)}. Go on with --resume, "
+                "or give the stages before fewer steps."
+            )
         return Outcome(self.progress, ending.is_finished, checkpoint, ending.why, ending.is_interrupted)
 
     @property
@@ -266,6 +273,8 @@ class Trainer:
     def _step(self, clock: "_Clock", ahead: "_Ahead") -> dict[str, Any]:
         start = time.perf_counter()
         number, stage, step = self.settings.stage_at(self.progress.step)
+        if not step:  # the losses of another stage's texts are no measure for this one's
+            self.smoothed = self.best = math.inf
         batches = ahead.get(self.progress.step)
         num_targets, num_tokens = self.group.sum(
             sum(batch.num_targets for batch in batches),
@@ -424,7 +433,7 @@ class Trainer:
         parts = [(name, ratio) for name in self.dev for ratio in self.settings.config.ratios]
         found: dict[str, dict[str, float]] = {name: {} for name in self.dev}
         start = time.perf_counter()
-        with self._averaged(), _same_random_numbers(self.device):
+        with self._averaged(), without_dropout(self.model):
             for done, (name, ratio) in enumerate(parts, 1):
                 self._doing(
                     self.progress.step, f"measuring {name.replace('_', ' ')} at ratio {ratio}, {done} of {len(parts)}"
@@ -518,15 +527,12 @@ class _Clock:
         return left < self.longest_step
 
 
+def _stages(numbers: Sequence[int]) -> str:
+    return f"Stage {numbers[0]} is" if len(numbers) == 1 else f"Stages {numbers[0]} to {numbers[-1]} are"
+
+
 def _minutes(number: float | None) -> str:
     return f"{number:g} {'minute' if number == 1 else 'minutes'}"
-
-
-@contextlib.contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    """After the block, random numbers (of a base with dropout) go on as if it had drawn none."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 def _check_shares(settings: TrainingSettings, group: Processes) -> None:
