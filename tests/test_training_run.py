@@ -715,6 +715,8 @@ BAD = [
     (["{files}/texts.jsonl", "-o", "run", "--optimizer", "sgd"], "optimizer must be one of adamw, muon; got 'sgd'."),
     (["{files}/texts.jsonl", "-o", "run", "--set", "decay"], "--set decay is no NAME=VALUE. Write text_field=body, or stage."),
     (["{files}/texts.jsonl", "-o", "run", "--set", "stages.decay=1"], "--set stages.decay=1 is no NAME=VALUE."),
+    (["{files}/texts.jsonl", "-o", "run", "--set", "stages=[{steps: 5}]"], "--set stages=[{steps: 5}] is no NAME=VALUE."),
+    (["{files}/texts.jsonl", "-o", "run", "--set", "config={num_sinks: 2}"], "--set config={num_sinks: 2} is no NAME=VALUE."),
     (["{files}/texts.jsonl", "-o", "run", "--set", "exclude=[a"], "--set exclude=[a: the value is not valid YAML"),
     (["{files}/texts.jsonl", "-o", "run", "--set", "stage.decoy=1"], "Stage 1 names decoy, which is not known. Known: "),
     (["{files}/texts.jsonl", "-o", "run", "--set", "stage.decay=often"], "decay must be a number of at least 0; got 'often'."),

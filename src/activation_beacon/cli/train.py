@@ -266,14 +266,15 @@ def set_others(pairs: list[str], groups: dict[str, dict[str, Any]]) -> None:
         groups: values by name, for each group that a name may begin with; "" for names without one.
 
     Raises:
-        ConfigError: for what is no name and value, or for a group that there is not.
+        ConfigError: for what is no name and value, for a group that there is not, or for a whole one.
     """
     import yaml
 
     for pair in pairs:
         path, equals, text = pair.partition("=")
         group, _, name = path.strip().rpartition(".")
-        if not equals or not name or group not in groups:
+        is_whole = not group and name in ("config", "stage", "stages")
+        if not equals or not name or group not in groups or is_whole:
             raise ConfigError(
                 f"--set {pair} is no NAME=VALUE. Write text_field=body, or stage.NAME=VALUE, or config.NAME=VALUE."
             )
