@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from activation_beacon import base_models
 from activation_beacon import default_base as building
@@ -139,6 +139,17 @@ def test_without_beacon_home_the_cache_folder_follows_xdg(monkeypatch, tmp_path,
     else:
         monkeypatch.setenv("XDG_CACHE_HOME", xdg)
     assert default_base_folder().parent == Path(expected).expanduser() / "base-models"
+
+
+def test_without_a_home_directory_the_way_out_is_named(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("BEACON_HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(BaseModelError, match=r"there is no home directory. Set BEACON_HOME to one"):
+        default_base_folder()
 
 
 def test_the_revision_names_package_version_and_hash():
@@ -346,6 +357,20 @@ def test_the_default_model_has_one_revision(pip, conversion):
 
 
 # Folders and hub ids
+
+
+def test_a_tokenizer_that_needs_no_vocabulary_is_found(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    tokenizer = load_pretrained_base(str(tmp_path))[1]
+    assert tokenizer("abc", add_special_tokens=False)["input_ids"] == [100, 101, 102]
+    assert tokenizer.padding_side == "left"
+
+
+def test_a_tokenizer_that_has_lost_its_vocabulary_is_none(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    assert load_pretrained_base(str(tmp_path))[1] is None
 
 
 def test_a_folder_without_tokenizer_loads_with_none(tmp_path):

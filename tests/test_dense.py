@@ -421,3 +421,18 @@ def test_a_base_is_quantised_while_it_is_loaded(tmp_path):
     model, _ = load(adapter, base_options={"quantization_config": config, "device_map": "cpu"})
     assert is_quantised(model)
     assert model.compress(random_ids(70)).num_beacons > 0
+
+
+class Scaled(nn.Linear):
+    """Floats that are not all that the layer does: as low-rank additions, or scales of their own."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return 0.05 * super().forward(rows)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_beacons_begin_as_what_a_layer_does_and_not_as_the_floats_that_it_keeps(has_bias):
+    linear = Scaled(32, 16, bias=has_bias)
+    torch.testing.assert_close(dense_weight(linear, torch.float32), 0.05 * linear.weight, rtol=0, atol=1e-7)
+    plain = nn.Linear(32, 16)
+    assert dense_weight(plain, torch.float32) is plain.weight

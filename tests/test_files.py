@@ -247,6 +247,50 @@ def test_what_is_no_file_is_named(tmp_path, name, what):
     assert isinstance(caught.value, OSError)
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    """safetensors opens it twice, by its name: the header of the one file, the data of the other."""
+    path, other = tmp_path / "book.beacon", tmp_path / "other.beacon"
+    context_of().save(path)
+    context_of(70).save(other)
+    whole, opened = files.safe_open, []
+
+    def replaced_at_first(name, **options):
+        opened.append(name)
+        if len(opened) == 1:
+            other.replace(path)
+            raise RuntimeError("file size is smaller than the required mapping size")
+        return whole(name, **options)
+
+    monkeypatch.setattr(files, "safe_open", replaced_at_first)
+    assert BeaconCache.load(path).tokens_seen == 70
+    assert len(opened) == 2
+
+
+def test_a_file_that_is_cut_short_and_stays_so_is_damaged(saved, monkeypatch):
+    def always(name, **options):
+        raise RuntimeError("file size is smaller than the required mapping size")
+
+    monkeypatch.setattr(files, "safe_open", always)
+    with pytest.raises(FileFormatError, match="is damaged, cut short"):
+        BeaconCache.load(saved)
+
+
+@pytest.mark.parametrize("name", ["a" * 248 + ".beacon", "好" * 78 + ".beacon"])
+def test_names_as_long_as_a_file_system_allows_are_names_of_contexts(tmp_path, name):
+    context_of().save(tmp_path / name)
+    assert BeaconCache.load(tmp_path / name).tokens_seen == 38
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_with_a_long_name_is_built_and_what_was_left_of_it_removed(tmp_path, monkeypatch):
+    target = tmp_path / ("a" * 250)
+    monkeypatch.setattr(files, "_is_running", lambda process: False)
+    left = files._aside(target, f"{files._host()}-1.")
+    left.mkdir()
+    build_folder("that", target, lambda folder: (folder / "file").touch())
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
 def test_a_file_that_may_not_be_read_is_named(tmp_path, saved):
     if os.geteuid() == 0:
         pytest.skip("root may read everything")

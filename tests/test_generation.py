@@ -39,7 +39,7 @@ from activation_beacon.errors import (
     UnsupportedError,
 )
 from activation_beacon.generation import REFUSED_OPTIONS
-from families import EAGER_ONLY, SIZES, random_ids, randomize, tiny, with_beacons
+from families import EAGER_ONLY, SIZES, random_ids, randomize, tiny, widths, with_beacons
 
 CONFIG = BeaconConfig(chunk_size=16, ratios=(2, 4, 8))
 FAMILIES = ("llama", "gemma3_text", "gpt_oss", "phi3")
@@ -1348,3 +1348,16 @@ def test_a_list_of_ratios_names_every_chunk_of_the_prompt(model):
         model.generate(PROMPT, beacon_ratio=[2], max_new_tokens=3)
     out = model.generate(PROMPT, beacon_ratio=[2, 4], max_new_tokens=20, return_dict_in_generate=True)
     assert out.past_key_values.ratios == (2, 4, 4)
+
+
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+@pytest.mark.parametrize("kind", ["prompt", "context"])
+@torch.no_grad()
+def test_steps_read_one_token_each_whatever_a_family_thinks_of_the_length_of_the_text(family, kind):
+    model = with_beacons(family, CONFIG, **shape_of(family), original_max_position_embeddings=32)
+    options = {"max_new_tokens": SHORT, **greedy()}
+    context = model.compress(TEXT, ratio=4) if kind == "context" else None
+    prompt = random_ids(33, 2) if kind == "context" else PROMPT
+    named = {"context": context} if kind == "context" else {"beacon_ratio": 4}
+    seen = widths(model, lambda: model.generate(prompt, **named, **options))
+    assert seen[-SHORT + 1 :] == [1] * (SHORT - 1)

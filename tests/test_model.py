@@ -359,6 +359,33 @@ def test_a_forward_of_another_library_is_called_and_given_back():
     assert detach(model).forward is forward
 
 
+@pytest.mark.parametrize(
+    "wrapped",
+    [lambda model: torch.compile(model, backend="eager"), torch.nn.DataParallel, lambda _: torch.nn.Linear(2, 2)],
+)
+def test_beacons_are_attached_to_models_of_transformers(wrapped):
+    model = tiny("llama")
+    outer = wrapped(model)
+    before = traces(model)
+    with pytest.raises(AttachError, match=r"attached to a model of transformers; got .* Give the model inside it"):
+        attach(outer, CONFIG)
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize(("eos", "bos", "token"), [(-1, 5, 5), ([], 5, 5), (VOCABULARY, None, 0), ([-1, 7], 5, 7)])
+def test_beacons_start_from_the_first_token_of_these_that_there_is(eos, bos, token):
+    model = tiny("llama")
+    model.config.eos_token_id, model.config.bos_token_id = eos, bos
+    assert torch.equal(attach(model, CONFIG).beacon_embedding, model.get_input_embeddings().weight[token])
+
+
+def test_a_base_in_a_folder_is_known_by_where_it_is(tmp_path, monkeypatch):
+    tiny("llama").save_pretrained(tmp_path / "models" / "base")
+    monkeypatch.chdir(tmp_path)
+    model = attach(LlamaForCausalLM.from_pretrained("models/base"), CONFIG)
+    assert model.beacon_config.base_model == str(tmp_path / "models" / "base")
+
+
 def test_untrained_beacons_start_from_the_base():
     model = attach(tiny("qwen2"), CONFIG)
     assert torch.equal(model.beacon_embedding, model.get_input_embeddings().weight[SIZES["eos_token_id"]])

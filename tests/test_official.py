@@ -326,6 +326,25 @@ def test_weights_that_are_not_theirs_are_refused(source, tmp_path):
         import_official(source, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"beacon_ratio": "adapt"}, {"beacon_ratio": [None, 2]}, {"beacon_param": None}, {"num_hidden_layers": None},
+     {"beacon_window": "1024"}],
+)  # fmt: skip
+def test_values_of_the_wrong_kind_are_shown(source, tmp_path, changes):
+    change_settings(source, **changes)
+    with pytest.raises(BeaconError) as caught:
+        import_official(source, tmp_path / "adapter")
+    assert str(next(iter(changes.values()))) in str(caught.value)
+
+
+@pytest.mark.parametrize("places", [["x"], {"a": None}, None])
+def test_an_index_that_names_no_files_is_refused(source, tmp_path, places):
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(FileFormatError, match="weight_map must name a file for each tensor"):
+        import_official(source, tmp_path / "adapter")
+
+
 def test_weights_that_some_layer_lacks_are_refused(source, tmp_path):
     change_tensors(source, lambda tensors: tensors.pop("model.layers.2.self_attn.beacon_k_proj.weight"))
     with pytest.raises(FileFormatError, match=r"^The checkpoint has no beacon weights for k in layer 2\.$"):

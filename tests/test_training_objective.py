@@ -5,7 +5,7 @@ from activation_beacon import BeaconConfig
 from activation_beacon.at_once import chunks_at_once
 from activation_beacon.errors import ConfigError, UnsupportedError
 from activation_beacon.training import objective as module
-from activation_beacon.training.objective import Objective, check_head, losses
+from activation_beacon.training.objective import Objective, check_at_once, check_head, losses
 from families import random_ids, with_beacons
 
 CHUNK = 16
@@ -107,6 +107,16 @@ def test_a_head_that_does_more_is_refused():
     model.base_forward = lambda **kwargs: type("Output", (), {"logits": own * 1.5})()
     with pytest.raises(UnsupportedError, match="does more after its decoder than is known"):
         check_head(model)
+
+
+def test_chunks_that_one_pass_reads_as_the_loop_does_pass_the_check(model):
+    check_at_once(model)
+
+
+def test_a_family_that_puts_more_into_its_masks_is_refused():
+    model = with_beacons("doge", BeaconConfig(chunk_size=CHUNK, ratios=(2, 4)), attention="sdpa")
+    with pytest.raises(UnsupportedError, match="puts more into its attention masks than is known here"):
+        check_at_once(model)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import itertools
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,6 +116,8 @@ def with_base(config: BeaconConfig, base_model: PreTrainedModel, base_print: str
     name, revision = config.base_model, config.base_revision
     if name is None and base_model.name_or_path:
         name, revision = base_model.name_or_path, getattr(base_model.config, "_commit_hash", None)
+        if Path(name).is_dir():  # wherever the adapter is loaded from
+            name = str(Path(name).absolute())
     return dataclasses.replace(
         config, base_model=name, base_revision=revision, base_fingerprint=config.base_fingerprint or base_print
     )
@@ -143,10 +146,11 @@ def check_chunk_fits(config: BeaconConfig, site: DecoderSite) -> None:
 
 def first_embedding(model: PreTrainedModel) -> torch.Tensor:
     """The embedding (M,) that beacons start from: that of the eos token, else of bos, else of token 0."""
-    config = model.config.get_text_config(decoder=True)
-    token = next((t for t in (config.eos_token_id, config.bos_token_id) if t is not None), 0)
-    token = token[0] if isinstance(token, (list, tuple)) else token
-    embedding = model.get_input_embeddings()
+    config, embedding = model.config.get_text_config(decoder=True), model.get_input_embeddings()
+    tokens: list[int] = []
+    for named in (config.eos_token_id, config.bos_token_id):
+        tokens += named if isinstance(named, (list, tuple)) else [] if named is None else [named]
+    token = next((token for token in tokens if 0 <= token < embedding.weight.shape[0]), 0)
     with torch.no_grad():
         return embedding(torch.tensor([token], device=embedding.weight.device))[0].clone()
 

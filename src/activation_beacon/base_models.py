@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 from transformers.utils import has_file
 
 from activation_beacon.default_base import check_default_revision, first_line, prepare_default_base
@@ -136,11 +137,20 @@ def _load_model(
 def _load_tokenizer(source: str, *, revision: str | None, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
     # Without this look AutoTokenizer may build an empty tokenizer from the model's type alone.
     where = {name: options[name] for name in HUB_OPTIONS if name in options}
-    if not any(has_file(source, file, revision=revision, **where) for file in TOKENIZER_FILES):
+    has_vocabulary = any(has_file(source, file, revision=revision, **where) for file in TOKENIZER_FILES)
+    if not has_vocabulary and not _needs_no_vocabulary(get_tokenizer_config(source, revision=revision, **where)):
         return None
     # Prompts of a batch are padded on the left.
     shared = {name: options[name] for name in TOKENIZER_OPTIONS if name in options}
     return AutoTokenizer.from_pretrained(source, revision=revision or "main", padding_side="left", **shared)
+
+
+def _needs_no_vocabulary(config: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer has none of the usual files: one of bytes, or of code that comes with the model."""
+    if "AutoTokenizer" in (config.get("auto_map") or {}):
+        return True
+    kind = tokenizer_class_from_name(config.get("tokenizer_class") or "")
+    return kind is not None and not kind.vocab_files_names
 
 
 def _explain_failed_load(name: str, source: str, error: Exception) -> str:

@@ -94,8 +94,14 @@ def _cache_home() -> Path:
     if home := os.environ.get(HOME_VARIABLE):
         return Path(home).expanduser().absolute()
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG rules say that a relative path is to be ignored.
-    return (shared if shared.is_absolute() else Path.home() / ".cache") / "activation-beacon"
+    if not shared.is_absolute():  # The XDG rules say that a relative path is to be ignored.
+        try:
+            shared = Path.home() / ".cache"
+        except RuntimeError as error:
+            raise BaseModelError(
+                f"The default model needs a folder, and there is no home directory. Set {HOME_VARIABLE} to one."
+            ) from error
+    return shared / "activation-beacon"
 
 
 def _is_complete(folder: Path) -> bool:

@@ -15,10 +15,12 @@ from torch.distributed.tensor import DTensor
 from activation_beacon.entries import FLOATS
 from activation_beacon.errors import UnsupportedModelError
 from activation_beacon.files import reason
+from activation_beacon.projection import OneDnnLinear
 
 # M input features · N output features
 
 UNITS = 1024  # unit vectors that a layer is given at once
+PLAIN = (nn.Linear.forward, OneDnnLinear.forward)  # what multiplies by the weight, and does nothing else
 
 
 def is_linear(module: object) -> bool:
@@ -61,11 +63,11 @@ def packed_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def dense_weight(linear: nn.Module, dtype: torch.dtype, name: str | None = None) -> torch.Tensor:
-    """The weight (N, M) of a linear layer in floats: its own, or where it is packed a new one.
+    """The weight (N, M) of a linear layer in floats: its own, or where it is packed, or not all that the layer does, a new one.
 
     Args:
         linear: a layer of the base.
-        dtype: of what it is given to multiply, where it is packed.
+        dtype: of what it is given to multiply, where its own is not taken.
         name: what an error calls it; its class where there is none.
 
     Raises:
@@ -73,11 +75,12 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype, name: str | None = None)
     """
     weight = getattr(linear, "weight", None)
     shape = (int(linear.out_features), int(linear.in_features))  # type: ignore[arg-type]
-    if isinstance(weight, torch.Tensor) and not is_packed(weight) and tuple(weight.shape) == shape:
-        return weight
+    has_own = isinstance(weight, torch.Tensor) and not is_packed(weight) and tuple(weight.shape) == shape
+    if has_own and type(linear).forward in PLAIN:
+        return weight  # type: ignore[return-value]
     kind = type(linear).__name__ if name is None else f"{name} ({type(linear).__name__})"
     try:
-        found = _multiplier(linear, dtype)
+        found = _multiplier(linear, dtype, is_exact=has_own)
     except Exception as failure:  # kernels that are missing say so in many ways
         raise _unknown(kind, f"multiplying by it failed ({reason(failure)})") from failure
     if found is None or tuple(found.shape) != shape or not found.isfinite().all():
@@ -86,18 +89,25 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype, name: str | None = None)
 
 
 @torch.no_grad()
-def _multiplier(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor | None:
-    """By what a layer multiplies: what it makes of unit vectors, side by side; None where it also makes something of nothing."""
+def _multiplier(linear: nn.Module, dtype: torch.dtype, *, is_exact: bool) -> torch.Tensor | None:
+    """By what a layer multiplies: what it makes of unit vectors, side by side; None where it also makes something of nothing.
+
+    Args:
+        linear: the layer.
+        dtype: of the vectors.
+        is_exact: whether a bias that it keeps out of sight may be subtracted.
+    """
     features = int(linear.in_features)  # type: ignore[arg-type]
     device = next((tensor.device for tensor in tensors_of(linear)), None)
     with _without_bias(linear):
-        if linear(torch.zeros(1, 1, features, dtype=dtype, device=device)).any():
+        nothing = linear(torch.zeros(1, 1, features, dtype=dtype, device=device))
+        if nothing.any() and not is_exact:
             return None
         columns = []
         for first in range(0, features, UNITS):
             units = torch.zeros(1, min(UNITS, features - first), features, dtype=dtype, device=device)
             units[0].diagonal(first).fill_(1)
-            columns.append(linear(units)[0].to(dtype))
+            columns.append((linear(units)[0] - nothing[0]).to(dtype))
     return torch.cat(columns).T.contiguous()
 
 

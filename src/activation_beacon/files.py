@@ -21,6 +21,8 @@ from activation_beacon.errors import BeaconError, FileFormatError, StorageError
 
 CONTEXT_FORMAT = "activation-beacon context"
 CONTEXT_VERSION = 1
+LONGEST_NAME = 200  # bytes of a name that names beside it may begin with; most file systems allow 255
+MOST_READINGS = 5  # of a file that is replaced each time
 
 
 @contextlib.contextmanager
@@ -84,8 +86,14 @@ def _writing(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+def _aside(path: Path, owner: str = "") -> Path:
+    return path.with_name(f"{_aside_start(path)}{owner}{secrets.token_hex(4)}.part")
+
+
+def _aside_start(path: Path) -> str:
+    """What names beside a path begin with: its own, or a digest of one that is as long as a name may be."""
+    name = os.fsencode(path.name)
+    return f".{path.name if len(name) <= LONGEST_NAME else hashlib.sha256(name).hexdigest()[:16]}."
 
 
 def reason(error: BaseException) -> str:
@@ -122,7 +130,7 @@ def build_folder(source: str | Path, target: str | Path, write: Callable[[Path],
         raise StorageError(
             f"{target} exists already and is not empty. Choose another folder for what comes of {source}."
         )
-    aside = _aside(target.with_name(f"{target.name}.{_host()}-{os.getpid()}"))
+    aside = _aside(target, f"{_host()}-{os.getpid()}.")
     with _writing(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +150,7 @@ def _host() -> str:
 
 def _remove_left(target: Path) -> None:
     """Remove folders aside whose processes, by their names one of this machine, are no more."""
-    start = f".{target.name}.{_host()}-"
+    start = f"{_aside_start(target)}{_host()}-"
     for path in target.parent.glob(f"{glob.escape(start)}*.part"):
         number = path.name.removeprefix(start).partition(".")[0]
         if number.isdecimal() and not _is_running(int(number)):
@@ -179,7 +187,7 @@ def write_context_file(path: str | Path, header: Mapping[str, Any], tensors: Map
 
 
 def read_context_file(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read what `write_context_file` wrote; the file is opened by mmap.
+    """Read what `write_context_file` wrote; the file is opened by mmap. One that is replaced meanwhile is read again.
 
     Raises:
         StorageError: if the file cannot be opened.
@@ -188,6 +196,26 @@ def read_context_file(path: str | Path) -> tuple[dict[str, Any], dict[str, torch
     if not Path(path).is_file():
         what = "is a folder" if Path(path).is_dir() else "does not exist"
         raise StorageError(f"{path} {what}. Name a file that `beacon compress` or context.save wrote.")
+    for _ in range(MOST_READINGS - 1):
+        before = _which(path)
+        try:
+            return _read_context_file(path)
+        except BeaconError:
+            if _which(path) == before:
+                raise
+    return _read_context_file(path)
+
+
+def _which(path: str | Path) -> tuple[int, ...]:
+    """Another value where another file has taken the place: safetensors opens a file by its name, twice."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return ()
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _read_context_file(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -196,7 +224,7 @@ def read_context_file(path: str | Path) -> tuple[dict[str, Any], dict[str, torch
                     f"{path} is a safetensors file but not a compressed context. Name a *.beacon file."
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # the latter from torch, where it is shorter than the header says
         raise FileFormatError(
             f"{path} is damaged, cut short, or not a compressed context ({reason(error)}). Compress the text again."
         ) from error

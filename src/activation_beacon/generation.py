@@ -297,6 +297,8 @@ class BeaconGeneration(Attached):
                 **kwargs,
             )
         kwargs.pop("position_ids", None)
+        if next_sequence_length is not None:  # of all ids, Phi-3 concludes that the text has outgrown the cache
+            input_ids = input_ids[:, -next_sequence_length:]
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
         )

@@ -203,7 +203,7 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
         `base_model`, with `compress`, `generate(context=...)` and the rest of `BeaconModel`.
 
     Raises:
-        AttachError: if it carries beacons already, or not all of its weights are in memory.
+        AttachError: if it carries beacons already, is no model of transformers, or not all of its weights are in memory.
         UnsupportedModelError: if its architecture cannot carry beacons.
         ConfigError: if a chunk does not fit its positions, or `exact_ids` names no tokens, or others than its own.
         MismatchError: if the config names the fingerprint of another base model, unless this one is quantised: then a warning.
@@ -215,6 +215,11 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
         )
     if isinstance(base_model, BeaconModel):
         raise AttachError(f"This {type(base_model).__name__} carries beacons already. Call detach(model) first.")
+    if not isinstance(base_model, PreTrainedModel):
+        raise AttachError(
+            f"Beacons are attached to a model of transformers; got {type(base_model).__name__}. Give the model inside it, "
+            "and wrap or compile that afterwards."
+        )
     check_in_memory(base_model)
     num_ids = base_model.get_input_embeddings().weight.shape[0]
     if config.exact and max(config.exact) >= num_ids:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from activation_beacon.config import PLACEMENTS, BeaconConfig, is_same_fingerprint, short_fingerprint
-from activation_beacon.errors import FileFormatError, MismatchError, StorageError, UnsupportedModelError
+from activation_beacon.errors import BeaconError, FileFormatError, MismatchError, StorageError, UnsupportedModelError
 from activation_beacon.files import build_folder, reason, write_text
 from activation_beacon.fingerprint import fingerprint
 from activation_beacon.persistence import load_adapter_config, load_adapter_tensors, save_adapter
@@ -36,6 +36,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
+READ_SETTINGS = ("beacon_window", "beacon_ratio", "beacon_param", "beacon_sink_size", "num_hidden_layers")
 SAME_EVERYWHERE = {  # settings of theirs that have one value in all released checkpoints
     "beacon_attn": "full-coverage",
     "beacon_attend_prev": True,
@@ -64,7 +65,15 @@ def import_official(source: str | Path, target: str | Path, *, with_base: bool =
     tensors = _read_tensors(source)
     adapter = dict(_adapter_tensors(tensors))
     base = {name: tensor for name, tensor in tensors.items() if "beacon" not in name and "rotary_emb" not in name}
-    config = _config_of(settings, adapter, base)
+    try:
+        config = _config_of(settings, adapter, base)
+    except BeaconError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        read = {name: settings[name] for name in READ_SETTINGS if name in settings}
+        raise FileFormatError(
+            f"config.json of {source} has a value of the wrong kind ({reason(error)}): {read}."
+        ) from error
     if not with_base:
         config = dataclasses.replace(config, base_model=None)
 
@@ -245,7 +254,10 @@ def _weight_files(folder: Path) -> list[Path]:
     """The model's weights as transformers finds them; other safetensors in the folder are none of ours."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+        places = _read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise FileFormatError(f"{index} is damaged: weight_map must name a file for each tensor. Fetch it again.")
+        return [folder / name for name in sorted(set(places.values()))]
     return [path for path in (folder / "model.safetensors",) if path.exists()]
 
 

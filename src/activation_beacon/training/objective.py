@@ -6,6 +6,8 @@ predicts worse. Logits are made in slices and never all at once: their gradient 
 frozen, so that a slice leaves behind nothing but the gradient of its hidden states.
 """
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from activation_beacon.at_once import chunks_at_once
+from activation_beacon.cache import BeaconCache
 from activation_beacon.constants import sent
 from activation_beacon.errors import ConfigError, UnsupportedError
+from activation_beacon.plan import as_policy
 
 # B batch · T tokens of a text · n tokens of a slice · M model dim · V vocabulary
 
+MOST_ROUNDING = 0.1  # of logits, by which two ways to them may differ; a mixture of experts may choose others
 SLICE_LOGITS = 512 * 49_152  # logits that are held at once
 
 
@@ -146,6 +152,38 @@ def check_head(model: Any) -> None:
         raise UnsupportedError(
             f"{type(model).__name__} does more after its decoder than is known here, so that its loss cannot be made in "
             "slices. Train it with your own loop: model(input_ids, labels=labels, beacon_ratio=...) is differentiable."
+        )
+
+
+@torch.no_grad()
+def check_at_once(model: Any) -> None:
+    """Make sure that all chunks in one pass give what chunk by chunk does: a family may put more into its masks than is known here.
+
+    Raises:
+        UnsupportedError: if the logits differ.
+    """
+    own = model.beacon_config
+    unit, ratio = math.lcm(*own.ratios), own.ratios[-1]
+    size = min(own.chunk_size, unit * max(2, math.ceil(own.num_sinks / unit)))
+    config = dataclasses.replace(own, chunk_size=size, local_tokens=0)
+    weight = model.get_input_embeddings().weight
+    ids = torch.arange(2 * size + 8, device=weight.device)[None] % min(97, weight.shape[0])
+    cache = BeaconCache(
+        config,
+        num_layers=len(model.new_cache().layers),
+        policy=as_policy(config, ratio),
+        base_fingerprint=model.base_fingerprint,
+        adapter_fingerprint=model.adapter_fingerprint,
+        device=weight.device,
+    )
+    by_chunk = model(ids, past_key_values=cache).logits[0].float()
+    with chunks_at_once(model):
+        states = model.hidden_states(ids, [ratio, ratio], chunk_size=size)
+    at_once = head(model, states[0]).float()
+    if not (by_chunk - at_once).norm() <= MOST_ROUNDING * by_chunk.norm():
+        raise UnsupportedError(
+            f"{type(model).__name__} puts more into its attention masks than is known here, so that its chunks cannot be read in one "
+            "pass. Train it with your own loop: model(input_ids, labels=labels, beacon_ratio=...) is differentiable."
         )
 
 

@@ -30,7 +30,7 @@ from activation_beacon.training.checkpoints import Progress
 from activation_beacon.training.frozen import without_dropout
 from activation_beacon.training.low_rank import LowRank
 from activation_beacon.training.metrics import MetricsLog, StepTotals, peak_memory
-from activation_beacon.training.objective import Losses, Objective, check_head, losses
+from activation_beacon.training.objective import Losses, Objective, check_at_once, check_head, losses
 from activation_beacon.training.optimizers import make_optimizers
 from activation_beacon.training.sampling import Sampler
 from activation_beacon.training.settings import Stage, TrainingSettings
@@ -130,6 +130,7 @@ class Trainer:
         _check_shares(settings, self.group)
         with without_dropout(model):
             check_head(model)
+            check_at_once(model)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for _, parameter in model.beacon_parameters():
