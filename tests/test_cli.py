@@ -328,7 +328,7 @@ def test_chat_reads_nothing_twice_and_equals_the_whole_conversation(run, files):
     assert info[0].startswith(
         f"BeaconCache: {talk.tokens_seen - 1:,} tokens seen"
     )  # the last is read with what follows
-    assert info[-1] == "2 turns"
+    assert info[-1] == "2 turns since the chat began"
     assert "model (untrained): " in result.stderr
 
 
@@ -391,7 +391,7 @@ def test_a_bad_line_does_not_end_the_chat(run):
     result = run(*args, stdin=f"/what\n/save\n/save {'{files}'}/text.txt\n{'long ' * 200}\n\nWho?\n")
     assert len(good(result).strip().splitlines()) == 1
     assert "/what is not a command. Commands are:" in result.stderr
-    assert "/save is not a command" in result.stderr
+    assert "/save needs the name of a file." in result.stderr
     assert "exists already" in result.stderr or "there is no folder" in result.stderr
     assert "Error: The question has 1," in result.stderr
 
@@ -913,7 +913,7 @@ def test_ctrl_c_leaves_nothing_half_written(files, tmp_path):
     )
     with process(*args, cwd=tmp_path / "work") as running:
         lines = list(itertools.takewhile(lambda line: not line.startswith("compressing"), running.stderr))
-        assert lines[-1] == f"{UNTRAINED}\n"  # on a slow machine, progress of loading stands before it
+        assert lines[-2] == f"{UNTRAINED}\n"  # on a slow machine, progress of loading stands before it
         time.sleep(0.5)
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=60)
@@ -935,7 +935,7 @@ def test_ctrl_c_stops_an_answer_but_not_the_chat(files):
         out, err = running.communicate("/info\n", timeout=60)
     assert running.returncode == 0, err
     assert err == "(stopped)\n"
-    assert out.endswith("\n1 turns\n")
+    assert out.endswith("\n1 turn since the chat began\n")
 
 
 def test_the_output_of_a_process_is_clean(files, tmp_path):
@@ -943,7 +943,7 @@ def test_the_output_of_a_process_is_clean(files, tmp_path):
     with process(*args, cwd=tmp_path) as running:
         out, err = running.communicate(timeout=60)
     assert json.loads(out)["tokens"] == 902
-    assert err.splitlines() == [UNTRAINED, "compressing at ratio auto: 902 tokens", USUAL]
+    assert err.splitlines() == [UNTRAINED, USUAL, "compressing at ratio 2: 902 tokens"]
     args = ("ask", "out.beacon", "Who?", "--model", str(files / "adapter"), "--max-new-tokens", "2")
     with process(*args, cwd=tmp_path) as running:
         out, err = running.communicate(timeout=60)

@@ -102,11 +102,10 @@ def export_official(adapter_folder: str | Path, base_folder: str | Path, target:
     config, adapter = load_adapter_config(adapter_folder), load_adapter_tensors(adapter_folder)
     settings = _read_json(Path(base_folder) / "config.json")
     _check_family(settings)
-    if config.local_tokens:
-        raise UnsupportedModelError(f"The authors' code has no local_tokens; this adapter has {config.local_tokens}.")
-    if config.anchored:
+    if ours := [name for name in ("anchored", "exact_ids", "local_tokens") if getattr(config, name)]:
         raise UnsupportedModelError(
-            "The authors' code has no anchored beacons. Only adapters that were trained with `anchored: false` can go out."
+            f"The authors' code does not have what this adapter has: {', '.join(ours)}. Adapters that were trained with "
+            "`beacon train --paper` can go out."
         )
     base = _read_tensors(Path(base_folder))
     expected, found = config.base_fingerprint, _base_fingerprint(settings, base)

@@ -99,6 +99,8 @@ class Terminal:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 - gives input() its editing keys
             notice(f"{HELP}\n")
+            if num_tokens := self.conversation.context.token_ids.shape[1]:
+                notice(f"The context holds {num_tokens:,} tokens. Ask about it.")
         for line in self._lines():
             if line.startswith("/"):
                 if line == "/quit":
@@ -151,11 +153,14 @@ class Terminal:
     def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
         if name == "/info":
-            typer.echo(f"{self.conversation.context}\n{self.conversation.num_turns} turns")
+            turns = self.conversation.num_turns
+            typer.echo(f"{self.conversation.context}\n{turns} {'turn' if turns == 1 else 'turns'} since the chat began")
         elif name == "/reset":
             self.conversation.reset()
             notice("Back at the start.")
-        elif name in ("/save", "/save!") and argument.strip():
+        elif name in ("/save", "/save!") and not argument.strip():
+            notice(f"{name} needs the name of a file.")
+        elif name in ("/save", "/save!"):
             path = Path(argument.strip()).expanduser()
             notice(f"{path}: {save(self.conversation, path, force=name == '/save!'):,} bytes")
         else:

@@ -65,6 +65,8 @@ def compress(
     loaded = load_model(model, base=base, device=device, dtype=dtype, local_tokens=local_tokens)
     warn_untrained(loaded.config)
     ids = loaded.tokenizer(text, verbose=False)["input_ids"] if plain else loaded.prompt.opening(text)
+    if wanted == "auto" and budget is None:
+        _suggest_usual_ratio(loaded, len(ids))
     context, seconds = compress_ids(loaded, ids, ratio=wanted, budget=budget)
     if quantize is not None:
         context = context.quantize(int(quantize))
@@ -72,8 +74,6 @@ def compress(
     if not context.ratios:
         longest = context.config.untouched_length
         notice(f"The text has at most {longest:,} tokens: it is kept raw, without beacons.")
-    elif wanted == "auto" and budget is None:
-        _suggest_usual_ratio(context)
     if json:
         print_json(
             {"file": str(output), **numbers(context), **_result(file_bytes, seconds), **trained_fields(loaded.config)}
@@ -82,26 +82,45 @@ def compress(
         typer.echo(_summary(output, context, file_bytes, seconds))
 
 
-def _suggest_usual_ratio(context: "BeaconCache") -> None:
-    """Say what the ratio that most texts are compressed at would hold, where "auto" has found room for a smaller one."""
-    chosen = max(context.ratios)
-    if chosen >= USUAL_RATIO or USUAL_RATIO not in context.config.ratios:
+def _suggest_usual_ratio(loaded: Loaded, num_tokens: int) -> None:
+    """Say what the ratio that most texts are compressed at would hold, where "auto" has room for a smaller one."""
+    chosen = _ratio_taken(loaded, num_tokens, "auto", None)
+    if not isinstance(chosen, int) or chosen >= USUAL_RATIO or USUAL_RATIO not in loaded.config.ratios:
         return
+    from activation_beacon.bench.cost import ModelShape
     from activation_beacon.plan import entries_held
 
-    entry_bytes = context.uncompressed_bytes / context.tokens_seen
-    held = entry_bytes * entries_held(context.config, context.tokens_seen, USUAL_RATIO)
+    shape = ModelShape.of(loaded.model.config.get_text_config(decoder=True))
+    held = shape.cache_bytes(entries_held(loaded.config, num_tokens, USUAL_RATIO), loaded.model.dtype.itemsize)
     notice(
         f'"auto" chose ratio {chosen}, the smallest that fits the model\'s positions. --ratio {USUAL_RATIO} would hold '
-        f"{bytes_text(round(held))} and read faster."
+        f"{bytes_text(held)} and read faster."
     )
+
+
+def _ratio_taken(
+    loaded: Loaded, num_tokens: int, ratio: options.RatioOption, budget: int | None
+) -> options.RatioOption:
+    """The ratio that a text is read at: what "auto" chooses, if it closes a chunk.
+
+    Raises:
+        CapacityError: if not even the largest fits.
+    """
+    if ratio != "auto":
+        return ratio
+    from activation_beacon.plan import TextPlanner
+
+    policy = loaded.model.ratio_policy("auto", budget=budget)
+    layouts = TextPlanner(loaded.config, policy, loaded.model.max_positions).layouts(num_tokens)
+    return layouts[0].ratio if layouts else ratio
 
 
 def compress_ids(
     loaded: Loaded, ids: list[int], *, ratio: options.RatioOption, budget: int | None = None
 ) -> tuple["BeaconCache", float]:
     """Compress with a progress bar; the context and the seconds that it took."""
-    name = ",".join(map(str, ratio)) if isinstance(ratio, tuple) else ratio
+    taken = _ratio_taken(loaded, len(ids), ratio, budget)
+    name = ",".join(map(str, taken)) if isinstance(taken, tuple) else taken
     with Progress(f"compressing at ratio {name}", len(ids), loaded.config.chunk_size) as progress:
         start = time.perf_counter()
         context = loaded.model.compress(ids, ratio=ratio, budget=budget, progress=progress)

@@ -209,7 +209,8 @@ def train(
     Defaults below are those of a run with neither: its beacons are of the default adapter's kind.
 
     The run's folder gets checkpoints, metrics.jsonl, and the adapter. Ctrl-C, SIGTERM and --max-minutes save and end it;
-    --resume goes on to the same weights as an unbroken run.
+    --resume goes on, after Ctrl-C and SIGTERM to the same weights as an unbroken run (--max-minutes lowers the learning
+    rate before its end).
     """
     flags = {
         "base": base, "adapter": adapter, "questions": questions, "chats": chats, "dev": dev, "dev_questions": dev_questions,

@@ -5,12 +5,13 @@ import contextlib
 import json
 import secrets
 import time
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, AsyncIterator, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from activation_beacon.cache import BeaconCache
-from activation_beacon.errors import InputError
+from activation_beacon.errors import CapacityError, InputError
 from activation_beacon.plan import TextPlanner
 from activation_beacon.server.failures import NotFoundError, described
 from activation_beacon.server.jobs import Done, Ended, Piece, Progress
@@ -162,9 +163,24 @@ class Answers:
         """
         positions = self.server.model.max_positions
         cut(cache.config, cache.policy, positions, cache.rows[0], len(ids))
-        if self.request.limit is not None and positions is not None:
-            planner = TextPlanner(cache.config, cache.policy, positions)
-            planner.plan(cache.rows[0], len(ids) + self.request.limit - 1)
+        limit = self.request.limit
+        if limit is None or positions is None:
+            return
+        planner = TextPlanner(cache.config, cache.policy, positions)
+
+        def exceeds(num_new: int) -> bool:
+            try:
+                planner.plan(cache.rows[0], len(ids) + num_new - 1)
+            except CapacityError:
+                return True
+            return False
+
+        if exceeds(limit):
+            most = bisect_left(range(1, limit + 1), True, key=exceeds)
+            raise CapacityError(
+                f"max_tokens ({limit:,}) is more than fits behind the {cache.tokens_seen + len(ids):,} tokens of context and "
+                f"prompt. Ask for {most:,} at most."
+            )
 
     # --- a reply in one piece ---
 

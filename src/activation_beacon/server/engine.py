@@ -119,7 +119,7 @@ class Engine:
                 raise ClosedError(SHUTTING_DOWN)
             if len(self._waiting) >= self.limits.max_waiting:
                 raise BusyError(
-                    f"{len(self._waiting)} requests are waiting already, as many as may (max_waiting). Try again later."
+                    f"As many requests are waiting as may (--max-waiting {self.limits.max_waiting}). Try again later."
                 )
             self._waiting.extend(jobs)
             self._changed.notify()

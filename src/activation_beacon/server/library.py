@@ -244,7 +244,8 @@ class Library:
         held = await self._in_thread(self.folder.num_bytes)
         if held + num_bytes > most or held >= most:
             raise QuotaError(
-                f"The folder of contexts holds {held:,} bytes and may hold {most:,}; {num_bytes:,} more were needed. "
+                f"The folder of contexts holds {held:,} bytes and may hold {most:,}"
+                f"{f'; {num_bytes:,} more were needed' if num_bytes else ''}. "
                 "Delete contexts (DELETE /v1/contexts/ID), or raise --disk."
             )
 

@@ -145,6 +145,7 @@ class Trainer:
         self.stopping: str | None = None
         self.is_interrupted = False
         self.smoothed = self.best = math.inf
+        self.measured_at: int | None = None  # the step after which dev texts were measured last
 
     # --- running ---
 
@@ -212,6 +213,8 @@ class Trainer:
                     ending = early
                     break
             checkpoint = self.save()
+        if self.dev and self.measured_at != self.progress.step:
+            self.notice("Dev texts were not measured at the end: there was no time left, or the run was stopped.")
         if ending.is_finished and (missed := self.settings.stages_after(self.progress.step)):
             self.notice(
                 f"{_stages(missed)} not reached in {_minutes(max_minutes)}. Go on with --resume, "
@@ -251,6 +254,7 @@ class Trainer:
 
     def _measured(self, clock: "_Clock", *, within: float | None = None) -> dict[str, dict[str, float]]:
         found = self.dev_losses(within=within)
+        self.measured_at = self.progress.step if found else self.measured_at
         clock.tick_measured(is_whole=bool(found))
         return found
 
@@ -262,7 +266,8 @@ class Trainer:
         else:
             self.notice(
                 f"Dev texts are not measured before the first step: that would take more than {MEASURING_SHARE:.0%} of "
-                f"{_minutes(clock.minutes)}. Lower dev_texts or dev_length (--set dev_texts=1)."
+                f"{_minutes(clock.minutes)}. Lower dev_texts ({self.settings.dev_texts}) or dev_length "
+                f"({self.settings.length_of_dev_texts:,}) by --set."
             )
 
     def _doing(self, step: int, text: str) -> None:
