@@ -86,6 +86,19 @@ def test_the_page_on_python_runs_from_top_to_bottom(tmp_path, monkeypatch):
         names["trainer"].train(resume_from_checkpoint=True)
 
 
+def test_a_loop_of_ones_own_runs_as_the_page_on_training_has_it(tmp_path, monkeypatch):
+    save_base(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", tmp_path / "base", seed=1)
+    (tmp_path / "my-text.txt").write_text(short_book()[:300], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("activation_beacon.load", lambda name: load_tiny(name, tmp_path / "adapter"))
+    names: dict[str, Any] = {}
+    exec(compile("\n".join(python_blocks(ROOT / "docs" / "training.md")), "training.md", "exec"), names)
+    assert len(names["ratios"]) > 1
+    assert load("my-adapter")[0].adapter_fingerprint == names["model"].adapter_fingerprint
+    assert load("adapter")[0].adapter_fingerprint != names["model"].adapter_fingerprint
+
+
 def load_tiny(name: str, default: Path) -> tuple[Any, Any]:
     model, tokenizer = load(default if name == "default" else name)
     tokenizer.pad_token = tokenizer.eos_token
