@@ -971,6 +971,8 @@ def ended(command: str, **environment: str) -> subprocess.CompletedProcess:
             "beacon inspect {files}/adapter.beacon >/dev/full",
             "The output cannot be written: No space left on device. Let it",
         ),
+        ("beacon --help >/dev/full", "The output cannot be written: No space left on device. Let it"),
+        ("beacon compress --help >/dev/full", "The output cannot be written: No space left on device. Let it"),
         (
             "beacon ask {files}/adapter.beacon W --model {files}/adapter >/dev/full",
             "The output cannot be written: No space",

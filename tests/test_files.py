@@ -266,12 +266,12 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkey
     assert len(opened) == 2
 
 
-def test_a_file_that_is_cut_short_and_stays_so_is_damaged(saved, monkeypatch):
+def test_a_good_file_that_the_system_cannot_open_now_is_not_damaged(saved, monkeypatch):
     def always(name, **options):
-        raise RuntimeError("file size is smaller than the required mapping size")
+        raise RuntimeError("unable to open file <book>: Too many open files (24)")
 
     monkeypatch.setattr(files, "safe_open", always)
-    with pytest.raises(FileFormatError, match="is damaged, cut short"):
+    with pytest.raises(StorageError, match="cannot be read: unable to open file"):
         BeaconCache.load(saved)
 
 

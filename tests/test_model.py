@@ -1055,6 +1055,17 @@ def test_a_span_that_comes_too_late_is_refused(span, is_late):
     same_cache(before, expected)
 
 
+@pytest.mark.parametrize("span", [(10, 15, None), (12, 18, 2), (10, 40, None)])
+def test_a_span_that_is_raw_already_is_none_too_late(span):
+    model, ids = with_beacons("llama", CONFIG), random_ids(60)
+    cache = model.compress(ids[:, :40], ratio=8, spans=[(10, 14, None), (13, 20, None)])
+    is_raw = span[1] <= 20
+    with (
+        contextlib.nullcontext() if is_raw else pytest.raises(RatioError, match="tokens 16 to 31 have been compressed")
+    ):
+        model.compress(ids[:, 40:], cache=cache, spans=[span])
+
+
 def test_numbers_of_any_kind_are_budgets_spans_and_masks():
     model, ids = with_beacons("llama", CONFIG), random_ids(60)
     by_numpy = model.compress(ids, budget=numpy.int64(50), spans=numpy.array([[3, 8, 2]]))

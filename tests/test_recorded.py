@@ -437,7 +437,7 @@ def test_large_rooms_have_many_parts(held, least):
     assert room.num_slots <= held * (1 + 1 / 8 + 1 / 32) + 16
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_attention_in_parts_is_attention_to_what_is_filled(dtype, scale):
     torch.manual_seed(0)
@@ -449,8 +449,15 @@ def test_attention_in_parts_is_attention_to_what_is_filled(dtype, scale):
     copies = [states.double().repeat_interleave(3, dim=1) for states in (keys, values)]
     expected = torch.nn.functional.scaled_dot_product_attention(query.double(), *copies, attn_mask=filled, scale=scale)
     assert ours.dtype is dtype
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
     torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_large_scores_in_half_precision_are_numbers():
+    states = torch.full((1, 2, 64, 128), 24.0, dtype=torch.float16)  # 73,728 before they are scaled
+    filled = torch.ones(1, 1, 1, 64, dtype=torch.bool)
+    attended = recorded.FilledEntries.attended_to(states[:, :, :1], [states, states, filled], scale=None)
+    assert torch.equal(attended, states[:, :, :1])
 
 
 @torch.no_grad()

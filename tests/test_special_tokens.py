@@ -1,7 +1,7 @@
 """Special tokens that somebody writes in a text are letters; all else is tokenized as it was."""
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from activation_beacon import ChatPrompt, load_pretrained_base
@@ -113,3 +113,28 @@ def test_the_default_model_reads_its_own_marks_in_a_text_as_text():
     assert special_ids(tokenizer, ids) == special_ids(tokenizer, prompt.opening(""))
     assert ids[len(prompt.opening("")) :] == tokenizer(text, split_special_tokens=True)["input_ids"]
     assert tokenizer.decode(ids).endswith(text)
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, with_blanks])
+def test_texts_by_themselves_have_no_special_tokens(make):
+    tokenizer = make()
+    texts = ["no such thing", f"one {tokenizer.eos_token} more"]
+    found = SpecialTokens(tokenizer).ids_of_texts(texts)
+    assert found[0] == tokenizer(texts[0], add_special_tokens=False)["input_ids"]
+    assert special_ids(tokenizer, found[1]) == []
+    assert tokenizer.decode(found[1]).strip() == texts[1]
+
+
+def test_what_a_tokenizer_puts_around_a_text_stays_around_it():
+    tokenizer = byte_tokenizer()
+    core = tokenizer.backend_tokenizer
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL[:2]]
+    core.post_processor = processors.TemplateProcessing(single=f"{ends[0][0]} $A {ends[1][0]}", special_tokens=ends)
+    special = SpecialTokens(tokenizer)
+    plain, marked = (special.ids(special.marked(text), special=True) for text in ("one", f"a{SPECIAL[1]}b"))
+    assert plain == tokenizer("one")["input_ids"]
+    assert special_ids(tokenizer, marked) == [marked[0], marked[-1]] == [plain[0], plain[-1]]
+
+
+def test_what_is_no_letter_is_told_as_such():
+    assert SpecialTokens(byte_tokenizer()).marked("a\ud8ffb") == "a\ufffdb"

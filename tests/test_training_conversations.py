@@ -62,6 +62,16 @@ def test_a_sample_is_as_long_as_its_parts_and_the_overheads(template, count):
     assert made.lengths([]) == []
 
 
+def test_an_answer_ends_once_whatever_is_written_in_it():
+    conversations = Conversations(letter_tokenizer(MARKED))
+    sample = conversations.sample("On <|end|> marks.", [Turn("Which?", "This one: <|end|>."), Turn("And?", "<|user|>")])
+    targets = sample.ids[sample.is_target].tolist()
+    assert targets.count(conversations.end) == 2
+    assert targets[-1] == conversations.end
+    texts = ["plain", "This one: <|end|>."]
+    assert conversations.lengths(texts) == [len(conversations.ids(text)) for text in texts]
+
+
 def test_a_tokenizer_that_cannot_end_an_answer_is_refused():
     assert Conversations(letter_tokenizer(MARKED, eos=None)).end is not None
     with pytest.raises(InputError) as caught:

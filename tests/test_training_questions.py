@@ -57,6 +57,17 @@ def test_a_sample_fits_the_length_and_has_more_than_two_chunks(template):
         assert 2 * CHUNK < len(sampler.sample(index).ids) <= LENGTH
 
 
+def test_passages_with_special_tokens_in_them_are_counted_as_they_are_written():
+    """As letters, of which there are many more."""
+    groups = [
+        QuestionGroup(group.context.replace("word", "<|end|>"), group.questions)
+        for group in (group_of(number, size=80) for number in range(20))
+    ]
+    sampler = packed(groups)
+    for index in range(2 * len(sampler)):
+        assert len(sampler.sample(index).ids) <= LENGTH
+
+
 def test_passages_are_whole_and_each_question_is_on_one_of_them():
     sampler, contexts = packed(), {group.context for group in GROUPS}
     for index in range(2 * len(sampler)):

@@ -122,7 +122,7 @@ BAD_RUNS = [
     ({"stages": [{"learning_rate": "1e-4x"}]}, "learning_rate must be a number of more than 0; got '1e-4x'."),
     ({"stages": [{"learning_rate": "inf"}]}, "learning_rate must be a number of more than 0; got 'inf'."),
     ({"stages": [{"steps": "1e3"}]}, "steps must be an int of at least 1; got '1e3'."),
-    ({"dtype": "float33"}, "dtype must be one of None, float32, bfloat16, float16; got 'float33'."),
+    ({"dtype": "float33"}, "dtype must be one of None, auto, float32, bfloat16, float16, float64; got 'float33'."),
     ({"seed": "abc"}, "seed must be an int of at least 0; got 'abc'."),
     ({"seed": -1}, "seed must be an int of at least 0; got -1."),
     ({"workers": "two"}, "workers must be an int of at least 0; got 'two'."),

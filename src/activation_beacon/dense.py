@@ -80,7 +80,7 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype, name: str | None = None)
         return weight  # type: ignore[return-value]
     kind = type(linear).__name__ if name is None else f"{name} ({type(linear).__name__})"
     try:
-        found = _multiplier(linear, dtype, is_exact=has_own)
+        found = _multiplier(linear, dtype, may_subtract=has_own)
     except Exception as failure:  # kernels that are missing say so in many ways
         raise _unknown(kind, f"multiplying by it failed ({reason(failure)})") from failure
     if found is None or tuple(found.shape) != shape or not found.isfinite().all():
@@ -89,19 +89,20 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype, name: str | None = None)
 
 
 @torch.no_grad()
-def _multiplier(linear: nn.Module, dtype: torch.dtype, *, is_exact: bool) -> torch.Tensor | None:
+def _multiplier(linear: nn.Module, dtype: torch.dtype, *, may_subtract: bool) -> torch.Tensor | None:
     """By what a layer multiplies: what it makes of unit vectors, side by side; None where it also makes something of nothing.
 
     Args:
         linear: the layer.
         dtype: of the vectors.
-        is_exact: whether a bias that it keeps out of sight may be subtracted.
+        may_subtract: whether a bias that it keeps out of sight may be subtracted: where its weight is in floats.
     """
     features = int(linear.in_features)  # type: ignore[arg-type]
     device = next((tensor.device for tensor in tensors_of(linear)), None)
-    with _without_bias(linear):
+    # A quantised layer stays in its mode: bitsandbytes packs weights anew in evaluation, for good.
+    with _without_bias(linear), _in_eval_mode(linear) if may_subtract else contextlib.nullcontext():
         nothing = linear(torch.zeros(1, 1, features, dtype=dtype, device=device))
-        if nothing.any() and not is_exact:
+        if nothing.any() and not may_subtract:
             return None
         columns = []
         for first in range(0, features, UNITS):
@@ -109,6 +110,18 @@ def _multiplier(linear: nn.Module, dtype: torch.dtype, *, is_exact: bool) -> tor
             units[0].diagonal(first).fill_(1)
             columns.append((linear(units)[0] - nothing[0]).to(dtype))
     return torch.cat(columns).T.contiguous()
+
+
+@contextlib.contextmanager
+def _in_eval_mode(linear: nn.Module) -> Iterator[None]:
+    """What is dropped in training belongs to the weight."""
+    training = [module for module in linear.modules() if module.training]
+    linear.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextlib.contextmanager

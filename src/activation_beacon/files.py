@@ -197,16 +197,16 @@ def read_context_file(path: str | Path) -> tuple[dict[str, Any], dict[str, torch
         what = "is a folder" if Path(path).is_dir() else "does not exist"
         raise StorageError(f"{path} {what}. Name a file that `beacon compress` or context.save wrote.")
     for _ in range(MOST_READINGS - 1):
-        before = _which(path)
+        before = _identity(path)
         try:
             return _read_context_file(path)
         except BeaconError:
-            if _which(path) == before:
+            if _identity(path) == before:
                 raise
     return _read_context_file(path)
 
 
-def _which(path: str | Path) -> tuple[int, ...]:
+def _identity(path: str | Path) -> tuple[int, ...]:
     """Another value where another file has taken the place: safetensors opens a file by its name, twice."""
     try:
         found = Path(path).stat()
@@ -224,11 +224,11 @@ def _read_context_file(path: str | Path) -> tuple[dict[str, Any], dict[str, torc
                     f"{path} is a safetensors file but not a compressed context. Name a *.beacon file."
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, RuntimeError) as error:  # the latter from torch, where it is shorter than the header says
+    except SafetensorError as error:
         raise FileFormatError(
             f"{path} is damaged, cut short, or not a compressed context ({reason(error)}). Compress the text again."
         ) from error
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter from torch: no memory to map it, too many open files
         raise StorageError(f"{path} cannot be read: {reason(error)}.") from error
     header = metadata.get("header", "")
     if _digest(header, tensors) != metadata.get("sha256"):

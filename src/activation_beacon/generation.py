@@ -116,7 +116,8 @@ class BeaconGeneration(Attached):
         ends = RowEnds(kwargs.get("stopping_criteria") or ())
         ours = {"past_key_values": planned, "stopping_criteria": ends}
         output = super().generate(inputs, generation_config, **{**kwargs, **ours})
-        if (option("num_beams") or 1) == 1:  # beams change places
+        is_kept = given is not None or getattr(output, "past_key_values", None) is planned
+        if is_kept and (option("num_beams") or 1) == 1:  # beams change places
             ends.take_back_padding(planned)
         if given is not None and planned is not given:
             given.adopt(planned)

@@ -97,8 +97,7 @@ class BeaconModel(BeaconForward):
         cache = self._opened(cache, input_ids)
         policies = self._revised(cache, ratio, budget, spans)
         for row, held, policy in zip(cache.rows, cache.policies, policies, strict=True):
-            late = [span for span in policy.spans if span not in held.spans]
-            TextPlanner(cache.config, policy, None).check_are_ahead(row, late)
+            TextPlanner(cache.config, policy, None).check_are_ahead(row, held.spans)
         new = self._new_tokens(input_ids, attention_mask)
         if new.columns == 1:  # more have been looked at
             self._check_vocabulary(new.ids)

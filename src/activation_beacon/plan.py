@@ -161,6 +161,14 @@ def _check_span(config: BeaconConfig, span: Sequence[int | None]) -> Span:
     return Span(first, end, None if ratio is None else check_ratio(config, ratio))
 
 
+def _is_raw(start: int, stop: int, spans: Sequence[Span]) -> bool:
+    """Whether spans keep all tokens `start..stop-1` raw."""
+    for span in sorted(span for span in spans if span.ratio is None):
+        if span.start <= start:
+            start = max(start, span.stop)
+    return start >= stop
+
+
 def _as_int(value: Any) -> int | None:
     """Any kind of integer as Python's; None for what is none."""
     return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else None
@@ -441,17 +449,23 @@ class TextPlanner:
                 "Give one ratio for each chunk of the whole text, or one int for all."
             )
 
-    def check_are_ahead(self, row: Row, spans: Sequence[Span]) -> None:
+    def check_are_ahead(self, row: Row, held: Sequence[Span]) -> None:
         """Refuse spans that ask for more of a closed chunk than it holds, unless "auto" reads the text anew.
+
+        Args:
+            row: what has been read.
+            held: the spans that it was read under.
 
         Raises:
             RatioError: naming the chunk's tokens.
         """
         size = self.config.chunk_size
-        for span in spans if self.policy.ratio != "auto" else ():
+        late = [span for span in self.policy.spans if span not in held and self.policy.ratio != "auto"]
+        for span in late:
             for index, chunk in enumerate(row.chunks[: (span.stop - 1) // size + 1]):
-                is_kept = span.ratio is not None and chunk.ratio <= span.ratio
-                if index >= span.start // size and not is_kept:
+                start, stop = max(span.start, index * size), min(span.stop, (index + 1) * size)
+                is_kept = (span.ratio is not None and chunk.ratio <= span.ratio) or _is_raw(start, stop, held)
+                if start < stop and not is_kept:
                     raise RatioError(
                         f"The span {tuple(span)} comes too late: tokens {index * size:,} to {(index + 1) * size - 1:,} have been "
                         f'compressed at ratio {chunk.ratio}. Name it when they are read, or go on with ratio "auto".'

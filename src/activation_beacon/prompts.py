@@ -66,6 +66,10 @@ class ChatPrompt:
         """Ids that end an answer, ask on, and open the next answer."""
         return self._ids(self._next + self._special.marked(text) + self._close)
 
+    def ids_of_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text by itself, as they stand in a message: nothing in it is a special token."""
+        return self._special.ids_of_texts(texts)
+
     def opens(self, ids: Sequence[int]) -> bool:
         """Whether a text's first special tokens are those of the template's opening (which may hold a date)."""
         special = set(self.tokenizer.get_added_vocab().values()) | set(self.tokenizer.all_special_ids)

@@ -86,7 +86,7 @@ class FilledEntries(ToldEntries):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         precise = torch.float64 if query.dtype is torch.float64 else torch.float32
         shared = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1])  # (B, K, H / K, D)
-        scores = (shared @ keys.transpose(2, 3)).to(precise).mul(scale).masked_fill(~filled, -torch.inf)
+        scores = (shared * scale @ keys.transpose(2, 3)).to(precise).masked_fill(~filled, -torch.inf)
         parts = num_parts(keys.shape[2])
         weights = scores.softmax(-1).to(values.dtype).unflatten(-1, (parts, -1)).transpose(2, 3)
         attended = (weights @ values.unflatten(2, (parts, -1))).to(precise).sum(2)

@@ -28,7 +28,7 @@ class RowEnds(StoppingCriteriaList):
     def take_back_padding(self, cache: BeaconCache) -> None:
         """Leave each row of the cache with the text that was read before it ended, all but its last token, as where it is alone.
 
-        Not where padding has closed a chunk since, which cannot be opened again, or is none: without an end token
+        A row whose padding has closed a chunk keeps it: no chunk can be opened again. Without an end token there is no padding:
         transformers has all rows go on.
         """
         if self.lengths is None or not any(hasattr(criterion, "eos_token_id") for criterion in self):

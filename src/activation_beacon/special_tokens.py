@@ -7,6 +7,7 @@ tokenized as ever. Nothing of the tokenizer is changed, so that threads may shar
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 MARK = "\ud8ff"  # half of a surrogate pair: no text has it
@@ -25,7 +26,15 @@ class SpecialTokens:
 
     def marked(self, text: str) -> str:
         """A text as it goes into a template, or to `ids`."""
+        text = text.replace(MARK, "\ufffd")  # as what is no letter is read elsewhere
         return text if self._first_letters is None else self._first_letters.sub(rf"\g<0>{MARK}", text)
+
+    def ids_of_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text by itself, in which nothing is a special token."""
+        marked = [self.marked(text) for text in texts]
+        if any(MARK in text for text in marked):
+            return [self.ids(text) for text in marked]
+        return self.tokenizer(marked, add_special_tokens=False, verbose=False)["input_ids"]
 
     def ids(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of a text with or without marks.
@@ -36,9 +45,15 @@ class SpecialTokens:
         """
         first, *others = text.split(MARK)
         ids = self._encoded(first, special=special)
+        if not others:
+            return ids
+        around = ids if special else []
+        ids = self._encoded(first)
+        start = next((place for place in range(len(around)) if around[place : place + len(ids)] == ids), len(around))
+        before, after = around[:start], around[start + len(ids) :]
         for piece in others:
             ids += self._continued(piece)
-        return ids
+        return [*before, *ids, *after]
 
     def _continued(self, piece: str) -> list[int]:
         """Ids of a piece that goes on within a word: tokenizers that begin every text with a blank must not begin it so."""

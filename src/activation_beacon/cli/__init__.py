@@ -51,18 +51,38 @@ class BeaconGroup(TyperGroup):
             notice("Interrupted: nothing was left half-written.")
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            message = _message(error)
-            if message is None:
+            if not _tell(error):
                 raise
-            notice(f"Error: {one_line(message)}")
-            if _is_of_output(error):
-                _drop_output()
             raise typer.Exit(1) from None
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line; help is printed before any command is run."""
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if not _tell(error):
+                raise
+            sys.exit(1)
+
+
+def _tell(error: Exception) -> bool:
+    """Tell an error in one line; False for one that is our own mistake."""
+    message = _message(error)
+    if message is None:
+        return False
+    notice(f"Error: {one_line(message)}")
+    if _is_of_output(error):
+        _drop_output()
+    return True
 
 
 def _is_of_output(error: Exception) -> bool:
-    """Whether something could not be printed: such errors name no file."""
-    return isinstance(error, OSError) and error.filename is None and error.errno in UNPRINTABLE
+    """Whether something could not be printed, rather than written to any other file."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    is_printing = place is not None and place.tb_frame.f_code is typer.echo.__code__
+    return is_printing and isinstance(error, OSError) and error.errno in UNPRINTABLE
 
 
 def _drop_output() -> None:

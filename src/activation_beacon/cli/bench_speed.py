@@ -44,7 +44,8 @@ def speed(
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens written after the first.")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs of each, after some that do not count.")] = 3,
     enough: Annotated[
-        float | None, typer.Option("--enough", min=0.0, help="No further repeat of a text after so many seconds.")
+        float | None,
+        typer.Option("--enough", min=0.0, help="No further repeat of a text after runs of so many seconds."),
     ] = None,
     full_up_to: Annotated[
         int | None,

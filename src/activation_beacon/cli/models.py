@@ -152,11 +152,12 @@ def usable_device(name: str | None) -> "torch.device":
 
     from activation_beacon.default_base import first_line
 
+    chosen = name or best_device()
     try:
-        return torch.empty(0, device=name or best_device()).device
+        return torch.empty(0, device=chosen).device
     except (RuntimeError, AssertionError) as error:
         raise BaseModelError(
-            f'Device "{name}" cannot be used: {first_line(error)}. Use "cpu", or fix the device.'
+            f'Device "{chosen}" cannot be used: {first_line(error)}. Use "cpu", or fix the device.'
         ) from error
 
 

@@ -79,7 +79,7 @@ def packed_samples(
             "There is no passage with a context to ask about. Give records with context, question and answer."
         )
     order = random.Random(seed).sample(range(len(passages)), len(passages))
-    sizes = [len(_ids(prompt, passage.context)) for passage in passages]
+    sizes = [len(ids) for ids in prompt.ids_of_texts([passage.context for passage in passages])]
     least = []
     for index in order:
         asked = [_question(*each) for each in passages[index].questions[:num_questions]]
@@ -87,7 +87,9 @@ def packed_samples(
         room = length - longest - len(prompt.opening("")) - SLACK
         least.append(length - room + sizes[index])
         if sizes[index] <= room:
-            chosen = _filled(sizes, index, room, len(_ids(prompt, GAP)) + 1, random.Random(f"{seed} {length} {index}"))
+            chosen = _filled(
+                sizes, index, room, len(prompt.ids_of_texts([GAP])[0]) + 1, random.Random(f"{seed} {length} {index}")
+            )
             context = GAP.join(passages[each].context for each in chosen)
             depth = chosen.index(index) / max(1, len(chosen) - 1)
             facts = {"place": round(depth, 3), "passages": len(chosen)}
@@ -113,8 +115,3 @@ def _question(text: str, answers: tuple[str, ...]) -> Question:
     words = sum(len(answer.split()) for answer in answers) / len(answers)
     score = "rouge_l" if words >= LONG_ANSWER else "token_f1"
     return Question(text, answers, score, MAX_NEW_TOKENS[score])
-
-
-def _ids(prompt: ChatPrompt, text: str) -> list[int]:
-    ids: list[int] = prompt.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids

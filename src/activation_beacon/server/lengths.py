@@ -33,7 +33,9 @@ class Lengths:
 def _reads_bytes(tokenizer: Any) -> bool:
     """Whether each byte of a text, after NFC at most, is in one of its tokens if the vocabulary knows that byte."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):
+    if backend is None or type(backend.model).__name__ != "BPE":
+        return False
+    if any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()):
         return False
     if [part["type"] for part in _parts(backend.normalizer, "normalizers")] not in ([], ["NFC"]):
         return False

@@ -123,7 +123,7 @@ class Prompting:
 
     def _written(self, text: str) -> list[int]:
         """Ids of a text in which nothing is a special token."""
-        return self._special.ids(self._special.marked(text))
+        return self.prompt.ids_of_texts([text])[0]
 
 
 @contextlib.contextmanager

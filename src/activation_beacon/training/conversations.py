@@ -48,11 +48,11 @@ class Conversations:
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text by itself."""
         slices = (list(texts[start : start + AT_A_TIME]) for start in range(0, len(texts), AT_A_TIME))
-        return [len(ids) for part in slices for ids in self._ids(part)]
+        return [len(ids) for part in slices for ids in self.prompt.ids_of_texts(part)]
 
     def ids(self, text: str) -> list[int]:
         """Ids of a text by itself."""
-        return self._ids([text])[0]
+        return self.prompt.ids_of_texts([text])[0]
 
     def sample(self, document: str, turns: Sequence[Turn]) -> Sample:
         """One conversation on a document; every answer and the token that ends it are targets."""
@@ -94,9 +94,6 @@ class Conversations:
             ids += asking + answer
             is_target += [False] * len(asking) + [True] * len(answer)
         return Sample(torch.tensor(ids, dtype=torch.long), torch.tensor(is_target))
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _num_ending(following: Sequence[int], tokenizer: Any) -> int:

@@ -292,7 +292,7 @@ class TrainingSettings:
 
 
 DEV_CHUNKS = 4
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 CONFIG_FIELDS = (
     "chunk_size",

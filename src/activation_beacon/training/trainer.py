@@ -194,6 +194,7 @@ class Trainer:
         clock = _Clock(max_minutes, since)
         log = MetricsLog(self.folder / "metrics.jsonl", self.progress.step) if self.group.is_first else None
         ending = _Ending("all steps are made", is_finished=True)
+        begun = self.progress.step
         with (
             without_dropout(self.model),
             chunks_at_once(self.model),
@@ -213,7 +214,7 @@ class Trainer:
                     ending = early
                     break
             checkpoint = self.save()
-        if self.dev and self.measured_at != self.progress.step:
+        if self.dev and self.measured_at != self.progress.step > begun:
             self.notice("Dev texts were not measured at the end: there was no time left, or the run was stopped.")
         if ending.is_finished and (missed := self.settings.stages_after(self.progress.step)):
             self.notice(
