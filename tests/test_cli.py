@@ -923,6 +923,26 @@ def test_ctrl_c_leaves_nothing_half_written(files, tmp_path):
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["long.txt"]
 
 
+def test_ctrl_c_that_falls_into_the_end_of_an_object_is_not_passed_over():
+    script = """
+import sys, time
+from activation_beacon.cli import interrupt_again
+class Interrupted:
+    def __del__(self):
+        raise KeyboardInterrupt
+sys.unraisablehook = interrupt_again
+made = Interrupted()
+try:
+    del made
+    print("goes on")
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("ends")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    assert (done.stdout, done.stderr) == ("goes on\nends\n", "")
+
+
 def test_ctrl_c_stops_an_answer_but_not_the_chat(files):
     args = ("chat", str(files / "adapter.beacon"), "--model", str(files / "adapter"), "--max-new-tokens", "1500")
     with process(*args) as running:

@@ -1,10 +1,13 @@
 """The command line: `beacon`. One file a command; what is heavy is imported when a command runs."""
 
+import _thread
 import contextlib
 import errno
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
 from typing import Annotated, Any
 
@@ -33,6 +36,7 @@ from activation_beacon.cli.options import examples
 from activation_beacon.errors import BeaconError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+PASSED_OVER_S = 0.05  # until an object's end is over
 UNPRINTABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})
 
 # How often a thread of torch's (libgomp) looks whether it may go on before it sleeps; by its own default 300,000 times. Where
@@ -193,8 +197,26 @@ def beacon(
     """
 
 
+def interrupt_again(unraisable: Any) -> None:
+    """Stands for Python's hook: a Ctrl-C that fell into some object's `__del__`, where it is passed over, is given once more."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        again = threading.Timer(PASSED_OVER_S, _interrupt)
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _interrupt() -> None:
+    if hasattr(signal, "pthread_kill"):  # wakes a main thread that waits, too
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
+
+
 def main() -> None:
     """Run the command line and exit."""
+    sys.unraisablehook = interrupt_again
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
