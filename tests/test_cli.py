@@ -699,12 +699,12 @@ BAD_INPUT = {
     "answer that cannot fit": (
         None,
         ("ask", "{files}/adapter.beacon", "Who?", "--model", "{files}/adapter", "--max-new-tokens", "3000"),
-        r"A text of \d+ tokens needs \d+ positions at ratio 4; the base model has 640\. .*",
+        r"A text of [\d,]+ tokens needs [\d,]+ positions at ratio 4; the base model has 640\. .*",
     ),
     "answer longer than any ratio allows": (
         None,
         ("ask", "{files}/adapter.beacon", "Who?", "--model", "{files}/adapter", "--max-new-tokens", "2147483647"),
-        r"A text of \d+ tokens needs \d+ cache entries at ratio 8, the largest .* has 640\. Read at most 4896 tokens\.",
+        r"A text of [\d,]+ tokens needs [\d,]+ cache entries at ratio 8, the largest .* has 640\. Read at most 4,896 tokens\.",
     ),
     "unknown architecture": (
         unknown_architecture,

@@ -358,7 +358,7 @@ def test_a_hub_that_fails_is_one_line(monkeypatch):
     with pytest.raises(StorageError) as caught:
         list(read_records("owner/set"))
     assert str(caught.value) == (
-        "There is no file 'owner/set', and as a data set of the hub it cannot be read: No such thing.. "
+        "There is no file 'owner/set', and as a data set of the hub it cannot be read: No such thing. "
         "Check the name, the configuration and the split (owner/name:config:split), and the network."
     )
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -210,7 +210,7 @@ def test_multi_turn_shows_every_turn(run):
         ((*LM, "--length", "0"), "--length must be ints of at least 1, such as 8192 or 2048,4096; got '0'."),
         ((*LM, "--ratios", "3"), "ratio (3) must divide chunk_size (32). Use 2, 4, 8."),
         ((*LM, "--methods", "best"), "The task lm has no method 'best'. Use some of full, alone, recent, beacons, shuffled, "),
-        ((*LM, "--length", "99999"), "The task lm has no sample of 99999 tokens. Use a shorter length, or longer texts."),
+        ((*LM, "--length", "99999"), "The task lm has no sample of 99,999 tokens. Use a shorter length, or longer texts."),
         ((*LM, "--length", "32"), "A text of 32 tokens has none after its first chunk (32) to measure. Use a longer length."),
         ((*LM, "--methods", "shuffled", "--limit", "1"), 'The method "shuffled" needs samples of two contexts at least. Take'),
         ((*NEEDLES, "--methods", "full,shuffled", "--limit", "1"), 'The method "shuffled" needs samples of two contexts at least.'),
@@ -403,7 +403,7 @@ def test_bad_input_of_all_tasks_is_one_line_before_a_model_is_loaded(run, monkey
 def test_a_length_that_one_of_the_tasks_has_not_is_refused_before_the_first_begins(run):
     result = run(*ALL, "--tasks", "needles,lm", "--documents", "{files}/story.txt", "--length", "99999")
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith("Error: The task lm has no sample of 99999 tokens.")
+    assert result.stderr.splitlines()[-1].startswith("Error: The task lm has no sample of 99,999 tokens.")
     assert not Path("out").exists()
 
 

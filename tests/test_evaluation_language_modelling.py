@@ -241,7 +241,7 @@ def test_evaluate_leaves_the_mode_as_it_was(model):
         (
             lambda model: lm.measure(model, text(1200), "beacons", ratio=2),
             CapacityError,
-            "A text of 1200 tokens needs 608 positions at ratio 2; the base model has 512. Use ratio 4.",
+            "A text of 1,200 tokens needs 608 positions at ratio 2; the base model has 512. Use ratio 4.",
         ),
     ],
 )

@@ -160,10 +160,10 @@ def test_asking_leaves_the_context_as_it_was(model, method):
 def test_a_second_turn_answers_as_if_all_had_been_read_at_once(model, base, stops, monkeypatch):
     first = plain_answer(base, TEXT + QUESTION)
     ends = {first[4]} if stops else set()
-    monkeypatch.setattr(contexts, "end_ids", lambda model: ends)
+    monkeypatch.setattr(contexts, "end_ids", lambda named: ends)
     answer, grown = BaseContext.of(model, TEXT).ask(QUESTION, max_new_tokens=NEW)
     assert answer == (first[: first.index(first[4])] if stops else first)
-    monkeypatch.setattr(contexts, "end_ids", lambda model: {OWN["eos_token_id"]})
+    monkeypatch.setattr(contexts, "end_ids", lambda named: {OWN["eos_token_id"]})
     assert grown.ask(NEXT, max_new_tokens=NEW)[0] == plain_answer(base, TEXT + QUESTION + answer + NEXT)
 
 

@@ -232,7 +232,7 @@ def test_one_context_cannot_be_shuffled():
         ),
         (
             Plan(("full",), (2,), (96, 10**5)),
-            "The task lm has no sample of 100000 tokens. Use a shorter length, or longer texts.",
+            "The task lm has no sample of 100,000 tokens. Use a shorter length, or longer texts.",
         ),
         (
             Plan(("full",), (2,), (96, CHUNK + 1)),

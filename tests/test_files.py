@@ -19,15 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from activation_beacon import BeaconCache, BeaconConfig, files
-from activation_beacon.errors import BeaconError, FileFormatError, MismatchError, StorageError
-from activation_beacon.files import (
-    build_folder,
-    read_context_file,
-    reason,
-    whole_file,
-    write_context_file,
-    write_text,
-)
+from activation_beacon.errors import BeaconError, FileFormatError, MismatchError, StorageError, reason
+from activation_beacon.files import build_folder, read_context_file, whole_file, write_context_file, write_text
 from families import VOCABULARY, random_ids, with_beacons
 
 CONFIG = BeaconConfig(chunk_size=16, ratios=(2, 4, 8), num_sinks=1)

@@ -39,6 +39,7 @@ from activation_beacon.errors import (
     UnsupportedError,
 )
 from activation_beacon.generation import REFUSED_OPTIONS
+from activation_beacon.row_ends import end_ids
 from families import EAGER_ONLY, SIZES, random_ids, randomize, tiny, widths, with_beacons
 
 CONFIG = BeaconConfig(chunk_size=16, ratios=(2, 4, 8))
@@ -1361,3 +1362,11 @@ def test_steps_read_one_token_each_whatever_a_family_thinks_of_the_length_of_the
     named = {"context": context} if kind == "context" else {"beacon_ratio": 4}
     seen = widths(model, lambda: model.generate(prompt, **named, **options))
     assert seen[-SHORT + 1 :] == [1] * (SHORT - 1)
+
+
+@pytest.mark.parametrize(
+    ("named", "ids"),
+    [(None, set()), (0, {0}), ([2, 5], {2, 5}), ((2,), {2}), (torch.tensor(7), {7}), (torch.tensor([7, 1]), {1, 7})],
+)
+def test_end_tokens_are_read_in_every_form_that_transformers_knows(named, ids):
+    assert end_ids(named) == ids

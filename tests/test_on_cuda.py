@@ -266,6 +266,37 @@ def test_reading_waits_no_oftener_for_many_chunks_than_for_few(kind, cuda):
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
+def test_reading_a_ragged_batch_waits_no_oftener_for_many_chunks_than_for_few(kind, cuda):
+    model = to_cuda(model_of("llama", kind))
+    waits = []
+    for count in (2, 20, 2, 20):
+        texts = [ids_on(model, count * CHUNK + more, more)[0] for more in (3, 8)]
+        cuda.clear()
+        model.compress(texts, ratio=4)
+        waits.append(cuda.waits.total())
+    assert waits[2] == waits[3] <= 6, cuda.waits
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@torch.no_grad()
+def test_a_step_of_a_server_waits_once_for_all_answers(count, cuda):
+    model = to_cuda(serving_model())
+    engine = engine_of(model)
+    heard = [
+        Heard(engine, model.compress(ids_on(model, 33 + number)), [5, 6], replace(GREEDY, max_tokens=8))
+        for number in range(count)
+    ]
+    while engine.num_rows < count or engine._tasks:
+        engine.step()
+    engine.step()
+    cuda.clear()
+    engine.step()
+    assert cuda.waits.total() == 1, cuda.waits
+    run_until_over(engine, *heard)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
 def test_losses_of_many_chunks_wait_no_oftener_than_of_few(kind, cuda):
     model = to_cuda(model_of("llama", kind))
     waits = []

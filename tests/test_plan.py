@@ -523,7 +523,7 @@ def test_a_text_that_no_ratio_fits_is_refused_with_the_longest_that_does():
     with pytest.raises(CapacityError) as caught:
         planner("auto", max_positions=32).plan(Row(16), 1000)
     assert str(caught.value) == (
-        "A text of 1000 tokens needs 140 cache entries at ratio 8, the largest that this adapter knows; "
+        "A text of 1,000 tokens needs 140 cache entries at ratio 8, the largest that this adapter knows; "
         "the base model has 32. Read at most 144 tokens."
     )
     assert row_after(planner("auto", max_positions=32), 144).cache_length == 32
@@ -535,7 +535,7 @@ def test_a_text_that_no_ratio_fits_is_refused_with_the_longest_that_does():
 def test_a_text_of_any_length_is_refused_at_once(ratio):
     # a layout for each of its chunks would take hours
     with pytest.raises(
-        CapacityError, match=r"^A text of 1000000000000 tokens needs \d+ cache entries .* 32\. Read at most 144"
+        CapacityError, match=r"^A text of 1,000,000,000,000 tokens needs [\d,]+ cache entries .* 32\. Read at most 144"
     ):
         planner(ratio, max_positions=32).plan(Row(16), 10**12)
 

@@ -293,7 +293,7 @@ def test_a_completion_follows_a_plain_context(server, model):
         (
             {"messages": [{"role": "user", "content": "x" * 10**6}]},
             openai.BadRequestError,
-            "The text has 76,924 tokens or more, which do not fit. A text of 76924 tokens needs",
+            "The text has 76,924 tokens or more, which do not fit. A text of 76,924 tokens needs",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},

@@ -1,5 +1,7 @@
 """A cache cut back and read on is the cache of the text read at once."""
 
+import asyncio
+
 import pytest
 import torch
 
@@ -104,13 +106,31 @@ def test_on_a_context_what_is_spared_is_what_reading_it_would_give(model):
     assert num_spared > 20
 
 
-def test_a_text_is_compared_where_the_caches_are(model, tmp_path):
+def test_a_text_is_compared_where_the_caches_are(model, tmp_path, monkeypatch):
     """Tensors that are made without a device would be another device's here, as they are where the model is on a GPU."""
+
+    async def in_this_thread(call):
+        return call()
+
+    monkeypatch.setattr("activation_beacon.server.library.asyncio.to_thread", in_this_thread)
     ids = random_ids(60)
     library = Library(model, engine_of(model), Settings(folder=str(tmp_path)))
     empty = model.new_cache(ratio=2)
-    library.keep("scope", model.compress(ids, ratio=2))
+    asyncio.run(library.keep("scope", model.compress(ids, ratio=2)))
     with torch.device("meta"):
-        start, unread = library.start("scope", empty, [*ids[0].tolist(), 7, 8])
+        start, unread = asyncio.run(library.start("scope", empty, [*ids[0].tolist(), 7, 8]))
     assert (start.tokens_seen, unread) == (60, [7, 8])
+    library.close()
+
+
+def test_a_grown_conversation_takes_the_place_of_what_it_has_grown_from(model, tmp_path):
+    ids, other = random_ids(60), random_ids(50, seed=5)
+    library = Library(model, engine_of(model), Settings(folder=str(tmp_path)))
+
+    async def kept(texts):
+        for text in texts:
+            await library.keep("scope", model.compress(text, ratio=2))
+
+    asyncio.run(kept([ids[:, :40], other, ids]))
+    assert sorted(library.memory.peek(key).tokens_seen for key in library.memory) == [50, 60]
     library.close()

@@ -69,7 +69,7 @@ def test_the_command_reads_the_book_or_texts_of_ones_own(options, tmp_path):
     [
         (("--length", "16", "--chunk-size", "16"), "Error: --chunk-size (16) must be less than --length (16)" + DIVIDE),
         (("--length", "64", "--chunk-size", "20"), "Error: --chunk-size (20) must be less than --length (64)" + DIVIDE),
-        (("--length", "99999"), "Error: There are not two texts of 99999 tokens. Name more texts, or lower --length."),
+        (("--length", "99999"), "Error: There are not two texts of 99,999 tokens. Name more texts, or lower --length."),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_refused(options, args, text):

@@ -201,7 +201,7 @@ def test_a_context_of_nearly_the_whole_length_is_asked_about_alone():
     [
         ([], "0 contexts of 0 tokens together and 0 of 0 questions are left."),
         ([QuestionGroup("", (Turn("q", "a"),))], "0 contexts of 0 tokens together and 0 of 1 questions are left."),
-        (FILLERS, "20 contexts of 1800 tokens together and 0 of 0 questions are left."),
+        (FILLERS, "20 contexts of 1,800 tokens together and 0 of 0 questions are left."),
         ([group_of(1)], "1 contexts of 72 tokens together and 1 of 1 questions are left."),
         ([group_of(1, size=3000)], "0 contexts of 0 tokens together and 0 of 1 questions are left."),
     ],
@@ -210,7 +210,7 @@ def test_too_few_contexts_are_refused(groups, counts):
     with pytest.raises(InputError) as caught:
         packed(groups)
     assert str(caught.value) == (
-        "Questions need contexts of 256 tokens or more together (two chunks), each with its question within 1024; "
+        "Questions need contexts of 256 tokens or more together (two chunks), each with its question within 1,024; "
         f"{counts} Name more, or raise the length."
     )
 

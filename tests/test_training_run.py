@@ -730,7 +730,7 @@ BAD = [
     ),
     (
         ["{files}/texts.jsonl", "-o", "run", "--base", "{files}/base", "--chunk-size", "32", "--length", "2048"],
-        "Stage 1: A text of 2048 tokens needs 1044 positions at ratio 2; the base model has 640. Use ratio 4. Or train on a smaller",
+        "Stage 1: A text of 2,048 tokens needs 1,044 positions at ratio 2; the base model has 640. Use ratio 4. Or train on a smaller",
     ),
     (
         ["{files}/texts.jsonl", "-o", "run", "--base", "{files}/base", "--chunk-size", "32", "--length", "120"],

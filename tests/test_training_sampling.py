@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from activation_beacon import BeaconConfig
+from activation_beacon.at_once import chunks_at_once
 from activation_beacon.errors import ConfigError, InputError
+from activation_beacon.evaluation.language_modelling import beacon_losses
+from activation_beacon.training.objective import Objective, losses
+from activation_beacon.training.samplers import RunData, stage_samplers
 from activation_beacon.training.sampling import (
     MIX_BLOCK,
     DocumentSampler,
@@ -17,7 +22,9 @@ from activation_beacon.training.sampling import (
     Sample,
     random_of,
 )
+from activation_beacon.training.settings import Stage, TrainingSettings
 from activation_beacon.training.token_store import TokenStore
+from families import with_beacons
 
 CHUNK, LENGTH = 4, 12
 USE_8 = "of one chunk there is nothing to compress. Use 8, or another chunk_size."
@@ -67,6 +74,40 @@ def test_the_loss_begins_after_the_first_chunk(store):
         sample = sampler_of(store).sample(index)
         assert sample.is_target.dtype == torch.bool
         assert sample.is_target.tolist() == [False] * CHUNK + [True] * (len(sample.ids) - CHUNK)
+
+
+@pytest.mark.parametrize("local_tokens", [0, 1, CHUNK - 1])
+def test_what_is_predicted_from_a_chunk_s_first_tokens_does_not_count(store, local_tokens):
+    for index in range(len(sampler_of(store))):
+        sample = sampler_of(store, local_tokens=local_tokens).sample(index)
+        counted = [token >= CHUNK and not (token - 1) % CHUNK < local_tokens for token in range(len(sample.ids))]
+        assert sample.is_target.tolist() == counted
+        assert any(counted)
+
+
+def test_a_stage_counts_what_contexts_of_its_local_tokens_predict(store):
+    stages = tuple(Stage(length=LENGTH, chunk_size=CHUNK, local_tokens=number) for number in (0, 1))
+    settings = TrainingSettings(output="run", documents=("texts",), config=BeaconConfig(ratios=(2,)), stages=stages)
+    every, fewer = stage_samplers(settings, RunData(store, store, [], []), None, print)
+    assert int(every.sample(0).is_target.sum()) > int(fewer.sample(0).is_target.sum()) > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("local_tokens", [1, 5, 13])
+def test_what_counts_is_predicted_as_a_context_with_local_tokens_decodes_it(tmp_path, local_tokens):
+    chunk, ratios = 16, (4, 2, 4)
+    model = with_beacons("llama", BeaconConfig(chunk_size=chunk, ratios=(2, 4), anchored=True, placement="append"))
+    store = store_of(tmp_path / "store", [4 * chunk])
+    sample = DocumentSampler(store, length=4 * chunk, chunk_size=chunk, seed=0, local_tokens=local_tokens).sample(0)
+    ids = sample.ids % 97
+    with chunks_at_once(model):
+        trained = losses(model, ids[None], sample.is_target[None], ratios, objective=Objective()).nll[0]
+    decoded = beacon_losses(model, ids.tolist(), ratios, local_tokens=local_tokens).nll
+    counts = sample.is_target[1:]
+    torch.testing.assert_close(trained[counts], decoded[counts], atol=1e-5, rtol=0)
+    plain = beacon_losses(model, ids.tolist(), ratios, local_tokens=0).nll
+    others = ~counts & (torch.arange(1, len(ids)) > chunk)
+    assert not torch.isclose(plain[others], decoded[others], atol=1e-4).all()  # those that do not count
 
 
 def test_an_epoch_takes_as_many_windows_of_each_document_as_fit_and_no_token_twice(store):

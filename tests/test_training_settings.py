@@ -66,6 +66,15 @@ def test_kinds_of_needles_decide_where_there_are_needles():
     assert Stage(needle_kinds="fact").needle_kinds == ("fact",)
 
 
+def test_local_tokens_of_a_stage_decide_and_a_run_from_before_them_goes_on():
+    def run(**stage):
+        return TrainingSettings(output="a", documents=("t",), stages=(Stage(**stage),))
+
+    before = run().to_dict()
+    del before["stages"][0]["local_tokens"]
+    assert TrainingSettings.from_dict(before).fingerprint == run().fingerprint != run(local_tokens=8).fingerprint
+
+
 def test_each_step_falls_into_its_stage():
     settings = TrainingSettings(output="a", documents=("t",), stages=(Stage(steps=2), Stage(steps=3)))
     assert [settings.stage_at(step)[::2] for step in range(5)] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
@@ -88,6 +97,7 @@ BAD_STAGES = [
     ({"steps": True}, "steps must be an int of at least 1; got True."),
     ({"length": 1}, "length must be an int of at least 4; got 1."),
     ({"chunk_size": 1}, "chunk_size must be an int of at least 2; got 1."),
+    ({"local_tokens": -1}, "local_tokens must be an int of at least 0; got -1."),
     ({"learning_rate": 0}, "learning_rate must be a number of more than 0; got 0."),
     ({"learning_rate": "1e-3"}, "learning_rate must be a number of more than 0; got '1e-3'."),
     (
@@ -148,6 +158,10 @@ BAD_RUNS = [
         "Stage 1: chunk_size (48) must be divisible by every ratio; 32 does not divide it.",
     ),
     ({"stages": [{"length": 1024}]}, "Stage 1: length (1024) must exceed chunk_size (1024): beacons learn from"),
+    (
+        {"stages": [{"chunk_size": 64, "local_tokens": 64}]},
+        "Stage 1: local_tokens (64) must be fewer than chunk_size (64): of documents nothing would count.",
+    ),
     ({"stages": [{"questions": 0.5}]}, "Stage 1: questions (0.5) needs questions, and none are named."),
     ({"stages": [{"chats": 0.5}]}, "Stage 1: chats (0.5) needs chats, and none are named."),
     ({"documents": []}, "Stage 1: documents (1.0) needs documents, and none are named."),

@@ -329,6 +329,31 @@ def test_stages_that_the_time_did_not_reach_are_named(tmp_path, steps, minutes, 
     assert said == ([told] if told else [])
 
 
+@pytest.mark.parametrize(
+    ("steps", "is_told"), [((1000, 1000), True), ((4, 100, 1000), True), ((4, 5), False), ((1000,), False)]
+)
+def test_stages_that_the_time_will_not_reach_are_told_early(tmp_path, monkeypatch, steps, is_told):
+    calls = itertools.count()
+    clock = types.SimpleNamespace(monotonic=lambda: next(calls) / 10, perf_counter=time.perf_counter)
+    monkeypatch.setattr("activation_beacon.training.trainer.time", clock)
+    stages = tuple(Stage(steps=each, length=4 * CHUNK, batch_size=1) for each in steps)
+    run = dataclasses.replace(settings(tmp_path), stages=stages)
+    said = []
+    made = Trainer(attach(tiny("llama"), run.config), run, [Texts()] * len(steps))
+    made.notice = lambda text: said.append((made.progress.step, text))
+    made.run(max_minutes=0.25)
+    early = [text for step, text in said if step == 3]
+    assert len(early) == is_told
+    if is_told:
+        found = re.fullmatch(
+            rf"About (\d+) of {sum(steps):,} updates fit into 0\.25 minutes: stage {len(steps)} will not be reached\. "
+            r"--steps (\d+) gives each stage an equal part\.",
+            early[0],
+        )
+        assert 3 < int(found[1]) <= 2 * made.progress.step
+        assert int(found[2]) == int(found[1]) // len(steps)
+
+
 def test_a_run_that_was_asked_to_stop_is_not_finished_though_its_time_ends_meanwhile(tmp_path, monkeypatch):
     run = trainer(tmp_path)
     run.report = lambda line: run.stop("asked to")

@@ -31,6 +31,7 @@ ATTENTION_NAMES = ("self_attn", "attention", "attn")
 FUSED_NAMES = {"qkv_proj": "qkv", "query_key_value": "qkv"}
 OUTPUT_CAPTURING = "transformers.utils.output_capturing"  # the module of its hooks
 OUTPUT_NAMES = ("o_proj", "dense", "out_proj")
+MOVED_BY = 7  # positions, in the trial of moved keys
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def can_end_early(decoder: Any, site: DecoderSite) -> bool:
     )
 
 
-def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, distance: int = 7, tolerance: float = 2e-2) -> None:
+def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, tolerance: float = 2e-2) -> None:
     """Compare moved keys with the model's own at the new position, in every layer.
 
     A token that stands alone attends to itself wherever it stands, so that its keys differ by their rotation only.
@@ -181,10 +182,10 @@ def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, distance: int 
         UnsupportedModelError: naming the layer whose keys differ by more than `tolerance`, relative to their size; or if
             the attention modules are not handed the keyword argument that tells them where the beacons are.
     """
-    here, there = _lone_token_keys(model, site, 0), _lone_token_keys(model, site, distance)
+    here, there = _lone_token_keys(model, site, 0), _lone_token_keys(model, site, MOVED_BY)
     for index, (rope, key, expected) in enumerate(zip(site.ropes, here, there, strict=True)):
         try:
-            moved = key if rope is None else rope.move(key, rope.rotation(torch.tensor([distance], device=key.device)))
+            moved = key if rope is None else rope.move(key, rope.rotation(torch.tensor([MOVED_BY], device=key.device)))
         except (RuntimeError, TypeError) as failure:
             raise _unsupported(model, f"the keys of layer {index} cannot be moved by rotation ({failure})") from failure
         error = (moved - expected).norm() / expected.norm()
@@ -218,6 +219,8 @@ def _lone_token_keys(model: PreTrainedModel, site: DecoderSite, position: int) -
             beacon_slots=torch.zeros(1, dtype=torch.long, device=embedding.device),
         )
         keys = [layer.keys.float() for layer in cache.layers]
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise _unsupported(model, f"a trial pass with an ordinary cache failed ({error})") from error
     finally:

@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from activation_beacon.adapt import AT_ONCE, DecoderSite
 from activation_beacon.causal import TOLD_WITH_GRADIENTS, LowerRight
-from activation_beacon.chunk_inputs import BaseModel, anchor_slots, anchors_of_all, interleave
+from activation_beacon.chunk_inputs import ReadingModel, anchor_slots, anchors_of_all, interleave
 from activation_beacon.config import BeaconConfig
 from activation_beacon.constants import sent
 from activation_beacon.errors import UnsupportedError
@@ -156,7 +156,7 @@ def chunks_at_once(model: Any) -> Iterator[None]:
 
 
 def read_at_once(
-    model: BaseModel, site: DecoderSite, config: BeaconConfig, ids: torch.Tensor, layouts: Sequence[ChunkLayout]
+    model: ReadingModel, site: DecoderSite, config: BeaconConfig, ids: torch.Tensor, layouts: Sequence[ChunkLayout]
 ) -> torch.Tensor:
     """Hidden states (B, T, M) of the raw tokens, before the base's head, equal to those of reading chunk by chunk.
 

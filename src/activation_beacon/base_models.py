@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 from transformers.utils import has_file
 
-from activation_beacon.default_base import check_default_revision, first_line, prepare_default_base
-from activation_beacon.errors import BaseModelError, InputError
+from activation_beacon.default_base import check_default_revision, prepare_default_base
+from activation_beacon.errors import BaseModelError, InputError, reason
 
 DEFAULT_BASE_NAME = "default"
 ARGUMENTS = {"dtype": "dtype", "torch_dtype": "dtype", "revision": "revision"}  # what options of transformers are here
@@ -58,6 +58,8 @@ def load_pretrained_base(
     try:
         model = _load_model(source, dtype=dtype, revision=revision, options=options)
         tokenizer = _load_tokenizer(source, revision=revision, options=options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise BaseModelError(_explain_failed_load(name, source, error)) from error
     if name == DEFAULT_BASE_NAME:
@@ -154,12 +156,12 @@ def _needs_no_vocabulary(config: Mapping[str, Any]) -> bool:
 
 
 def _explain_failed_load(name: str, source: str, error: Exception) -> str:
-    reason = f"Base model {name!r} cannot be loaded: {first_line(error)}"
+    told = f"Base model {name!r} cannot be loaded: {reason(error)}"
     if name == DEFAULT_BASE_NAME:
-        return f"{reason}. Its files seem damaged: delete {source} and try again."
+        return f"{told}. Its files seem damaged: delete {source} and try again."
     if Path(source).is_dir():
-        return f"{reason}. Check {source}: it needs config.json and complete *.safetensors of a causal language model."
-    return f"{reason}. Check the hub id, the revision and the network, or give a local folder."
+        return f"{told}. Check {source}: it needs config.json and complete *.safetensors of a causal language model."
+    return f"{told}. Check the hub id, the revision and the network, or give a local folder."
 
 
 def _place(model: PreTrainedModel, device: torch.device | str | None) -> PreTrainedModel:
@@ -169,5 +171,5 @@ def _place(model: PreTrainedModel, device: torch.device | str | None) -> PreTrai
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise BaseModelError(
-            f'Device "{device}" cannot be used: {first_line(error)}. Use "cpu", or fix the device.'
+            f'Device "{device}" cannot be used: {reason(error)}. Use "cpu", or fix the device.'
         ) from error

@@ -10,8 +10,7 @@ from torch import nn
 
 from activation_beacon.constants import sent
 from activation_beacon.entries import take
-from activation_beacon.errors import InputError
-from activation_beacon.files import reason
+from activation_beacon.errors import InputError, reason
 
 # B batch · N new tokens (columns) · V vocabulary
 

@@ -25,8 +25,9 @@ from activation_beacon.errors import (
     InputError,
     MismatchError,
     UnsupportedError,
+    reason,
 )
-from activation_beacon.files import read_context_file, reason, write_context_file
+from activation_beacon.files import read_context_file, write_context_file
 from activation_beacon.plan import RatioPolicy, Row
 from activation_beacon.sizes import bytes_text
 

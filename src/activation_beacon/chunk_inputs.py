@@ -14,7 +14,7 @@ from activation_beacon.plan import ChunkLayout, GroupLayout
 # B batch · w tokens of a chunk · T slots of its pass · n beacons · M model dim
 
 
-class BaseModel(Protocol):
+class ReadingModel(Protocol):
     """What reading needs of an attached model."""
 
     training: bool
@@ -44,7 +44,7 @@ class BaseModel(Protocol):
         """The token embedding."""
 
 
-def interleave(model: BaseModel, ids: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
+def interleave(model: ReadingModel, ids: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
     """Input embeddings (B, T, M) of a chunk: its tokens (B, w) with the beacon's embedding between them."""
     tokens = model.get_input_embeddings()(ids)
     beacon_mask = constant(layout.beacon_mask, ids.device, torch.bool)[:, None]

@@ -7,7 +7,6 @@ from transformers import Cache
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.entries import BeaconLayer, ChunkLayer, Quantized, merge, take
-from activation_beacon.grouped import GroupLayer
 from activation_beacon.resuming import ChunkRows
 
 # B batch · K kv heads · m entries before the chunks · n entries that a chunk leaves · D head dim
@@ -38,7 +37,7 @@ def lent(
 
 def joined_layer(
     layer: BeaconLayer,
-    chunk: ChunkLayer | GroupLayer,
+    chunk: ChunkLayer,
     keys: torch.Tensor,
     values: torch.Tensor,
     members: Sequence[int],

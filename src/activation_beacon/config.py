@@ -62,9 +62,9 @@ class BeaconConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratios", _as_ratios(self.ratios))
         object.__setattr__(self, "projections", _as_projections(self.projections))
-        _check_int("chunk_size", self.chunk_size, least=2)
-        _check_int("num_sinks", self.num_sinks, least=0)
-        _check_int("local_tokens", self.local_tokens, least=0)
+        check_int("chunk_size", self.chunk_size, least=2)
+        check_int("num_sinks", self.num_sinks, least=0)
+        check_int("local_tokens", self.local_tokens, least=0)
         if not isinstance(self.anchored, bool):
             raise ConfigError(f"anchored must be true or false; got {self.anchored!r}.")
         if self.anchored and self.projections == ("o",):
@@ -160,7 +160,12 @@ class BeaconConfig:
         return cls(**values)
 
 
-def _check_int(name: str, value: object, *, least: int) -> None:
+def check_int(name: str, value: object, *, least: int) -> None:
+    """Refuse a setting that is no int, or too small a one.
+
+    Raises:
+        ConfigError: with its name and value.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} must be an int of at least {least}; got {value!r}.")
 

@@ -12,6 +12,7 @@ from activation_beacon.base_models import max_positions
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import InputError
 from activation_beacon.prompts import ChatPrompt
+from activation_beacon.row_ends import end_ids
 
 ANSWER_TOKENS = 256  # new tokens at most, where nobody says how many
 LEAST_REPEATED = 32  # tokens
@@ -221,7 +222,7 @@ def answer(
     if grown.batch_size > 1:
         grown = model.compress([[*ids, *written[:-1]]], cache=context.fork())
     num_read = grown.tokens_seen - context.tokens_seen - len(ids)
-    is_complete = bool(written) and written[-1] in _end_ids(option("eos_token_id"))
+    is_complete = bool(written) and written[-1] in end_ids(option("eos_token_id"))
     return Answer(
         text=tokenizer.decode(written, skip_special_tokens=True).strip(),
         num_tokens=len(written),
@@ -260,10 +261,6 @@ def is_circle(ids: Sequence[int]) -> bool:
         if length <= len(ids) and all(ids[-place] == ids[-place - period] for place in range(1, length - period + 1)):
             return True
     return False
-
-
-def _end_ids(ends: Any) -> set[int]:
-    return {int(each) for each in torch.atleast_1d(torch.as_tensor([] if ends is None else ends))}
 
 
 def _streamer(tokenizer: Any, write: Write) -> transformers.TextStreamer:

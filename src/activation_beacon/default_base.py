@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from activation_beacon.errors import BaseModelError
+from activation_beacon.errors import BaseModelError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def prepare_default_base() -> Path:
             raise
         except OSError as error:
             raise BaseModelError(
-                f"The default model must be written to {folder.parent}, which failed: {first_line(error)}. "
+                f"The default model must be written to {folder.parent}, which failed: {reason(error)}. "
                 f"Set {HOME_VARIABLE} to a folder that can be written and has 1 GB to spare."
             ) from error
     return folder
@@ -162,7 +162,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
             lock.acquire(timeout=PATIENCE_S)
     except (OSError, NotImplementedError) as error:
         # It is somebody else's file, or on a file system without locks, or the wait was too long.
-        logger.info("going on without a lock: %s", first_line(error))
+        logger.info("going on without a lock: %s", reason(error))
     try:
         yield
     finally:
@@ -323,9 +323,3 @@ def _default_tokenizer(gguf_file: Path) -> PreTrainedTokenizerBase:
         clean_up_tokenization_spaces=False,
         chat_template=fields["tokenizer.chat_template"].contents(),
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(" .:") if lines else type(error).__name__

@@ -13,8 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from activation_beacon.entries import FLOATS
-from activation_beacon.errors import UnsupportedModelError
-from activation_beacon.files import reason
+from activation_beacon.errors import UnsupportedModelError, reason
 from activation_beacon.projection import OneDnnLinear
 
 # M input features · N output features
@@ -81,6 +80,8 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype, name: str | None = None)
     kind = type(linear).__name__ if name is None else f"{name} ({type(linear).__name__})"
     try:
         found = _multiplier(linear, dtype, may_subtract=has_own)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as failure:  # kernels that are missing say so in many ways
         raise _unknown(kind, f"multiplying by it failed ({reason(failure)})") from failure
     if found is None or tuple(found.shape) != shape or not found.isfinite().all():

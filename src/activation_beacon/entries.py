@@ -294,6 +294,8 @@ class ChunkLayer(DynamicLayer):
         length: m, entries before the chunk.
         num_held: h, tokens of the chunk that have been read already.
         num_repeated: first slots of the pass that are among these; their keys and values are dropped.
+
+    Attributes:
         ends_pass: whether nothing is wanted of the pass beyond this layer's keys and values.
     """
 
@@ -304,14 +306,13 @@ class ChunkLayer(DynamicLayer):
         *,
         num_held: int = 0,
         num_repeated: int = 0,
-        ends_pass: bool = False,
     ) -> None:
         super().__init__()
         self.held = held
         self.length = length
         self.num_held = num_held
         self.num_repeated = num_repeated
-        self.ends_pass = ends_pass
+        self.ends_pass = False
         self.is_initialized = True
 
     def update(

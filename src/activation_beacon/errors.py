@@ -59,3 +59,9 @@ class TrainingError(BeaconError, RuntimeError):
 
 class PeerError(BeaconError, RuntimeError):
     """Another project's method that cannot be run, or that does not answer as it must."""
+
+
+def reason(error: BaseException) -> str:
+    """One line of what an error says, without a full stop; its kind where it says nothing."""
+    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
+    return lines[0].rstrip(" .:") if lines else type(error).__name__

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from activation_beacon.errors import BeaconError, FileFormatError, StorageError
+from activation_beacon.errors import BeaconError, FileFormatError, StorageError, reason
 
 CONTEXT_FORMAT = "activation-beacon context"
 CONTEXT_VERSION = 1
@@ -96,10 +96,16 @@ def _aside_start(path: Path) -> str:
     return f".{path.name if len(name) <= LONGEST_NAME else hashlib.sha256(name).hexdigest()[:16]}."
 
 
-def reason(error: BaseException) -> str:
-    """One line of what an error says; its kind where it says nothing."""
-    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def make_folder(folder: Path, way_out: str = "Choose another folder.") -> None:
+    """Make a folder, and those that it lies in.
+
+    Raises:
+        StorageError: if it cannot be made, with the reason and the way out.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be made: {reason(error)}. {way_out}") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -17,7 +17,7 @@ from activation_beacon.adapt import DecoderSite, can_end_early, understands_told
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import FEWEST_IN_SPANS, TOLD_WITH_GRADIENTS, LowerRight, Spans, without_cudnn
-from activation_beacon.chunk_inputs import BaseModel, anchor_slots, anchors_of_all, interleave
+from activation_beacon.chunk_inputs import ReadingModel, anchor_slots, anchors_of_all, interleave
 from activation_beacon.chunk_memory import joined_layer, lent, memory_view
 from activation_beacon.constants import constant, sent
 from activation_beacon.entries import ChunkLayer, PassEnded, take
@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 
 def read(
-    model: BaseModel,
+    model: ReadingModel,
     site: DecoderSite,
     cache: BeaconCache,
     new: NewTokens,
@@ -76,7 +76,7 @@ class _Reader:
 
     def __init__(
         self,
-        model: BaseModel,
+        model: ReadingModel,
         site: DecoderSite,
         cache: BeaconCache,
         new: NewTokens,
@@ -238,7 +238,7 @@ class _Reader:
     def _keep(
         self,
         members: tuple[int, ...],
-        passed: Sequence[ChunkLayer | GroupLayer],
+        passed: Sequence[ChunkLayer],
         kept: Iterable[tuple[torch.Tensor, torch.Tensor]],
         layouts: Sequence[ChunkLayout],
     ) -> None:

@@ -16,7 +16,7 @@ from activation_beacon.attached import Attached
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import InputError, UnsupportedError
 from activation_beacon.plan import Ratio, Row, TextPlanner, revised
-from activation_beacon.row_ends import RowEnds
+from activation_beacon.row_ends import RowEnds, end_ids
 from activation_beacon.unread import unread
 
 REFUSED_OPTIONS = {
@@ -142,13 +142,13 @@ class BeaconGeneration(Attached):
             raise InputError(f"input_ids must be (B, T); got {tuple(input_ids.shape)}. Give one row for each prompt.")
         if input_ids.shape[1] == 1:  # longer ones are checked where they are read
             self._check_vocabulary(input_ids)
+        is_untouched = is_fresh and input_ids.shape[1] <= self.untouched_length
         if kwargs.get("attention_mask") is None:
             mask, has_holes = _inferred_mask(input_ids, _pad_token(option))
-            if has_holes and is_fresh and input_ids.shape[1] <= self.untouched_length:  # transformers leaves holes out
+            if has_holes and is_untouched:  # transformers leaves holes out
                 return False
             kwargs["attention_mask"] = mask
         mask = kwargs["attention_mask"]
-        is_untouched = is_fresh and input_ids.shape[1] <= self.untouched_length
         if not is_untouched and not bool((mask[:, -1:] > 0).all()):
             raise InputError("A row of attention_mask ends in padding. Pad prompts on the left: padding_side='left'.")
         return True
@@ -378,7 +378,7 @@ def _inferred_mask(input_ids: torch.Tensor, pad_token: int | None) -> tuple[torc
 def _pad_token(option: Option) -> int | None:
     """The token that pads prompts; None where it is an end of text as well, and so may be part of one."""
     pad, eos = option("pad_token_id"), option("eos_token_id")
-    return None if pad == eos or (isinstance(eos, list) and pad in eos) else pad
+    return None if pad in end_ids(eos) else pad
 
 
 def _refuse_while_disabled(context: BeaconCache | None, beacon_ratio: Ratio | None) -> None:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
 
 from activation_beacon.causal import ToldEntries, attend
 from activation_beacon.constants import constant
-from activation_beacon.entries import PassEnded
+from activation_beacon.entries import ChunkLayer, PassEnded
 from activation_beacon.plan import ROWS_TOGETHER, ROWS_TOGETHER_ON_CUDA, GroupLayout
 from activation_beacon.rope import KeyMover
 
@@ -42,7 +41,7 @@ class ByChunk(ToldEntries):
         return torch.cat(outputs, dim=2)
 
 
-class GroupLayer(DynamicLayer):
+class GroupLayer(ChunkLayer):
     """One layer during a pass over several chunks: keeps what they leave behind, and tells the mask what each of them sees.
 
     Args:
@@ -63,15 +62,11 @@ class GroupLayer(DynamicLayer):
         index: int,
         mask: ByChunk,
     ) -> None:
-        super().__init__()
-        self.held = held
-        self.length = length
+        super().__init__(held, length)
         self.group = group
         self.mover = mover
         self.index = index
         self.mask = mask
-        self.ends_pass = False
-        self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -103,16 +98,3 @@ class GroupLayer(DynamicLayer):
             ]
         )
         return key_states[:, :, :1], value_states[:, :, :1]
-
-    def memory(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values (B, K, m, D) before the chunks; not for a layer that holds nothing."""
-        assert self.held is not None, "nothing is held"
-        return self.held()
-
-    def forget(self) -> None:
-        """Let go of what the pass has left here."""
-        del self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        """Entries before the chunks."""
-        return self.length

@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 from activation_beacon.base_models import load_pretrained_base
 from activation_beacon.config import BeaconConfig
 from activation_beacon.default_base import DEFAULT_BASE_REVISION
-from activation_beacon.errors import InputError, StorageError
+from activation_beacon.errors import InputError, StorageError, reason
 from activation_beacon.exact import with_digits
-from activation_beacon.files import reason
 from activation_beacon.model import attach, detach
 from activation_beacon.persistence import CONFIG_FILE, fill_parameters, load_adapter_config, load_adapter_tensors
 

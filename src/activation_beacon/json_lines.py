@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from activation_beacon.errors import FileFormatError, StorageError
-from activation_beacon.files import reason
+from activation_beacon.errors import FileFormatError, StorageError, reason
 
 
 def append_lines(path: Path, values: Iterable[Any], *, way_out: str = "free space and run it again") -> None:

@@ -180,7 +180,7 @@ class BeaconForward(BeaconGeneration):
         inputs = dict(given, labels=None if is_padded else labels)
         if labels is not None:
             inputs["logits_to_keep"] = 0
-        if self.training and not self._keeps_cache(given["use_cache"]):
+        if self.training:
             inputs["use_cache"] = False
         kwargs = {**kwargs, "return_dict": True}
         num_items = kwargs.pop("num_items_in_batch", None) if labels is None or is_padded else None

@@ -17,8 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from activation_beacon.config import PLACEMENTS, BeaconConfig, is_same_fingerprint, short_fingerprint
-from activation_beacon.errors import BeaconError, FileFormatError, MismatchError, StorageError, UnsupportedModelError
-from activation_beacon.files import build_folder, reason, write_text
+from activation_beacon.errors import (
+    BeaconError,
+    FileFormatError,
+    MismatchError,
+    StorageError,
+    UnsupportedModelError,
+    reason,
+)
+from activation_beacon.files import build_folder, write_text
 from activation_beacon.fingerprint import fingerprint
 from activation_beacon.persistence import load_adapter_config, load_adapter_tensors, save_adapter
 

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from activation_beacon.config import BeaconConfig
-from activation_beacon.errors import BeaconError, ConfigError, FileFormatError, MismatchError, StorageError
-from activation_beacon.files import flush, reason, whole_file
+from activation_beacon.errors import BeaconError, ConfigError, FileFormatError, MismatchError, StorageError, reason
+from activation_beacon.files import flush, make_folder, whole_file
 
 CONFIG_FILE = "beacon_config.json"
 WEIGHTS_FILE = "beacon.safetensors"
@@ -39,10 +39,7 @@ def save_adapter(
         StorageError: if it cannot be written.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be made: {reason(error)}. Choose another place.") from error
+    make_folder(folder, "Choose another place.")
     outdated = [folder / CONFIG_FILE, *([folder / CARD_FILE] if _has_card_of_its_own_config(folder) else [])]
     with contextlib.ExitStack() as stack:  # files take their places in the opposite order: the config last
         _write_aside(stack, folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")

@@ -430,7 +430,7 @@ class TextPlanner:
             return self._layouts_that_fit(num_closed, num_tokens)
         if isinstance(ratio, tuple):
             if num_closed and not ratio:
-                raise RatioError(f"ratio names no chunk, but the text of {num_tokens} tokens closes {num_closed}.")
+                raise RatioError(f"ratio names no chunk, but the text of {num_tokens:,} tokens closes {num_closed}.")
             ratios: list[int] = [ratio[min(index, len(ratio) - 1)] for index in range(num_closed)]
         else:
             ratios = [ratio] * num_closed
@@ -489,8 +489,8 @@ class TextPlanner:
     def _beyond_all_ratios(self, num_tokens: int, num_entries: int) -> CapacityError:
         ratio = self.config.ratios[-1]
         return CapacityError(
-            f"A text of {num_tokens} tokens needs {num_entries} cache entries at ratio {ratio}, the largest that "
-            f"this adapter knows; {self._limit_text()}. Read at most {self._longest_text(ratio)} tokens."
+            f"A text of {num_tokens:,} tokens needs {num_entries:,} cache entries at ratio {ratio}, the largest that "
+            f"this adapter knows; {self._limit_text()}. Read at most {self._longest_text(ratio):,} tokens."
         )
 
     @property
@@ -544,7 +544,7 @@ class TextPlanner:
             raise self._too_long(row, num_positions, num_tokens)
 
     def _too_long(self, row: Row, num_positions: int, num_tokens: int) -> CapacityError:
-        text = f"A text of {num_tokens} tokens needs {num_positions} positions at ratio {self._ratio_text()}"
+        text = f"A text of {num_tokens:,} tokens needs {num_positions:,} positions at ratio {self._ratio_text()}"
         num_closed = self.num_closed(num_tokens)
         for ratio in self.config.ratios:
             if self._fits([self._layout(index, ratio) for index in range(num_closed)]):
@@ -556,7 +556,7 @@ class TextPlanner:
                 return CapacityError(f"{text}; {self._limit_text()}. {way}.")
         longest = self._longest_text(self.config.ratios[-1])
         return CapacityError(
-            f"{text}; {self._limit_text()}. No ratio fits: read at most {longest} tokens at the largest."
+            f"{text}; {self._limit_text()}. No ratio fits: read at most {longest:,} tokens at the largest."
         )
 
     def _ratio_text(self) -> str:
@@ -565,8 +565,8 @@ class TextPlanner:
 
     def _limit_text(self) -> str:
         if self.policy.budget is not None and (self.max_positions is None or self.policy.budget <= self.max_positions):
-            return f"the budget is {self.policy.budget}"
-        return f"the base model has {self.max_positions}"
+            return f"the budget is {self.policy.budget:,}"
+        return f"the base model has {self.max_positions:,}"
 
     def _longest_text(self, ratio: int) -> int:
         held = 0

@@ -5,6 +5,8 @@ with any tokenizer; one without a chat template gets a plain "Question: ... Answ
 system messages is text, also where it looks like the template's special tokens.
 """
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,12 +81,23 @@ class ChatPrompt:
 
     def is_in_answer(self, ids: Sequence[int]) -> bool:
         """Whether a question has been asked in a text already: the ids that open an answer are among its own."""
+        closing, ids, start = self._closing, list(ids), 0
+        if not closing:
+            return True
+        with contextlib.suppress(ValueError):  # no further first one of them
+            while ids[start : start + len(closing)] != closing:
+                start = ids.index(closing[0], start + 1)
+            return True
+        return False
+
+    @functools.cached_property
+    def _closing(self) -> list[int]:
+        """The ids that end a question and open its answer, whatever is asked."""
         first, second = self.question("a"), self.question("1")
         length = 0
         while length < min(len(first), len(second)) and first[-1 - length] == second[-1 - length]:
             length += 1
-        closing, ids = first[len(first) - length :], list(ids)
-        return any(ids[start : start + length] == closing for start in range(len(ids) - length + 1))
+        return first[len(first) - length :]
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         return self._special.ids(text, special=special)

@@ -19,7 +19,7 @@ from activation_beacon.adapt import DecoderSite, understands_rows_apart
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import ToldEntries, without_cudnn
-from activation_beacon.chunk_inputs import BaseModel
+from activation_beacon.chunk_inputs import ReadingModel
 from activation_beacon.constants import constant, sent
 from activation_beacon.entries import BeaconLayer
 from activation_beacon.forward import read
@@ -80,7 +80,7 @@ class RowsLayer(DynamicLayer):
         return max(row.get_seq_length() for row in self.rows)
 
 
-def read_next(model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache], ids: torch.Tensor) -> torch.Tensor:
+def read_next(model: ReadingModel, site: DecoderSite, caches: Sequence[BeaconCache], ids: torch.Tensor) -> torch.Tensor:
     """Read one token in each of several caches of one row, in place; on an error they stay as they were.
 
     Those that close a chunk are read one after another, and all of them where the mask would not be understood.
@@ -135,7 +135,7 @@ def _can_append(site: DecoderSite, cache: BeaconCache) -> bool:
 
 
 def _append(
-    model: BaseModel, site: DecoderSite, caches: Sequence[BeaconCache], ids: torch.Tensor
+    model: ReadingModel, site: DecoderSite, caches: Sequence[BeaconCache], ids: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Read ids (B, 1) that close no chunk in one pass; logits (B, V), and the ids (1, T) that each cache has seen then.
 

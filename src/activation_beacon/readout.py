@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
-from activation_beacon.batch import NewTokens
+from activation_beacon.batch import IGNORED, NewTokens
 
 # B batch · N new tokens (columns) · V vocabulary
 
@@ -126,9 +126,9 @@ class Readout:
             return
         targets = self.wanted.labels[row, column + 1 : stop + 1].to(piece.device)
         losses = torch.nn.functional.cross_entropy(
-            piece[: stop - column].float(), targets, ignore_index=-100, reduction="none"
+            piece[: stop - column].float(), targets, ignore_index=IGNORED, reduction="none"
         )
-        self.nll[row, column:stop] = losses.masked_fill(targets == -100, torch.nan)
+        self.nll[row, column:stop] = losses.masked_fill(targets == IGNORED, torch.nan)
 
     def _is_all(self, pieces: Sequence[tuple[int, int, torch.Tensor]], width: int) -> bool:
         """Whether the (B, width, V) logits of one pass are what is wanted of every row, each in its column."""

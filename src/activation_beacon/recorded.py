@@ -20,9 +20,8 @@ from transformers.cache_utils import DynamicLayer
 from activation_beacon.adapt import DecoderSite, understands_rows_apart
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import ToldEntries, without_cudnn
-from activation_beacon.chunk_inputs import BaseModel
-from activation_beacon.errors import UnsupportedError
-from activation_beacon.files import reason
+from activation_beacon.chunk_inputs import ReadingModel
+from activation_beacon.errors import UnsupportedError, reason
 from activation_beacon.room import MOST_PARTS, Room
 
 # B batch · H query heads · K kv heads · C slots of the room · D head dim · V vocabulary
@@ -145,7 +144,7 @@ class RecordedStep:
         UnsupportedError: if the step cannot be recorded, with the reason.
     """
 
-    def __init__(self, model: BaseModel, site: DecoderSite, cache: BeaconCache) -> None:
+    def __init__(self, model: ReadingModel, site: DecoderSite, cache: BeaconCache) -> None:
         self.rooms = [room for layer in cache.layers if (room := layer.room) is not None]
         for room in self.rooms:
             room.clear()
@@ -199,7 +198,7 @@ class RecordedStep:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return (type(None), ())  # a copied or pickled cache goes without, and has its own made
 
-    def serves(self, model: BaseModel, cache: BeaconCache) -> bool:
+    def serves(self, model: ReadingModel, cache: BeaconCache) -> bool:
         """Whether the model is where it was, and the cache still stands in these rooms and has a place for a token."""
         return (
             self.weights == _weights(model)
@@ -224,7 +223,7 @@ class RecordedStep:
         return self._logits.clone()
 
 
-def recorded_step(model: BaseModel, site: DecoderSite, cache: BeaconCache) -> RecordedStep | None:
+def recorded_step(model: ReadingModel, site: DecoderSite, cache: BeaconCache) -> RecordedStep | None:
     """The step that appends one token to each row of a cache, recorded if it has not been; None where it must not be.
 
     The cache keeps it. There has to be room, which the first token makes that an ordinary pass appends.
@@ -247,7 +246,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _can_be_recorded(model: BaseModel, site: DecoderSite, cache: BeaconCache) -> bool:
+def _can_be_recorded(model: ReadingModel, site: DecoderSite, cache: BeaconCache) -> bool:
     device = cache.token_ids.device
     return (
         device.type in RECORDERS
@@ -265,6 +264,6 @@ def _padding(cache: BeaconCache) -> tuple[int, ...]:
     return tuple(longest - row.cache_length for row in cache.rows)
 
 
-def _weights(model: BaseModel) -> tuple[int, int]:
+def _weights(model: ReadingModel) -> tuple[int, int]:
     """Which model it is, and where its weights are: they move together."""
     return id(model), model.get_input_embeddings().weight.data_ptr()

@@ -11,6 +11,11 @@ from activation_beacon.cache import BeaconCache
 logger = logging.getLogger(__name__)
 
 
+def end_ids(named: Any) -> frozenset[int]:
+    """Ids that end an answer, of what transformers lets `eos_token_id` be: one, several, a tensor, or None."""
+    return frozenset(torch.atleast_1d(torch.as_tensor([] if named is None else named, device="cpu")).tolist())
+
+
 class RowEnds(StoppingCriteriaList):
     """Stopping criteria that note where each row has ended: until the last one has, the others are given padding to read."""
 

@@ -12,8 +12,7 @@ import torch
 
 from activation_beacon.bench.measure import WARM_UP_TOKENS, Cell, warm_up_length
 from activation_beacon.bench.timing import Run
-from activation_beacon.errors import PeerError
-from activation_beacon.files import reason
+from activation_beacon.errors import PeerError, reason
 from activation_beacon.peers_environment import environment, last_line, model_options, require_python
 from activation_beacon.plan import entries_held
 

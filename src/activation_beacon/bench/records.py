@@ -7,8 +7,8 @@ from typing import Any
 
 from activation_beacon.bench.measure import Cell
 from activation_beacon.bench.timing import Run
-from activation_beacon.errors import MismatchError, StorageError
-from activation_beacon.files import reason
+from activation_beacon.errors import MismatchError
+from activation_beacon.files import make_folder
 from activation_beacon.json_lines import append_lines, read_lines
 
 FILE = "speed.jsonl"
@@ -35,10 +35,7 @@ class Records:
             self._open(self.path)
 
     def _open(self, path: Path) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{path.parent} cannot be used: {reason(error)}. Choose another --output.") from error
+        make_folder(path.parent, "Choose another --output.")
         values = read_lines(path)
         if not values:
             append_lines(path, [self.setting])

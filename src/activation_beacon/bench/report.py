@@ -123,10 +123,9 @@ def _bounds(
     shape: ModelShape, length: int, how: Compression, num_new: int, batch_size: int, element_bytes: int
 ) -> dict[str, float]:
     full = cost.FULL_ATTENTION
-    weights = cost.decode_bytes(shape, 0, full, element_bytes)
 
     def step_bytes(way: Compression) -> int:
-        return weights + batch_size * shape.cache_bytes(way.entries(length), element_bytes)
+        return cost.decode_bytes(shape, length, way, element_bytes, batch_size=batch_size)
 
     return {
         "first_token_bound": cost.prefill_flops(shape, length, full) / cost.prefill_flops(shape, length, how),

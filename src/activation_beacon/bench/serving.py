@@ -20,6 +20,7 @@ from activation_beacon.errors import InputError
 
 WORDS = ("amber", "birch", "cedar", "dune", "ember", "fjord", "grove", "heron", "ivory", "jade", "kelp", "lotus")
 QUESTION = "What is the password?"
+PATIENCE_S = 900.0  # that a reply may take
 
 
 @dataclass
@@ -113,19 +114,17 @@ class Connection:
     Args:
         url: such as `http://127.0.0.1:8000`.
         key: bearer key, if the server wants one.
-        timeout_s: that a reply may take.
     """
 
-    def __init__(self, url: str, *, key: str | None = None, timeout_s: float = 900.0) -> None:
+    def __init__(self, url: str, *, key: str | None = None) -> None:
         self.host, self.port = _address(url)
         self.headers = {"Content-Type": "application/json"}
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
-        self.timeout_s = timeout_s
 
     def send(self, method: str, path: str, values: Any = None) -> tuple[int, bytes]:
         """Status and body of a reply; status 0 where the connection broke."""
-        with contextlib.closing(http.client.HTTPConnection(self.host, self.port, timeout=self.timeout_s)) as line:
+        with contextlib.closing(http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE_S)) as line:
             try:
                 line.request(method, path, None if values is None else json.dumps(values), self.headers)
                 reply = line.getresponse()
@@ -151,7 +150,7 @@ class Connection:
     def streamed(self, values: dict[str, Any]) -> tuple[int, str, float, int]:
         """Status, text, seconds to the first token, and tokens of an answer; status 0 for one that broke off."""
         start = time.perf_counter()
-        with contextlib.closing(http.client.HTTPConnection(self.host, self.port, timeout=self.timeout_s)) as line:
+        with contextlib.closing(http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE_S)) as line:
             try:
                 options = {"stream": True, "stream_options": {"include_usage": True}}
                 line.request("POST", "/v1/chat/completions", json.dumps({**values, **options}), self.headers)

@@ -16,8 +16,7 @@ from activation_beacon.adapt import find_decoder
 from activation_beacon.base_models import DEFAULT_BASE_NAME
 from activation_beacon.bench.cost import DEFAULT_SHAPE, SHAPES, ModelShape
 from activation_beacon.config import DEFAULT_KIND
-from activation_beacon.default_base import first_line
-from activation_beacon.errors import BaseModelError, UnsupportedModelError
+from activation_beacon.errors import BaseModelError, UnsupportedModelError, reason
 from activation_beacon.persistence import CONFIG_FILE, load_adapter_config
 
 FAMILIES = {"qwen2-7b": "qwen2"}  # the others are Llamas
@@ -68,7 +67,7 @@ def read_shape(name: str) -> ModelShape:
         model = _without_weights(config)
     except Exception as error:
         raise BaseModelError(
-            f"The config of {name!r} cannot be read as a causal language model's: {first_line(error)}. "
+            f"The config of {name!r} cannot be read as a causal language model's: {reason(error)}. "
             f'Give "{DEFAULT_BASE_NAME}", a folder with config.json, or a hub id such as "owner/model".'
         ) from error
     site = find_decoder(model, ("q", "k", "v"))
@@ -95,7 +94,7 @@ def _counted(name: str, model: Any, config: Any) -> ModelShape:
     try:
         shape = ModelShape.of(config)
     except AttributeError as error:
-        raise UnsupportedModelError(f"{name!r} cannot be planned for: {first_line(error)}.") from error
+        raise UnsupportedModelError(f"{name!r} cannot be planned for: {reason(error)}.") from error
     if there != shape.num_weights:
         raise UnsupportedModelError(
             f"{name!r} has {there:,} weights in matrices; attention and one gated feed-forward part a layer, which is what "

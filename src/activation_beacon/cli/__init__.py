@@ -31,11 +31,10 @@ from activation_beacon.cli import (
     train,
 )
 from activation_beacon.cli import eval as evaluation
-from activation_beacon.cli.console import notice, one_line
+from activation_beacon.cli.console import INTERRUPTED, notice, one_line
 from activation_beacon.cli.options import examples
 from activation_beacon.errors import BeaconError
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
 PASSED_OVER_S = 0.05  # until an object's end is over
 UNPRINTABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})
 

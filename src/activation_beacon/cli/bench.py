@@ -135,7 +135,7 @@ def _rows_of(loaded: Loaded, sources: list[str], length: int, count: int) -> lis
         ids = loaded.tokenizer(books.read_demo_book(), add_special_tokens=False, verbose=False)["input_ids"]
         rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:count]
     if len(rows) < 2:
-        raise InputError(f"There are not two texts of {length} tokens. Name more texts, or lower --length.")
+        raise InputError(f"There are not two texts of {length:,} tokens. Name more texts, or lower --length.")
     return [torch.tensor([row], device=loaded.model.device) for row in rows]
 
 

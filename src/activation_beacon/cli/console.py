@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from activation_beacon.config import BeaconConfig
 
 SECONDS_BETWEEN_LINES = 10.0
+INTERRUPTED = 130  # exit status: 128 + SIGINT, as shells count
 
 
 def notice(text: str) -> None:

@@ -25,7 +25,6 @@ from activation_beacon.cli.console import (
 )
 from activation_beacon.cli.models import Loaded, check_ratio, load_model
 from activation_beacon.cli.texts import check_output
-from activation_beacon.errors import StorageError
 from activation_beacon.sizes import bytes_text
 
 if TYPE_CHECKING:
@@ -118,10 +117,9 @@ def _folder(out: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="beacon-demo-") as name:
             yield Path(name)
         return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{out} cannot be made: {error.strerror}. Choose another folder.") from error
+    from activation_beacon.files import make_folder
+
+    make_folder(out)
     yield out
 
 

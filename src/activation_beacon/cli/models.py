@@ -150,14 +150,14 @@ def usable_device(name: str | None) -> "torch.device":
     """
     import torch
 
-    from activation_beacon.default_base import first_line
+    from activation_beacon.errors import reason
 
     chosen = name or best_device()
     try:
         return torch.empty(0, device=chosen).device
     except (RuntimeError, AssertionError) as error:
         raise BaseModelError(
-            f'Device "{chosen}" cannot be used: {first_line(error)}. Use "cpu", or fix the device.'
+            f'Device "{chosen}" cannot be used: {reason(error)}. Use "cpu", or fix the device.'
         ) from error
 
 

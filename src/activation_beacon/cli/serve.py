@@ -54,7 +54,7 @@ def serve(
         int, typer.Option("--max-waiting", min=1, help="Requests that may wait; further ones get 429.")
     ] = 64,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=1, help="Tokens of an answer where a request names no number.")
+        int, typer.Option("--max-tokens", min=1, help="Tokens of a chat answer where a request names no number.")
     ] = 512,
     answer_seconds: Annotated[
         float, typer.Option("--answer-seconds", min=1, help="Time that an answer may take, waiting included.")

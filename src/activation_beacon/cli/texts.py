@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from activation_beacon.errors import FileFormatError, InputError, StorageError
+from activation_beacon.errors import FileFormatError, InputError, StorageError, reason
 
 STDIN = "-"
 BYTE_ORDER_MARK = "\ufeff"
@@ -63,7 +63,7 @@ def _bytes_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}.") from error
+        raise StorageError(f"{path} cannot be read: {reason(error)}.") from error
 
 
 def _decoded(content: bytes, shown: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from activation_beacon.cli import options
-from activation_beacon.cli.console import notice, print_json, seconds_text
+from activation_beacon.cli.console import INTERRUPTED, SECONDS_BETWEEN_LINES, notice, print_json, seconds_text
 from activation_beacon.cli.models import quiet_libraries
 from activation_beacon.config import DEFAULT_KIND, PAPER_KIND
 from activation_beacon.errors import ConfigError
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 RECIPE_SUFFIXES = (".yaml", ".yml")
 RECIPE_OF_RUN = "recipe.json"
 STOPPED = 1
-SECONDS_BETWEEN_LINES = 10.0
 SECONDS_OF_SILENCE = 20.0  # in a long step or measurement
 Sources = list[str] | None
 
@@ -249,8 +248,6 @@ def train(
     else:
         typer.echo(_summary(folder, outcome, settings))
     if not outcome.is_finished:
-        from activation_beacon.cli import INTERRUPTED
-
         raise typer.Exit(INTERRUPTED if outcome.is_interrupted else STOPPED)
 
 

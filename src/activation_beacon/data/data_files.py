@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from activation_beacon.errors import FileFormatError, StorageError, UnsupportedError
-from activation_beacon.files import reason
+from activation_beacon.errors import FileFormatError, StorageError, UnsupportedError, reason
 
 Source = str | Path
 

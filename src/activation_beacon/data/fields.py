@@ -4,7 +4,7 @@ import json
 from typing import Any, Literal
 
 from activation_beacon.data.data_files import BadRecord
-from activation_beacon.files import reason
+from activation_beacon.errors import reason
 
 BYTE_ORDER_MARK = "\ufeff"
 

@@ -25,8 +25,7 @@ from activation_beacon.data.data_files import (
 )
 from activation_beacon.data.fields import decoded, object_of, parsed, text_of
 from activation_beacon.data.question_shapes import flat_questions, is_unanswerable
-from activation_beacon.errors import ConfigError, InputError, StorageError
-from activation_beacon.files import reason
+from activation_beacon.errors import ConfigError, InputError, StorageError, reason
 
 OnError = Literal["skip", "stop"]
 

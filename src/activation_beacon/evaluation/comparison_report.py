@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from activation_beacon.config import short_fingerprint
-from activation_beacon.errors import StorageError
 from activation_beacon.evaluation import plots
 from activation_beacon.evaluation.blocks import (
     PICTURES,
@@ -24,7 +23,7 @@ from activation_beacon.evaluation.names import FULL
 from activation_beacon.evaluation.report import QUALITIES
 from activation_beacon.evaluation.results import Results
 from activation_beacon.evaluation.summary import dates_text
-from activation_beacon.files import reason, write_text
+from activation_beacon.files import make_folder, write_text
 
 TEXT = (
     "Means and differences are over the samples that all of these folders have (n). Differences are paired, sample by sample; "
@@ -148,12 +147,8 @@ def _places(found: Comparison) -> list[tuple[str, int]]:
 
 def _cells(line: Line) -> list[str]:
     count = line.means[0].count
-    means, differences = ([_text(each, count) for each in those] for those in (line.means, line.differences))
+    means, differences = ([each.beside(count) for each in those] for those in (line.means, line.differences))
     return [line.way.label, *means, str(count), *differences]
-
-
-def _text(estimate: Estimate, count: int) -> str:
-    return str(estimate).removesuffix(f" (n={count})")
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -167,10 +162,7 @@ def _draw(found: Comparison, path: Path) -> list[Picture]:
         panels = list(_panels(found, task))
         if not panels:
             continue
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{folder} cannot be made: {reason(error)}. Choose another place for {path}.") from error
+        make_folder(folder, f"Choose another place for {path}.")
         quality = next(line.quality for line in found.lines if line.task == task)
         label, name = QUALITIES[quality], f"{path.stem}-{task}.png"
         has_bars = quality != "nats"  # documents differ far more than adapters do; the table has the differences

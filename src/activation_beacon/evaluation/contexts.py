@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import torch
 
+from activation_beacon.row_ends import end_ids
+
 # N new tokens · S cache entries
 
 PIECE = 512  # tokens that the base model reads at a time: its mask is (PIECE, S)
@@ -38,7 +40,7 @@ class Context:
 
     def ask(self, ids: Sequence[int], *, max_new_tokens: int) -> tuple[list[int], Self]:
         """The greedy answer to ids that follow the text, without its end mark; and the context that has grown by both."""
-        ends = end_ids(self.model)
+        ends = end_ids(self.model.generation_config.eos_token_id)
         cache, logits = self._read(self._copied(), [*self.unread, *ids])
         answer: list[int] = []
         while (token := int(logits.argmax())) not in ends:
@@ -114,12 +116,6 @@ class BeaconContext(Context):
 
     def _size(self, cache: Any) -> tuple[int, int]:
         return cache.cache_length, cache.cache_bytes
-
-
-def end_ids(model: Any) -> set[int]:
-    """Ids that end an answer."""
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else {ends}
 
 
 def copied(cache: Any) -> Any:

@@ -11,11 +11,11 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from activation_beacon.errors import InputError, MismatchError, StorageError
+from activation_beacon.errors import InputError, MismatchError, StorageError, reason
 from activation_beacon.evaluation.blocks import Table
 from activation_beacon.evaluation.documents import folder_digest
 from activation_beacon.evaluation.results import CONTENTS, HARNESS, first_difference
-from activation_beacon.files import reason
+from activation_beacon.files import make_folder
 from activation_beacon.json_lines import append_lines, lines_from, read_lines
 
 BASE = "none"  # the ratio that stands for the base model alone
@@ -64,10 +64,7 @@ class HarnessResults:
             StorageError: if they cannot be written.
         """
         found = [{**line, "facts": self.facts} for line in lines]
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{self.path.parent} cannot be made: {reason(error)}. Choose another folder.") from error
+        make_folder(self.path.parent)
         self.note()
         append_lines(self.path, found)
         self.lines += found

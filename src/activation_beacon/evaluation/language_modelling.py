@@ -17,6 +17,7 @@ from torch import nn
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import InputError
+from activation_beacon.evaluation.contexts import base_cache_bytes
 from activation_beacon.evaluation.metrics import Estimate, gap_closed, mean
 from activation_beacon.evaluation.names import LOCAL_TOKENS
 from activation_beacon.plan import Ratio, TextPlanner, entries_held
@@ -194,16 +195,12 @@ def _base_losses(model: Any, ids: Sequence[int]) -> Losses:
             targets = row[0, start + 1 : start + PIECE + 1]
             losses = nn.functional.cross_entropy(output.logits[0, : len(targets)].float(), targets, reduction="none")
             parts.append(losses.cpu())
-    return Losses(torch.cat(parts), len(ids), _cache_bytes(cache), time.perf_counter() - start_time)
+    return Losses(torch.cat(parts), len(ids), base_cache_bytes(cache), time.perf_counter() - start_time)
 
 
 def _joined(nll: Sequence[torch.Tensor], parts: Sequence[Losses]) -> Losses:
     """Chunk by chunk: the last chunk's cache, everyone's time."""
     return Losses(torch.cat(list(nll)), parts[-1].cache_length, parts[-1].cache_bytes, sum(p.seconds for p in parts))
-
-
-def _cache_bytes(cache: Any) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 # --- what counts -----------------------------------------------------------------------------------------------------
@@ -231,7 +228,7 @@ def check_length(num_tokens: int, chunk_size: int) -> None:
     """
     if not bool(counted(num_tokens, chunk_size).any()):
         raise InputError(
-            f"A text of {num_tokens} tokens has none after its first chunk ({chunk_size}) to measure. Use a longer length."
+            f"A text of {num_tokens:,} tokens has none after its first chunk ({chunk_size:,}) to measure. Use a longer length."
         )
 
 

@@ -48,6 +48,10 @@ class Estimate:
         bounds = "" if self.low is None or self.high is None else f" [{self.low:.3f}, {self.high:.3f}]"
         return f"{self.value:.3f}{bounds} (n={self.count})"
 
+    def beside(self, count: int) -> str:
+        """In words; without its samples where they are as many as stand beside it."""
+        return str(self).removesuffix(f" (n={count})")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {"value": self.value, "low": self.low, "high": self.high, "count": self.count}

@@ -49,4 +49,4 @@ def _table(columns: dict[str, Column], ways: Sequence[Way]) -> Table:
 
 
 def _cell(estimate: Estimate | None, count: int) -> str:
-    return "-" if estimate is None else str(estimate).removesuffix(f" (n={count})")
+    return "-" if estimate is None else estimate.beside(count)

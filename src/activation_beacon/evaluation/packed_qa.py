@@ -59,9 +59,7 @@ def read_passages(
     return [Passage(name, context, tuple(asked)) for name, (context, asked) in zip(apart, found.items(), strict=True)]
 
 
-def packed_samples(
-    prompt: ChatPrompt, passages: Sequence[Passage], length: int, *, seed: int = 0, num_questions: int = QUESTIONS
-) -> Iterator[Sample]:
+def packed_samples(prompt: ChatPrompt, passages: Sequence[Passage], length: int, *, seed: int = 0) -> Iterator[Sample]:
     """One sample for each passage that fits: it stands at a random place among passages that fill up the length.
 
     Args:
@@ -69,7 +67,6 @@ def packed_samples(
         passages: each is asked about once, and fills up other samples.
         length: tokens of context, question and answer together.
         seed: of order and places.
-        num_questions: on one context at most; each is asked on the context alone.
 
     Raises:
         InputError: without passages, or if none of them fits.
@@ -82,7 +79,7 @@ def packed_samples(
     sizes = [len(ids) for ids in prompt.ids_of_texts([passage.context for passage in passages])]
     least = []
     for index in order:
-        asked = [_question(*each) for each in passages[index].questions[:num_questions]]
+        asked = [_question(*each) for each in passages[index].questions[:QUESTIONS]]
         longest = max(len(prompt.question(each.text)) + each.max_new_tokens for each in asked)
         room = length - longest - len(prompt.opening("")) - SLACK
         least.append(length - room + sizes[index])

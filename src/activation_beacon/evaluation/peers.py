@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from activation_beacon.errors import PeerError
-from activation_beacon.evaluation.contexts import end_ids
+from activation_beacon.errors import PeerError, reason
 from activation_beacon.evaluation.methods import beacon_entries
 from activation_beacon.evaluation.results import Key
 from activation_beacon.evaluation.samples import Sample, answer_sample, asked_ids, scored
-from activation_beacon.files import reason, write_text
+from activation_beacon.files import write_text
 from activation_beacon.json_lines import lines_from
 from activation_beacon.peers_environment import PYTHON, environment, model_options, require_python
 from activation_beacon.prompts import ChatPrompt
+from activation_beacon.row_ends import end_ids
 
 PEERS = {
     "snapkv": "what the last tokens look at (SnapKV)",
@@ -123,7 +123,7 @@ def _job(model: Any, prompt: ChatPrompt, sample: Sample) -> dict[str, Any]:
         "opening": opening,
         "questions": [{"ids": each, "max_new_tokens": question.max_new_tokens} for each, question in pairs],
         "is_conversation": sample.is_conversation,
-        "end_ids": sorted(end_ids(model)),
+        "end_ids": sorted(end_ids(model.generation_config.eos_token_id)),
     }
     text = json.dumps([model.base_fingerprint, str(model.dtype), job])
     return {"id": hashlib.sha256(text.encode()).hexdigest()[:16], **job, "ways": {}}

@@ -7,7 +7,7 @@ from typing import Any
 from activation_beacon.config import BeaconConfig
 from activation_beacon.evaluation.needles import window
 from activation_beacon.evaluation.samples import Question, Sample, fitted
-from activation_beacon.plan import RatioPolicy, TextPlanner
+from activation_beacon.plan import chunks_closed
 from activation_beacon.prompts import ChatPrompt
 
 CUE_WORDS, WORDS = 12, 40
@@ -56,7 +56,7 @@ def _question(cue: str, answer: str) -> Question:
 
 def _num_compressed(config: BeaconConfig, num_tokens: int) -> int:
     """Tokens that stand in closed chunks once so many have been read."""
-    return TextPlanner(config, RatioPolicy(), None).num_closed(num_tokens) * config.chunk_size
+    return chunks_closed(num_tokens, config.chunk_size, config.local_tokens) * config.chunk_size
 
 
 def _place(prompt: ChatPrompt, text: str, first: int, num_compressed: int) -> str:

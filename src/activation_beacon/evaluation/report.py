@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from activation_beacon.errors import InputError, StorageError
+from activation_beacon.errors import InputError
 from activation_beacon.evaluation import plots, summary
 from activation_beacon.evaluation.blocks import (
     PICTURES,
@@ -22,7 +22,7 @@ from activation_beacon.evaluation.metrics import FEW, MIN_SAMPLES, Estimate
 from activation_beacon.evaluation.overview import overview
 from activation_beacon.evaluation.results import Results
 from activation_beacon.evaluation.summary import Record, Row
-from activation_beacon.files import write_text
+from activation_beacon.files import make_folder, write_text
 
 MARKDOWN, HTML = "report.md", "report.html"
 QUALITIES = {"nats": "nats per token", "score": "score"}
@@ -47,10 +47,7 @@ def write_report(folder: str | Path) -> tuple[Path, Path]:
     if not results.records and not HarnessResults(folder).lines:
         raise InputError(f"{folder} has no finished sample yet. Run `beacon eval` on, then ask for the report.")
     pictures = results.folder / PICTURES
-    try:
-        pictures.mkdir(exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{pictures} cannot be made: {error.strerror}.") from error
+    make_folder(pictures)
     blocks = _blocks(results, pictures)
     markdown, page = results.folder / MARKDOWN, results.folder / HTML
     write_text(markdown, markdown_of(blocks))
@@ -357,7 +354,7 @@ def _text(estimate: Estimate | None, count: int) -> str:
     """A number and its interval; and its count, if that is not the one that stands beside it."""
     if estimate is None or estimate.value != estimate.value:
         return "-"
-    return str(estimate).removesuffix(f" (n={count})")
+    return estimate.beside(count)
 
 
 def _count(row: Row) -> int:

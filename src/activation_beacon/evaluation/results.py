@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from activation_beacon import __version__
-from activation_beacon.errors import FileFormatError, MismatchError, StorageError
-from activation_beacon.files import reason, write_text
+from activation_beacon.errors import FileFormatError, MismatchError, StorageError, reason
+from activation_beacon.files import make_folder, write_text
 from activation_beacon.json_lines import append_lines, lines_from, read_lines
 
 RESULTS, HARNESS, RUN = "results.jsonl", "harness.jsonl", "run.json"
@@ -57,7 +57,7 @@ class Results:
         self.records: dict[Key, dict[str, Any]] = {}
         self.run = self._read_run()
         if model is not None:
-            self._make_folder()
+            make_folder(self.folder)
             self._check_model(dict(model))
         for path in (self.folder / RESULTS, *self._parts()):
             is_own = model is not None and path == self.path
@@ -186,12 +186,6 @@ class Results:
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob(PART.format("*")))
 
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{self.folder} cannot be made: {reason(error)}. Choose another folder.") from error
-
     def _check_model(self, model: dict[str, Any]) -> None:
         if not self.run["model"]:
             self.run["model"] = model
@@ -211,10 +205,13 @@ class Results:
         try:
             run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise FileFormatError(f"{path} is damaged ({error}). Remove the folder and run it again.") from error
+            raise FileFormatError(
+                f"{path} is damaged ({reason(error)}). Remove the folder and run it again."
+            ) from error
         if run.get("format_version") != FORMAT_VERSION:
             raise FileFormatError(
-                f"{path} has format version {run.get('format_version')!r}; this release reads {FORMAT_VERSION}."
+                f"{path} has format version {run.get('format_version')!r}; this release reads {FORMAT_VERSION}. "
+                "Use the one that wrote it."
             )
         return run
 

@@ -156,7 +156,7 @@ def draw_samples(model: Any, task: Task, plan: Plan) -> dict[int, list[Any]]:
             ) from error
         if not samples[length]:
             raise InputError(
-                f"The task {task.name} has no sample of {length} tokens. Use a shorter length, or longer texts."
+                f"The task {task.name} has no sample of {length:,} tokens. Use a shorter length, or longer texts."
             )
         task.check(model, samples[length], plan.methods)
     return samples

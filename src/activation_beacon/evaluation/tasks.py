@@ -27,14 +27,6 @@ from activation_beacon.prompts import ChatPrompt
 SHUFFLED = "shuffled"
 
 
-class Item(Protocol):
-    """One sample of a task."""
-
-    @property
-    def id(self) -> str:
-        """Among the samples of one task and length."""
-
-
 class Task(Protocol):
     """Samples, and what a method makes of one.
 

@@ -30,7 +30,6 @@ class Asked:
     """One prompt, where it begins to be read, and what came of it.
 
     Attributes:
-        context_id: of the context that it stands on.
         scope: see `Library.start`.
         num_prompt: tokens of context and prompt.
         cache, ids: where reading begins, and what is read.
@@ -39,7 +38,6 @@ class Asked:
         num_written: tokens of all its answers.
     """
 
-    context_id: str | None
     scope: Hashable
     num_prompt: int
     cache: BeaconCache
@@ -122,16 +120,16 @@ class Answers:
         library, request = self.server.library, self.request
         scope: Hashable
         if request.context is None:
-            ratio = self.server.settings.ratio if request.wanted_ratio is None else request.wanted_ratio
+            ratio = self.server.settings.ratio if request.ratio is None else request.ratio
             cache = self.server.model.new_cache(ratio=ratio)
             scope = ("text", cache.policy)
-        elif request.wanted_ratio is not None:
+        elif request.ratio is not None:
             raise InputError("A context has its own ratio: leave ratio out, or make the context anew with another one.")
         else:
             _, cache, scope = await library.opened(request.context)
         ids = await asyncio.to_thread(self._checked_ids, cache, prompt)
-        start, unread = library.start(scope, cache, ids)
-        return Asked(request.context, scope, cache.tokens_seen + len(ids), start, unread)
+        start, unread = await library.start(scope, cache, ids)
+        return Asked(scope, cache.tokens_seen + len(ids), start, unread)
 
     def _checked_ids(self, cache: BeaconCache, prompt: Any) -> list[int]:
         self.server.library.check_can_fit(cache, self.server.prompting.least_tokens(prompt))
@@ -255,7 +253,7 @@ class Answers:
                 async with contextlib.aclosing(asked.work.events()) as events:
                     async for event in events:
                         if isinstance(event, Done):
-                            self._finished(asked, event.cache)
+                            await self._finished(asked, event.cache)
                             continue
                         if isinstance(event, Piece) and is_first:
                             is_first = False
@@ -267,9 +265,9 @@ class Answers:
         finally:
             self.cancel()
 
-    def _finished(self, asked: Asked, cache: BeaconCache) -> None:
+    async def _finished(self, asked: Asked, cache: BeaconCache) -> None:
         asked.grown = cache
-        self.server.library.keep(asked.scope, cache)
+        await self.server.library.keep(asked.scope, cache)
         self.server.metrics.answered(len(asked.ids), asked.num_prompt - len(asked.ids))
 
     def _head(self, kind: str) -> dict[str, Any]:

@@ -27,6 +27,8 @@ PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 )
 
+WAYS = "OpenAI's clients: /v1/chat/completions, /v1/completions and /v1/models; contexts: /v1/contexts. All: /openapi.json."
+
 
 def create_app(model: Any, tokenizer: Any, settings: Settings | None = None, *, behind_the_gate: Any = None) -> FastAPI:
     """The application that serves a model.
@@ -99,10 +101,13 @@ def _add_errors(app: FastAPI, server: Server) -> None:
         text, param = schema.told(error.errors())
         return JSONResponse(body(text, kind="invalid_request_error", code="invalid_value", param=param), 400)
 
-    async def http_error(_: Request, error: Exception) -> Response:
+    async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(error.status_code)
-        values = body(str(error.detail), kind="invalid_request_error", code=code)
+        text = str(error.detail)
+        if error.status_code in (404, 405):
+            text = f"{request.method} {request.url.path} is not served here. {WAYS}"
+        values = body(text, kind="invalid_request_error", code=code)
         return JSONResponse(values, error.status_code, error.headers)
 
     async def gone(_: Request, _error: Exception) -> Response:

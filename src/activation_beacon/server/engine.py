@@ -6,10 +6,11 @@ at most, and then get as much time as the chunk took.
 """
 
 import collections
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import torch
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import BeaconError, CapacityError
+from activation_beacon.row_ends import end_ids
 from activation_beacon.server.jobs import Answer, BusyError, ClosedError, Done, Failed, Job, LateError, Progress
 from activation_beacon.server.reading import Reading, closes_a_chunk, dense
 
@@ -89,7 +91,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.limits = limits or Limits()
         self.observer = observer
-        self.ends = _end_ids(model)
+        self.ends = end_ids(model.generation_config.eos_token_id)
         self._batch: dict[Answer, BeaconCache] = {}  # decoded together
         self._joining: list[tuple[Answer, BeaconCache]] = []
         self._tasks: list[_Task] = []
@@ -248,6 +250,7 @@ class Engine:
         if logits is None:
             self._finish(task.job, cache)
             return
+        logits = logits.float().cpu()
         for answer in self._running[task.job].answers if task.answer is None else [task.answer]:
             self._take(answer, logits)
             self._go_on(answer, cache.fork())
@@ -266,6 +269,7 @@ class Engine:
         answers = list(self._batch)
         try:
             logits = self.model.read_next([*self._batch.values()], [answer.pending for answer in answers])
+            logits = logits.float().cpu()  # one wait for all of them
         except Exception as error:
             for job in {answer.job for answer in answers}:
                 self._end(job, error)
@@ -344,8 +348,15 @@ class Engine:
         self._batch = {answer: cache for answer, cache in self._batch.items() if answer.job is not job}
         job.emit(Failed(error))
 
-    def _blaming(self, job: Job) -> "_Blaming":
-        return _Blaming(lambda error: self._end(job, error))
+    @contextlib.contextmanager
+    def _blaming(self, job: Job) -> Iterator[None]:
+        """Within the block an error ends one job, and nothing else."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, BeaconError):
+                logger.error("a job failed", exc_info=error)
+            self._end(job, error)
 
     def _fail_all(self, error: Exception) -> None:
         for job in list(self._running):
@@ -353,32 +364,7 @@ class Engine:
         self._batch = {}
 
 
-class _Blaming:
-    """Within the block an error ends one job, and nothing else."""
-
-    def __init__(self, end: Callable[[Exception], None]) -> None:
-        self.end = end
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, _traceback: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        if not isinstance(error, BeaconError):
-            logger.error("a job failed", exc_info=error)
-        self.end(error)
-        return True
-
-
 def _wait(model: Any) -> None:
     """Until a GPU has done what it was given, so that seconds are those of the work."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-
-
-def _end_ids(model: Any) -> frozenset[int]:
-    ends: int | Iterable[int] | None = model.generation_config.eos_token_id
-    if ends is None:
-        return frozenset()
-    return frozenset([ends] if isinstance(ends, int) else ends)

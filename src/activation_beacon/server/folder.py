@@ -26,8 +26,8 @@ import fsspec
 from pydantic import TypeAdapter
 
 from activation_beacon.cache import BeaconCache
-from activation_beacon.errors import BeaconError, FileFormatError, InputError, StorageError
-from activation_beacon.files import reason, whole_file, write_text
+from activation_beacon.errors import BeaconError, FileFormatError, InputError, StorageError, reason
+from activation_beacon.files import whole_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -106,19 +106,6 @@ def _version(info: Mapping[str, Any]) -> str:
     return " ".join(str(info.get(key, "")) for key in ("size", "mtime", "ino", "ETag", "etag", "created", "updated"))
 
 
-class _Lock:
-    """Held while a context's files are written or removed. A class of its own, since a dictionary may hold it weakly."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
 class Folder:
     """Contexts on disk, or wherever fsspec reaches.
 
@@ -140,7 +127,7 @@ class Folder:
         protocols = self.fs.protocol if isinstance(self.fs.protocol, tuple | list) else (self.fs.protocol,)
         self.is_local = "file" in protocols
         self._records: dict[str, tuple[str, Record]] = {}  # by id, with the version that they describe
-        self._locks: weakref.WeakValueDictionary[str, _Lock] = weakref.WeakValueDictionary()
+        self._locks: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
         self._finding_a_lock = threading.Lock()
         if self.is_local:
             self._remove_old_parts()
@@ -335,9 +322,9 @@ class Folder:
         with self._lock(record.id), self._reaching():
             return self._written(record, cache) if self.version(record.id) is not None else None
 
-    def _lock(self, context_id: str) -> "_Lock":
+    def _lock(self, context_id: str) -> threading.Lock:
         with self._finding_a_lock:
-            return self._locks.setdefault(context_id, _Lock())
+            return self._locks.setdefault(context_id, threading.Lock())
 
     def _written(self, record: Record, cache: BeaconCache) -> Record:
         is_new = self._noted(record.id) is None

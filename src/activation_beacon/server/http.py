@@ -7,8 +7,7 @@ import socket
 import uvicorn
 from fastapi import FastAPI
 
-from activation_beacon.errors import InputError
-from activation_beacon.files import reason
+from activation_beacon.errors import InputError, reason
 
 BACKSTOP_S = 60  # the engine lets go between two chunks; a connection that outlasts this is cut
 

@@ -257,7 +257,7 @@ class Library:
 
     # --- conversations ---
 
-    def start(self, scope: Hashable, cache: BeaconCache, ids: Sequence[int]) -> tuple[BeaconCache, list[int]]:
+    async def start(self, scope: Hashable, cache: BeaconCache, ids: Sequence[int]) -> tuple[BeaconCache, list[int]]:
         """Where to begin to read `ids` on a cache: there, or where an earlier text has gone the same way farther.
 
         Args:
@@ -266,25 +266,38 @@ class Library:
         Returns:
             A cache, and the ids that it has not seen.
         """
-        keys = [key for key in self._keys() if key[0] == "talk" and key[1] == scope]
-        text = torch.tensor([*cache.token_ids[0].tolist(), *ids], device=cache.token_ids.device)
-        kept = [self.memory.peek(key) for key in keys]
-        found = longest(kept, text, cache, self.model.max_positions)
+        keys, kept = self._talks(scope)
+
+        def compared() -> tuple[tuple[int, int] | None, list[int]]:
+            """In a thread: ids on a GPU are waited for."""
+            text = torch.tensor([*cache.token_ids[0].tolist(), *ids], device=cache.token_ids.device)
+            return longest(kept, text, cache, self.model.max_positions), text.tolist()
+
+        found, text = await asyncio.to_thread(compared)
         if found is None or found[1] < cache.tokens_seen + LEAST_SPARED:
             return cache, list(ids)
         index, length = found
         self.memory.get(keys[index])
-        return opening(kept[index], length), text[length:].tolist()
+        return opening(kept[index], length), text[length:]
 
-    def keep(self, scope: Hashable, cache: BeaconCache) -> None:
+    async def keep(self, scope: Hashable, cache: BeaconCache) -> None:
         """Keep what has been read and written, in place of what it has grown from."""
-        ids = cache.token_ids[0]
-        for key in [key for key in self._keys() if key[0] == "talk" and key[1] == scope]:
-            older = self.memory.peek(key).token_ids[0]
-            if common_length(older, ids) == len(older):
+        keys, kept = self._talks(scope)
+
+        def outgrown() -> list[bool]:
+            ids = cache.token_ids[0]
+            return [common_length(older.token_ids[0], ids) == older.tokens_seen for older in kept]
+
+        for key, is_outgrown in zip(keys, await asyncio.to_thread(outgrown), strict=True):
+            if is_outgrown:
                 self.memory.drop(key)
         self._num_kept += 1
         self.memory.put(("talk", scope, self._num_kept), cache)
+
+    def _talks(self, scope: Hashable) -> tuple[list[tuple[Any, ...]], list[BeaconCache]]:
+        """Conversations on a scope that memory holds: their keys, and their caches."""
+        keys = [key for key in self._keys() if key[0] == "talk" and key[1] == scope]
+        return keys, [self.memory.peek(key) for key in keys]
 
 
 def _not_found(context_id: str) -> NotFoundError:

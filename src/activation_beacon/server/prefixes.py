@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from activation_beacon.cache import BeaconCache
-from activation_beacon.plan import ClosedChunk, Row, TextPlanner
+from activation_beacon.plan import ClosedChunk, Row, TextPlanner, chunks_closed
 
 
 def common_length(one: torch.Tensor, other: torch.Tensor) -> int:
@@ -22,7 +22,7 @@ def reusable_length(cache: BeaconCache, ids: torch.Tensor) -> int:
     """
     row = cache.rows[0]
     common = common_length(cache.token_ids[0], ids[:-1])
-    num_closed = TextPlanner(cache.config, cache.policy, None).num_closed(len(ids))
+    num_closed = chunks_closed(len(ids), row.chunk_size, cache.config.local_tokens)
     num_chunks = min(len(row.chunks), common // row.chunk_size, num_closed)
     return common if num_chunks == len(row.chunks) else num_chunks * row.chunk_size
 

@@ -77,7 +77,6 @@ class Reading:
         self.model = model
         self.needs_logits = needs_logits
         self.policy = cache.policy
-        self.num_new = len(ids)
         self.ids = [*cache.token_ids[0].tolist(), *ids]
         pieces = cut(cache.config, cache.policy, model.max_positions, cache.rows[0], len(ids))
         self.cache = cache.emptied() if pieces.restart else cache

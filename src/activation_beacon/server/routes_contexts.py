@@ -69,11 +69,11 @@ class _Routes:
         """Compress a text: JSON with `text`, or a form with a UTF-8 `file`. With `stream`, progress comes as events."""
         wanted = await _context_request(request)
         least = self.server.prompting.least_tokens(wanted.text)
-        self.library.check_can_fit(self.library.empty(wanted.wanted_ratio), least)
+        self.library.check_can_fit(self.library.empty(wanted.ratio), least)
         document = functools.partial(self.server.prompting.document, system=wanted.system, is_plain=wanted.plain)
         ids = await run_in_threadpool(document, wanted.text)
         name = wanted.name or _first_words(wanted.text)
-        making = self.library.create(name, ids, ratio=wanted.wanted_ratio, bits=wanted.quantize)
+        making = self.library.create(name, ids, ratio=wanted.ratio, bits=wanted.quantize)
         return await self._made(request, making, is_stream=wanted.stream)
 
     async def contexts(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class _Routes:
         roomiest = self.library.empty(max(self.server.model.beacon_config.ratios))
         self.library.check_can_fit(roomiest, self.server.prompting.least_tokens(body.text))
         ids = await run_in_threadpool(self.server.prompting.more, body.text)
-        making = self.library.append(context_id, ids, ratio=body.wanted_ratio)
+        making = self.library.append(context_id, ids, ratio=body.ratio)
         return await self._made(request, making, is_stream=body.stream)
 
     async def fork(self, context_id: str, body: ForkRequest | None = None) -> dict[str, Any]:

@@ -65,8 +65,7 @@ class Sampler:
             self.generator.manual_seed(_mixed(sampling.seed, number))
 
     def choose(self, logits: torch.Tensor) -> Chosen:
-        """Choose after logits (V,)."""
-        logits = logits.float().cpu()
+        """Choose after logits (V,), floats on the host."""
         token = self._token(self._adjusted(logits))
         self.written[token] += 1
         return self._reported(logits, token)

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from activation_beacon.errors import UnsupportedError
-from activation_beacon.plan import Ratio
 from activation_beacon.server.sampling import Sampling
 
 # What changes nothing here: whose request it is, and how others' servers bill, keep and route it.
@@ -45,7 +44,8 @@ def _whole(text: str) -> str:
 Text = Annotated[str, AfterValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 RatioField = Annotated[
-    int | list[int] | Literal["auto"] | None, Field(description="Raw tokens per beacon; by default the server's ratio.")
+    int | tuple[int, ...] | Literal["auto"] | None,
+    Field(description="Raw tokens per beacon; by default the server's ratio."),
 ]
 ContextId = Annotated[Text | None, Field(description="Id of the context that the request is about.")]
 
@@ -136,11 +136,6 @@ class _Request(BaseModel):
     def stops(self) -> tuple[str, ...]:
         """Texts that end an answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
-    def wanted_ratio(self) -> Ratio | None:
-        """The ratio asked for."""
-        return tuple(self.ratio) if isinstance(self.ratio, list) else self.ratio
 
     @property
     def limit(self) -> int | None:
@@ -252,11 +247,6 @@ class ContextRequest(BaseModel):
     quantize: Literal[8, 4] | None = Field(None, description="Keep the beacons in so many bits.")
     stream: bool = Field(False, description="Answer with server-sent events: progress, then the context.")
 
-    @property
-    def wanted_ratio(self) -> Ratio | None:
-        """The ratio asked for."""
-        return tuple(self.ratio) if isinstance(self.ratio, list) else self.ratio
-
 
 class AppendRequest(BaseModel):
     """`POST /v1/contexts/{id}/append`: more text."""
@@ -266,11 +256,6 @@ class AppendRequest(BaseModel):
     text: Text
     ratio: RatioField = None
     stream: bool = False
-
-    @property
-    def wanted_ratio(self) -> Ratio | None:
-        """The ratio asked for."""
-        return tuple(self.ratio) if isinstance(self.ratio, list) else self.ratio
 
 
 class ForkRequest(BaseModel):

@@ -54,7 +54,7 @@ def _stages(settings: TrainingSettings, num_made: int) -> list[str]:
         read = ", ".join(f"{name} {share:g}" for name, share in stage.shares.items() if share)
         parts = ("cross_entropy", "distillation", "context_weight")
         loss = ", ".join(f"{name} {getattr(stage, name):g}" for name in parts if getattr(stage, name))
-        chunk = stage.chunk_size or settings.config.chunk_size
+        chunk = settings.chunk_size_of(stage)
         made = min(num_made, stage.steps)
         num_made -= made
         updates = f"{stage.steps:,}" if made == stage.steps else f"{made:,} of {stage.steps:,}"

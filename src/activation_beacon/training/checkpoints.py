@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from activation_beacon.config import BeaconConfig
-from activation_beacon.errors import FileFormatError, MismatchError
-from activation_beacon.files import build_folder, reason
-from activation_beacon.persistence import load_adapter_tensors, save_adapter
+from activation_beacon.errors import FileFormatError, MismatchError, reason
+from activation_beacon.files import build_folder
+from activation_beacon.persistence import save_adapter
 from activation_beacon.training.sharding import like
 
 STATE_FILE = "state.json"
@@ -145,11 +145,6 @@ def read_tensors(checkpoint: Path, name: str, *, is_needed: bool = False) -> dic
         raise FileFormatError(
             f"{checkpoint / name} is damaged: {reason(error)}. Remove {checkpoint} to go on from an earlier one."
         ) from error
-
-
-def read_adapter(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The adapter's tensors in a checkpoint."""
-    return load_adapter_tensors(checkpoint)
 
 
 def optimizer_tensors(optimizers: list[torch.optim.Optimizer], names: Mapping[Any, str]) -> dict[str, torch.Tensor]:

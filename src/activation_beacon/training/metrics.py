@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from activation_beacon.errors import StorageError
-from activation_beacon.files import reason, write_text
+from activation_beacon.files import make_folder, write_text
 from activation_beacon.json_lines import append_lines
 from activation_beacon.processes import Processes
 from activation_beacon.training.batches import Batch
@@ -79,10 +78,7 @@ class MetricsLog:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{path.parent} cannot be made: {reason(error)}. Choose another --output.") from error
+        make_folder(path.parent, "Choose another --output.")
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, line: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from activation_beacon.files import write_text
 from activation_beacon.json_lines import append_lines, read_lines
 from activation_beacon.processes import Processes
 from activation_beacon.prompts import ChatPrompt
+from activation_beacon.row_ends import end_ids
 from activation_beacon.training.needle_words import KINDS
 from activation_beacon.training.needles import make_needle
 
@@ -185,12 +186,9 @@ class BaseAnswers:
         return None if stop is None else self.tokenizer.decode(ids[:stop], skip_special_tokens=True).strip()
 
 
-def _end_ids(model: Any, tokenizer: Any) -> set[int]:
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """Ids that end an answer."""
-    given = getattr(model.generation_config, "eos_token_id", None)
-    ends = {given} if isinstance(given, int) else set(given or ())
-    if tokenizer.eos_token_id is not None:
-        ends.add(tokenizer.eos_token_id)
+    ends = end_ids(getattr(model.generation_config, "eos_token_id", None)) | end_ids(tokenizer.eos_token_id)
     if not ends:
         raise ConfigError(
             "Neither the base model nor its tokenizer says which token ends an answer. Set eos_token_id in its "

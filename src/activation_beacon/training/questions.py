@@ -187,9 +187,9 @@ class PackedQuestions:
         total = sum(costs[number] for number in self._fillers)
         if not any(members) or total < LEAST_CHUNKS * self.chunk_size:
             raise InputError(
-                f"Questions need contexts of {LEAST_CHUNKS * self.chunk_size} tokens or more together (two chunks), each with "
-                f"its question within {self.length}; {len(self._fillers)} contexts of {total} tokens together and "
-                f"{sum(map(len, members))} of {len(self._turns)} questions are left. Name more, or raise the length."
+                f"Questions need contexts of {LEAST_CHUNKS * self.chunk_size:,} tokens or more together (two chunks), each with "
+                f"its question within {self.length:,}; {len(self._fillers):,} contexts of {total:,} tokens together and "
+                f"{sum(map(len, members)):,} of {len(self._turns):,} questions are left. Name more, or raise the length."
             )
         self._smallest = min(costs[number] for number in self._fillers)
 

@@ -19,7 +19,7 @@ from activation_beacon.config import BeaconConfig, is_same_fingerprint, short_fi
 from activation_beacon.default_base import DEFAULT_BASE_REVISION
 from activation_beacon.errors import BaseModelError, CapacityError, ConfigError, StorageError
 from activation_beacon.exact import digit_ids, with_digits
-from activation_beacon.files import write_text
+from activation_beacon.files import make_folder, write_text
 from activation_beacon.fingerprint import fingerprint
 from activation_beacon.hub import adapter_folder
 from activation_beacon.model import attach
@@ -201,10 +201,7 @@ def _check_output(folder: Path, *, resume: bool) -> list[Path]:
             f"{folder} holds a run already, with a checkpoint at {found[-1].name}. Add --resume to go on, or choose "
             "another --output."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be made: {error.strerror}. Choose another --output.") from error
+    make_folder(folder, "Choose another --output.")
     return found
 
 
@@ -263,7 +260,7 @@ def _check_positions(settings: TrainingSettings, positions: int | None) -> None:
         ConfigError: with the stage, and what it needs.
     """
     for number, stage in enumerate(settings.stages, 1):
-        chunk_size = stage.chunk_size or settings.config.chunk_size
+        chunk_size = settings.chunk_size_of(stage)
         config = dataclasses.replace(settings.config, chunk_size=chunk_size, local_tokens=0)
         planner = TextPlanner(config, RatioPolicy(config.ratios[0]), positions)
         try:

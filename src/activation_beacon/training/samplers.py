@@ -9,7 +9,7 @@ from activation_beacon.data.data_files import FORMATS, RECORD_FORMATS, data_file
 from activation_beacon.data.sources import ReadReport
 from activation_beacon.errors import InputError
 from activation_beacon.processes import Processes
-from activation_beacon.training.sampling import DocumentSampler, MixedSampler, Sampler
+from activation_beacon.training.sampling import LEAST_CHUNKS, DocumentSampler, MixedSampler, Sampler
 from activation_beacon.training.settings import Stage, TrainingSettings
 from activation_beacon.training.token_store import BuildProgress, TokenStore, build_token_store
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Tell = Callable[[str], None]
 
-LEAST_CHUNKS = 2
 SMALL_FILES = 1 << 21  # bytes
 MANY_CHATS = 10_000  # take half a minute to be counted
 PLAIN = (".txt", ".md", ".jsonl")  # a text in such a file has no more tokens than the file has bytes
@@ -107,7 +106,7 @@ def read_sources(settings: TrainingSettings, tokenizer: Any, folder: Path, group
     Raises:
         As `sources.read_records`, and InputError if nothing but what is to be measured on is left to train on.
     """
-    smallest = min(stage.chunk_size or settings.config.chunk_size for stage in settings.stages)
+    smallest = min(map(settings.chunk_size_of, settings.stages))
     with group.first_before_others():
         # The shorter ones first: what is refused is refused soon.
         dev = _store(settings, "dev", tokenizer, folder, settings.length_of_dev_texts, tell)
@@ -227,7 +226,7 @@ def _stage_sampler(settings: TrainingSettings, number: int, data: RunData, token
     stage = settings.stages[number]
     sizes: dict[str, Any] = {
         "length": stage.length,
-        "chunk_size": stage.chunk_size or settings.config.chunk_size,
+        "chunk_size": settings.chunk_size_of(stage),
         "seed": settings.seed + number,
     }
     parts = [
@@ -243,7 +242,7 @@ def _sampler(kind: str, stage: Stage, data: RunData, tokenizer: Any, sizes: dict
         return _whole(data.chats, tokenizer, sizes, tell)
     assert data.documents is not None, "settings are checked: documents are named"
     if kind == "documents":
-        return DocumentSampler(data.documents, **sizes)
+        return DocumentSampler(data.documents, **sizes, local_tokens=stage.local_tokens)
     from activation_beacon.training.needles import Needles, Reconstruction
 
     if kind == "needles":

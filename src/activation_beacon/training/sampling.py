@@ -77,15 +77,18 @@ class DocumentSampler:
         length: of the windows, in whole chunks.
         chunk_size: of the adapter.
         seed: of all choices.
+        local_tokens: that contexts will have. What is predicted from the first of each chunk does not count: with so many
+            local tokens, the chunk before is still raw when they are read.
 
     Raises:
         ConfigError: if the length is no multiple of the chunk, or less than two.
         InputError: if no document is long enough.
     """
 
-    def __init__(self, store: TokenStore, *, length: int, chunk_size: int, seed: int) -> None:
+    def __init__(self, store: TokenStore, *, length: int, chunk_size: int, seed: int, local_tokens: int = 0) -> None:
         check_sizes(length, chunk_size)
         self.store, self.length, self.chunk_size, self.seed = store, length, chunk_size, seed
+        self.local_tokens = local_tokens
         whole_chunks = store.lengths // chunk_size
         self._sizes = np.minimum(whole_chunks * chunk_size, length)
         self._counts = np.where(whole_chunks >= LEAST_CHUNKS, store.lengths // np.maximum(self._sizes, 1), 0)
@@ -105,7 +108,9 @@ class DocumentSampler:
         """The sample of a number from 0; it goes on beyond an epoch, with other windows."""
         document, start, stop = self.window(index)
         ids = torch.from_numpy(self.store.document(document)[start:stop].astype(np.int64))
-        return Sample(ids, torch.arange(len(ids)) >= self.chunk_size)
+        places = torch.arange(len(ids))
+        is_local = (places - 1) % self.chunk_size < self.local_tokens  # predicted from the token before
+        return Sample(ids, (places >= self.chunk_size) & ~is_local)
 
     def window(self, index: int) -> tuple[int, int, int]:
         """Document, first token and stop of a sample."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from activation_beacon.config import BeaconConfig
-from activation_beacon.errors import ConfigError
+from activation_beacon.config import BeaconConfig, check_int
+from activation_beacon.errors import ConfigError, reason
 from activation_beacon.training.needle_words import KINDS
 
 Optimizer = Literal["adamw", "muon"]
@@ -28,6 +28,8 @@ class Stage:
         steps: updates of the weights.
         length: tokens of a text at most; texts are cut from documents, never joined.
         chunk_size: chunks to train on; None for the adapter's own. Short chunks learn faster, and serve long ones.
+        local_tokens: of documents, tokens at the beginning of a chunk whose predictions do not count: contexts with so many local
+            tokens have the chunk before raw while they read them.
         batch_size: texts of one update, over all processes.
         micro_batch_size: texts that one process reads at once.
         documents: share of texts that are cut from documents.
@@ -50,6 +52,7 @@ class Stage:
     steps: int = 1000
     length: int = 4096
     chunk_size: int | None = None
+    local_tokens: int = 0
     batch_size: int = 8
     micro_batch_size: int = 1
     documents: float = 1.0
@@ -69,10 +72,11 @@ class Stage:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch_size"):
-            _check_int(name, getattr(self, name), least=1)
-        _check_int("length", self.length, least=4)
+            check_int(name, getattr(self, name), least=1)
+        check_int("length", self.length, least=4)
         if self.chunk_size is not None:
-            _check_int("chunk_size", self.chunk_size, least=2)
+            check_int("chunk_size", self.chunk_size, least=2)
+        check_int("local_tokens", self.local_tokens, least=0)
         for name in ("learning_rate", "max_grad_norm"):
             _check_number(name, getattr(self, name), above=0.0)
         for name in ("warmup", "decay", *self.shares):
@@ -186,13 +190,13 @@ class TrainingSettings:
         if not self.stages:
             raise ConfigError("stages is empty. Name at least one.")
         if self.lora_rank is not None:
-            _check_int("lora_rank", self.lora_rank, least=1)
+            check_int("lora_rank", self.lora_rank, least=1)
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, least=1)
+            check_int("max_tokens", self.max_tokens, least=1)
         for name in ("save_every", "dev_every", "dev_texts", "keep_checkpoints"):
-            _check_int(name, getattr(self, name), least=1)
+            check_int(name, getattr(self, name), least=1)
         for name in ("seed", "workers"):
-            _check_int(name, getattr(self, name), least=0)
+            check_int(name, getattr(self, name), least=0)
         _check_choice("dtype", self.dtype, (None, *DTYPES))
         _check_number("average_decay", self.average_decay, least=0.0)
         if self.average_decay >= 1:
@@ -207,7 +211,7 @@ class TrainingSettings:
             self._check_stage(number, stage)
 
     def _check_stage(self, number: int, stage: Stage) -> None:
-        chunk_size = stage.chunk_size or self.config.chunk_size
+        chunk_size = self.chunk_size_of(stage)
         if wrong := [ratio for ratio in self.config.ratios if chunk_size % ratio]:
             raise ConfigError(
                 f"Stage {number}: chunk_size ({chunk_size}) must be divisible by every ratio; {wrong[0]} does not divide it."
@@ -216,6 +220,11 @@ class TrainingSettings:
             raise ConfigError(
                 f"Stage {number}: length ({stage.length}) must exceed chunk_size ({chunk_size}): beacons learn from what "
                 "follows their chunk."
+            )
+        if stage.local_tokens >= chunk_size:
+            raise ConfigError(
+                f"Stage {number}: local_tokens ({stage.local_tokens}) must be fewer than chunk_size ({chunk_size}): "
+                "of documents nothing would count."
             )
         for kind, share in stage.shares.items():
             source = kind if kind in ("questions", "chats") else "documents"
@@ -226,6 +235,10 @@ class TrainingSettings:
     def adapters(self) -> tuple[str, ...]:
         """The adapters whose mean the run begins with; none for untrained beacons."""
         return adapter_names(self.adapter)
+
+    def chunk_size_of(self, stage: Stage) -> int:
+        """Tokens of the chunks that a stage trains on."""
+        return stage.chunk_size or self.config.chunk_size
 
     @property
     def length_of_dev_texts(self) -> int:
@@ -263,8 +276,9 @@ class TrainingSettings:
         for stage in values["stages"]:
             if not stage["needles"]:
                 del stage["needle_kinds"]
-            if not stage["chats"]:
-                del stage["chats"]
+            for name in ("chats", "local_tokens"):
+                if not stage[name]:
+                    del stage[name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
@@ -323,7 +337,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}. Name a YAML recipe.") from error
+        raise ConfigError(f"{path} cannot be read: {reason(error)}. Name a YAML recipe.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         place = getattr(error, "problem_mark", None)
         where = f", line {place.line + 1}" if place else ""
@@ -377,11 +391,6 @@ def _check_mapping(what: str, values: object, known: Any) -> None:
 def _check_names(what: str, values: Mapping[str, Any], known: Any) -> None:
     if unknown := sorted(set(map(str, values)) - set(known)):
         raise ConfigError(f"{what} names {', '.join(unknown)}, which is not known. Known: {', '.join(sorted(known))}.")
-
-
-def _check_int(name: str, value: object, *, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} must be an int of at least {least}; got {value!r}.")
 
 
 def _check_number(name: str, value: object, *, least: float | None = None, above: float | None = None) -> None:

@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from activation_beacon.data.data_files import Source, list_sources, source_entries
 from activation_beacon.data.sources import OnError, ReadReport, documents
-from activation_beacon.errors import ConfigError, FileFormatError, InputError, StorageError
-from activation_beacon.files import build_folder, reason
+from activation_beacon.errors import ConfigError, FileFormatError, InputError, StorageError, reason
+from activation_beacon.files import build_folder
 
 STORE_FORMAT = "activation-beacon tokens"
 STORE_VERSION = 1

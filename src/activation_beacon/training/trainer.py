@@ -22,6 +22,7 @@ from activation_beacon.at_once import chunks_at_once
 from activation_beacon.constants import sent
 from activation_beacon.errors import ConfigError, TrainingError
 from activation_beacon.matmul import training_products
+from activation_beacon.persistence import load_adapter_tensors
 from activation_beacon.processes import Processes
 from activation_beacon.training import checkpoints
 from activation_beacon.training.averaging import Average
@@ -42,6 +43,7 @@ RUNAWAY_NATS = 2.0  # by which the smoothed loss may exceed the best it was in i
 SMOOTHING = 0.95
 LAST_SHARE = 0.02  # of the time that is left for saving
 FALL_SHARE = 0.3  # of the time in which the learning rate falls
+FORETOLD_AFTER = 3  # updates, from which it is told what will not be reached
 MEASURING_SHARE = 0.15  # of the time that is given, for measuring once on dev texts
 
 Report = Callable[[dict[str, Any]], None]
@@ -165,7 +167,7 @@ class Trainer:
             began = self.progress
             self.progress = checkpoints.read_progress(found[-1], began.fingerprint, began.digests)
             own = checkpoints.read_tensors(found[-1], checkpoints.WEIGHTS_FILE)
-            tensors = own or checkpoints.read_adapter(found[-1])
+            tensors = own or load_adapter_tensors(found[-1])
             for name, parameter in self.parameters.items():
                 fill(parameter, tensors[name])
             if self.average is not None:
@@ -205,6 +207,8 @@ class Trainer:
                 self._measure_first(clock, log)
             while not self._is_through:
                 line = self._step(clock, ahead)
+                if self.progress.step == begun + FORETOLD_AFTER:
+                    self._foretell(clock)
                 if self.dev and self._is_to_be_measured(clock):
                     line |= self._measured(clock)
                 self._tell(line, log)
@@ -222,6 +226,18 @@ class Trainer:
                 "or give the stages before fewer steps."
             )
         return Outcome(self.progress, ending.is_finished, checkpoint, ending.why, ending.is_interrupted)
+
+    def _foretell(self, clock: "_Clock") -> None:
+        """Say early which stages the time will not reach, if any."""
+        if clock.minutes is None:
+            return
+        stages, fitting = self.settings.stages, self.progress.step + clock.steps_left
+        if missed := self.settings.stages_after(fitting):
+            names = ", ".join(map(str, missed))
+            self.notice(
+                f"About {fitting:,} of {self.settings.num_steps:,} updates fit into {_minutes(clock.minutes)}: stage {names} will "
+                f"not be reached. --steps {max(1, fitting // len(stages)):,} gives each stage an equal part."
+            )
 
     @property
     def _is_through(self) -> bool:
@@ -332,7 +348,7 @@ class Trainer:
             stage,
             self.samplers[number],
             step_of_stage,
-            chunk_size=stage.chunk_size or self.settings.config.chunk_size,
+            chunk_size=self.settings.chunk_size_of(stage),
             ratios=self.settings.config.ratios,
             seed=self.settings.seed + 1_000_003 * number,
             **self._shared,
@@ -489,12 +505,15 @@ class _Clock:
         self.minutes = minutes
         self.last = time.monotonic()
         self.start = self.last if since is None else since
-        self.longest_step = self.longest_measuring = 0.0
+        self.longest_step = self.longest_measuring = self._stepping = 0.0
+        self._steps = 0
 
     def tick(self) -> None:
         """A step was made."""
         now = time.monotonic()
-        self.longest_step, self.last = max(self.longest_step, now - self.last), now
+        took = now - self.last
+        self.longest_step, self.last = max(self.longest_step, took), now
+        self._steps, self._stepping = self._steps + 1, self._stepping + took
 
     def tick_measured(self, *, is_whole: bool) -> None:
         """Dev texts were measured, or (not `is_whole`) given up."""
@@ -516,6 +535,13 @@ class _Clock:
     def _seconds(self, minutes: float) -> float:
         """For steps: some are left for saving, and for measuring once more."""
         return max(60 * minutes * (1 - LAST_SHARE) - self.longest_measuring, 1e-9)
+
+    @property
+    def steps_left(self) -> int:
+        """How many more end in time if they take as long as those so far did in the mean."""
+        assert self.minutes is not None
+        left = self._seconds(self.minutes) - (time.monotonic() - self.start)
+        return max(0, int(left * self._steps / max(self._stepping, 1e-9)))
 
     @property
     def fall(self) -> float:
