@@ -96,17 +96,70 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-deep": ("llama", {"num_hidden_layers": 4}),
 }
 TESTED = tuple(FAMILIES)[:10]
+IN_TURN = [SLIDING, FULL, SLIDING]
+GEMMA4 = {
+    "sliding_window": 20,
+    "layer_types": [SLIDING, SLIDING, FULL],
+    "num_global_key_value_heads": 1,
+    "global_head_dim": 16,
+}
+# Further families, with what they have besides SIZES. As many experts as are chosen, as above.
+ALL_FURTHER: dict[str, dict[str, Any]] = {
+    "afmoe": {"sliding_window": 20, "layer_types": IN_TURN, "num_experts": 2, "num_experts_per_tok": 2},
+    "apertus": {"rope_parameters": LLAMA3},
+    "arcee": {},
+    "cohere": {},
+    "cohere2": {"sliding_window": 20, "layer_types": IN_TURN},
+    "cwm": {"sliding_window": 20, "layer_types": IN_TURN, "rope_parameters": LLAMA3},
+    "ernie4_5": {},
+    "ernie4_5_moe": {"moe_num_experts": 2, "moe_k": 2, "moe_layer_start_index": 1, "moe_intermediate_size": 16},
+    "exaone4": {"sliding_window": 20, "layer_types": IN_TURN},
+    "gemma": {},
+    "gemma4_text": {**GEMMA4, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
+    "gemma4_unified_text": GEMMA4,
+    "glm": {},
+    "glm4": {},
+    "glm4_moe": {
+        "n_routed_experts": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "moe_intermediate_size": 16,
+    },
+    "gpt_neox": {},
+    "granitemoe": {"num_local_experts": 2, "num_experts_per_tok": 2},
+    "helium": {},
+    "hyperclovax": {},
+    "minimax_m2": {"num_local_experts": 2, "num_experts_per_tok": 2},
+    "ministral": {"sliding_window": 20, "layer_types": IN_TURN},
+    "ministral3": {"sliding_window": 24, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.0}},
+    "mixtral": {"sliding_window": 24, "num_local_experts": 2, "num_experts_per_tok": 2},
+    "nanochat": {},
+    "olmo": {},
+    "olmo3": {"sliding_window": 20, "layer_types": IN_TURN},
+    "olmoe": {"num_experts": 2, "num_experts_per_tok": 2},
+    "persimmon": {},
+    "phi": {"partial_rotary_factor": 0.5},
+    "phimoe": {"sliding_window": 24, "num_local_experts": 2, "num_experts_per_tok": 2, "router_jitter_noise": 0.0},
+    "qwen2_moe": {
+        "sliding_window": 24, "use_sliding_window": True, "layer_types": IN_TURN, "num_experts": 2, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    },
+    "qwen3_moe": {
+        "sliding_window": 24, "use_sliding_window": True, "num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    },
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+    "starcoder2": {"sliding_window": 24},
+}  # fmt: skip
+FURTHER = {name: own for name, own in ALL_FURTHER.items() if name in CONFIG_MAPPING}  # an older transformers has fewer
 EAGER_ONLY = frozenset({"gpt_oss"})
 
 
 def tiny(family: str, seed: int = 0, *, attention: str = "eager", **overrides: Any) -> PreTrainedModel:
-    """A tiny model of `family` (a key of FAMILIES, or a model type), the same for the same seed.
+    """A tiny model of `family` (a key of FAMILIES or FURTHER, or a model type), the same for the same seed.
 
     Args:
         attention: attention implementation.
         overrides: fields of the family's config.
     """
-    model_type, own = FAMILIES.get(family, (family, {}))
+    model_type, own = FAMILIES.get(family, (family, FURTHER.get(family, {})))
     config = CONFIG_MAPPING[model_type](**{**SIZES, **own, **overrides})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     randomize(model.named_parameters(), seed)

@@ -8,6 +8,7 @@ So attention gets every key twice, once for each place, and the mask picks.
 """
 
 import copy
+import functools
 import inspect
 import itertools
 import sys
@@ -242,6 +243,9 @@ class Reference:
         plain, held = self._moved(attention, key)
         self.collected[attention.reference_layer] = (key[0], held[0], plain[0], value[0])
         window = kwargs.get("sliding_window")
+        config = self.model.config
+        if config.model_type in WINDOWS_IN_MASKS and self._layer_type(attention) != "full_attention":
+            window = config.sliding_window
         if window not in self.masks:
             self.masks[window] = self._mask(window)[None, None]
         return sys.modules[type(attention).__module__].eager_attention_forward(
@@ -253,14 +257,22 @@ class Reference:
             **kwargs,
         )
 
+    def _layer_type(self, attention: nn.Module) -> str | None:
+        layer_types = getattr(self.model.config, "layer_types", None)
+        return layer_types[attention.reference_layer] if layer_types else None
+
     def _moved(self, attention: nn.Module, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (1, K, N, D) without rotation, and rotated for the positions where they are held."""
         index, config = attention.reference_layer, self.model.config
-        if config.model_type == "smollm3" and not config.no_rope_layers[index]:
+        if has_no_positions(config, index):
             return key, key
         takes_type = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
         layer_type = (config.layer_types[index],) if takes_type else ()
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        if config.model_type.startswith("gemma4"):
+            rotate = functools.partial(rotated_one_by_one, rotate)
+        if config.model_type in ROTATED_IN_PART:
+            rotate = functools.partial(rotated_in_part, rotate)
         cos, sin = self.decoder.rotary_emb(key, self.read_at[None], *layer_type)
         size = cos.square() + sin.square()  # the square of the attention scaling, 1 where there is none
         plain = rotate(key, key, cos / size, -sin / size)[1]
@@ -280,6 +292,30 @@ class Reference:
         return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
+def has_no_positions(config: Any, index: int) -> bool:
+    """Whether a layer does not rotate its keys, as its family's code in transformers has it."""
+    if config.model_type == "smollm3":
+        return not config.no_rope_layers[index]
+    return config.model_type in WITHOUT_POSITIONS and config.layer_types[index] == "full_attention"
+
+
+def rotated_in_part(rotate: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+    """Rotate the first dims of keys alone, as the attention of some families does by itself."""
+    first, rest = key[..., : cos.shape[-1]], key[..., cos.shape[-1] :]
+    return query, torch.cat((rotate(first, first, cos, sin)[1], rest), dim=-1)
+
+
+def rotated_one_by_one(
+    rotate: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> Any:
+    """What the rotation of one tensor makes of queries and keys."""
+    return rotate(query, cos, sin), rotate(key, cos, sin)
+
+
+WINDOWS_IN_MASKS = ("phimoe", "qwen2_moe")  # whose attention is not told of them
+ROTATED_IN_PART = ("phi", "persimmon")
+# Families whose layers have rotary embeddings where they have a window, and only there.
+WITHOUT_POSITIONS = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1")
 PROJECTION_NAMES = {
     "q": ("q_proj",),
     "k": ("k_proj",),

@@ -5,9 +5,16 @@ import torch
 from torch import nn
 
 from activation_beacon import BeaconConfig, attach
-from activation_beacon.adapt import TESTED_FAMILIES, check_keys_move, find_decoder
+from activation_beacon.adapt import (
+    CAUSAL_FAMILIES,
+    TESTED_FAMILIES,
+    WINDOWED,
+    WINDOWED_BY_TYPE,
+    check_keys_move,
+    find_decoder,
+)
 from activation_beacon.errors import BeaconError, ConfigError, UnsupportedModelError
-from families import FAMILIES, TESTED, tiny
+from families import ALL_FURTHER, FAMILIES, FURTHER, TESTED, tiny
 
 QKV = ("q", "k", "v")
 
@@ -30,7 +37,7 @@ def test_every_layer_of_every_family_is_found(family):
             assert projection.linear in set(module.self_attn.children())
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "glm4", "cohere", "starcoder2", "gemma2", "olmo3"])
+@pytest.mark.parametrize("family", [*FAMILIES, *sorted(FURTHER.keys() - {"gpt_neox"}), "gemma2"])
 def test_the_shape_of_entries_is_that_of_the_models_own_cache(family):
     model = tiny(family)
     cache = model(torch.tensor([[3, 4]]), use_cache=True).past_key_values
@@ -49,8 +56,16 @@ def test_the_shape_of_entries_is_not_guessed():
     assert site.entry_shapes == (None, None, (2, 8))
 
 
-def test_all_tested_families_are_tested():
+def test_all_known_families_are_tested():
     assert set(TESTED) == TESTED_FAMILIES
+    assert set(ALL_FURTHER) == CAUSAL_FAMILIES
+    assert WINDOWED | WINDOWED_BY_TYPE <= TESTED_FAMILIES | CAUSAL_FAMILIES
+
+
+def test_layers_without_positions_are_found():
+    ropes = find_decoder(tiny("cohere2"), QKV).ropes
+    assert [rope is None for rope in ropes] == [False, True, False]
+    assert not any(rope is None for rope in find_decoder(tiny("olmo3"), QKV).ropes)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +84,7 @@ def test_fused_projections_come_as_a_whole():
         find_decoder(tiny("phi3"), ("q", "k"))
 
 
-@pytest.mark.parametrize("family", ["glm4", "cohere", "starcoder2", "gemma2", "olmo3"])
+@pytest.mark.parametrize("family", [*FURTHER, "gemma2"])
 def test_families_that_are_not_known_by_name_are_put_to_the_test(family):
     model = tiny(family)
     site = find_decoder(model, QKV)

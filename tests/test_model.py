@@ -28,8 +28,11 @@ from activation_beacon.errors import (
 from activation_beacon.exact import anchor_tokens
 from families import (
     EAGER_ONLY,
+    FULL,
     GOLDEN_CASES,
+    IN_TURN,
     SIZES,
+    SLIDING,
     TESTED,
     VOCABULARY,
     beacon_tensors,
@@ -1171,11 +1174,15 @@ def t5():
         (lambda: tiny("opt", ffn_dim=32, word_embed_proj_dim=32), "OPT.*no rotary position embedding"),
         (t5, "T5.*decoder with a language modelling head"),
         (lambda: tiny("hunyuan_v1_dense"), "HunYuan.*misses its own keys"),  # norms its keys after rotating them
-        (lambda: tiny("phi"), "Phi.*cannot be moved"),
-        (lambda: tiny("persimmon"), "Persimmon.*cannot be moved"),
+        (lambda: tiny("hunyuan_v1_dense"), "HunYuanDense.*misses its own keys"),  # normed after they are rotated
+        (lambda: tiny("gemma4_text", hidden_size_per_layer_input=8), "Gemma4.*embeddings of the token ids"),
+        (
+            lambda: tiny("gemma4_text", num_kv_shared_layers=1, layer_types=[SLIDING, FULL, FULL]),
+            "Gemma4.*share the keys",
+        ),
+        (lambda: tiny("gemma4_text", use_bidirectional_attention="all"), "Gemma4.*see those that follow"),
         (lambda: tiny("stablelm"), "StableLm.*keyword arguments"),
         (lambda: tiny("nemotron"), "Nemotron.*keyword arguments"),
-        (lambda: tiny("cohere2", num_hidden_layers=4), "Cohere2.*misses its own keys"),  # one layer without positions
     ],
 )
 def test_what_cannot_carry_beacons_is_refused_by_name(make, reason):
@@ -1186,13 +1193,19 @@ def test_what_cannot_carry_beacons_is_refused_by_name(make, reason):
     assert traces(model) == before
 
 
-STRUCTURE = ["arcee", "cohere", "ernie4_5", "gemma2", "glm", "glm4", "gpt_neox", "mixtral", "olmo3", "starcoder2"]
+STRUCTURE = {
+    "gemma2": {},
+    "diffllama": {},
+    "granitemoeshared": {"num_local_experts": 2, "num_experts_per_tok": 2},
+    "cohere2_moe": {"sliding_window": 20, "layer_types": IN_TURN, "num_experts": 2, "num_experts_per_tok": 2},
+    "exaone_moe": {"sliding_window": 20, "layer_types": IN_TURN},
+}
 
 
 @pytest.mark.parametrize("family", STRUCTURE)
 @torch.no_grad()
 def test_families_accepted_by_structure_meet_the_reference(family):
-    overrides = {"num_local_experts": 2} if family == "mixtral" else {}
+    overrides = STRUCTURE[family]
     model, base, ids = with_beacons(family, SINKS, **overrides), tiny(family, **overrides), random_ids(60)
     output, expected = model(ids, beacon_ratio=[4, 8, 2]), reference_of(model, base)(ids, [4, 8, 2])
     close(output.logits[0], expected.logits)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from activation_beacon import BeaconConfig
-from families import EAGER_ONLY, GOLDEN_CASES, TESTED, beacon_tensors, golden, random_ids, tiny, with_beacons
+from families import EAGER_ONLY, FURTHER, GOLDEN_CASES, TESTED, beacon_tensors, golden, random_ids, tiny, with_beacons
 from reference import Reference, lay_out
 
 TOLERANCE = 1e-4
@@ -178,6 +178,14 @@ def test_every_family_with_anchored_beacons_at_every_step(family, ratio):
 @pytest.mark.parametrize("family", [*TESTED, "mistral-full"])
 def test_mixed_ratios_at_every_step_in_eager_attention(family, num_sinks):
     check_every_step(*_pair(family, num_sinks, "eager"), [2, 32, 8], seed=1)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FURTHER)
+def test_further_families_at_every_step(family, attention):
+    config = BeaconConfig(chunk_size=CHUNK, num_sinks=4, anchored=True, placement="append", exact_ids=(10, 40))
+    model = with_beacons(family, config, attention=attention)
+    check_every_step(model, reference_of(family, model), 4, seed=2)
 
 
 @pytest.mark.parametrize("family", ["llama-yarn", "llama-llama3", "llama-biases", "llama-deep", "mistral-full"])

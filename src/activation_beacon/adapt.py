@@ -5,6 +5,7 @@ rotated keys, and a rotary embedding that moves them. Known families are describ
 and then put to the test: a key moved by our rotation must equal the key that the model itself makes at the new position.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,25 @@ from activation_beacon.rope import LayerRope, rotary_layout
 TESTED_FAMILIES = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text", "granite", "olmo2", "smollm3", "gpt_oss"}
 )
-WINDOWED = frozenset({"mistral", "phi3"})  # all layers have the configuration's window, if it names one
+# Further ones whose masks are transformers' own for causal attention, in windows or not, and nothing else; their tiny random
+# models are compared with it, too, at one setting.
+CAUSAL_FAMILIES = frozenset(
+    {
+        "afmoe", "apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma",
+        "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt_neox", "granitemoe", "helium", "hyperclovax",
+        "minimax_m2", "ministral", "ministral3", "mixtral", "nanochat", "olmo", "olmo3", "olmoe", "persimmon", "phi",
+        "phimoe", "qwen2_moe", "qwen3_moe", "seed_oss", "starcoder2",
+    }
+)  # fmt: skip
+# All layers have the configuration's window, if it names one.
+WINDOWED = frozenset({"mistral", "phi3", "ministral3", "mixtral", "phimoe", "qwen3_moe", "starcoder2"})
+# Those of type "sliding_attention" have it.
 WINDOWED_BY_TYPE = frozenset(
-    {"qwen2", "qwen3", "gemma3_text", "smollm3", "gpt_oss"}
-)  # those of type "sliding_attention" have
+    {
+        "qwen2", "qwen3", "gemma3_text", "smollm3", "gpt_oss", "afmoe", "cohere2", "cwm", "exaone4", "gemma4_text",
+        "gemma4_unified_text", "ministral", "olmo3", "qwen2_moe",
+    }
+)  # fmt: skip
 FULL_ATTENTION = "full_attention"
 AT_ONCE = "beacon_chunks_with_"  # before the name of the attention that it hands chunks to, see at_once
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
@@ -83,17 +99,17 @@ class DecoderSite:
     Attributes:
         layers: one site for each layer.
         max_positions: positions that the base was made for; None where it has no limit.
-        is_tested: whether the family is one of `TESTED_FAMILIES`: others may add what they like to a causal mask.
+        is_known: whether the family is one of `TESTED_FAMILIES` or `CAUSAL_FAMILIES`: others may add what they like to a causal mask.
     """
 
     layers: tuple[LayerSite, ...]
     max_positions: int | None
-    is_tested: bool = False
+    is_known: bool = False
 
     @property
     def is_plainly_causal(self) -> bool:
         """Whether every layer is known to see all entries before a slot, and nothing else."""
-        return self.is_tested and all(layer.window is None for layer in self.layers)
+        return self.is_known and all(layer.window is None for layer in self.layers)
 
     @property
     def num_copies(self) -> int:
@@ -137,9 +153,10 @@ def find_decoder(model: PreTrainedModel, projections: Sequence[str]) -> DecoderS
         _layer_site(model, config, layer, index, rotary, projections)
         for index, layer in enumerate(layers[: config.num_hidden_layers])
     )
-    site = DecoderSite(sites, _max_positions(config), config.model_type in TESTED_FAMILIES)
+    is_known = config.model_type in TESTED_FAMILIES | CAUSAL_FAMILIES
+    site = DecoderSite(sites, _max_positions(config), is_known)
     if config.model_type not in TESTED_FAMILIES and next(model.parameters()).device.type != "meta":
-        check_keys_move(model, site)
+        return check_keys_move(model, site)
     return site
 
 
@@ -150,7 +167,7 @@ def understands_told_masks(model: Any, site: DecoderSite) -> bool:
 
 def understands_rows_apart(model: Any, site: DecoderSite) -> bool:
     """Whether a `ragged.OwnEntries` may stand for the mask of a pass, likewise; it knows windows."""
-    return site.is_tested and _attends_by_torch(model)
+    return site.is_known and _attends_by_torch(model)
 
 
 def _attends_by_torch(model: Any) -> bool:
@@ -173,17 +190,24 @@ def can_end_early(decoder: Any, site: DecoderSite) -> bool:
     )
 
 
-def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, tolerance: float = 2e-2) -> None:
+def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, tolerance: float = 2e-2) -> DecoderSite:
     """Compare moved keys with the model's own at the new position, in every layer.
 
     A token that stands alone attends to itself wherever it stands, so that its keys differ by their rotation only.
+
+    Returns:
+        The site; layers whose keys are the same at both positions have no rotary embedding in it (Cohere2 has some).
 
     Raises:
         UnsupportedModelError: naming the layer whose keys differ by more than `tolerance`, relative to their size; or if
             the attention modules are not handed the keyword argument that tells them where the beacons are.
     """
     here, there = _lone_token_keys(model, site, 0), _lone_token_keys(model, site, MOVED_BY)
+    layers = list(site.layers)
     for index, (rope, key, expected) in enumerate(zip(site.ropes, here, there, strict=True)):
+        if rope is not None and torch.equal(key, expected):
+            layers[index] = dataclasses.replace(layers[index], rope=None)
+            continue
         try:
             moved = key if rope is None else rope.move(key, rope.rotation(torch.tensor([MOVED_BY], device=key.device)))
         except (RuntimeError, TypeError) as failure:
@@ -193,6 +217,7 @@ def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, tolerance: flo
             raise _unsupported(
                 model, f"moving the keys of layer {index} by rotation misses its own keys by {error:.0%}"
             )
+    return dataclasses.replace(site, layers=tuple(layers))
 
 
 @torch.no_grad()
@@ -242,11 +267,19 @@ def _layer_site(
         raise _unsupported(model, f"layer {index} has no attention module called {' or '.join(ATTENTION_NAMES)}")
     sites = tuple(_projection_sites(attention, projections))
     found = "".join(site.name for site in sites)
-    if missing := [name for name in projections if name not in found]:
+    # Where values are made of keys, the beacon copy of their projection serves both.
+    if missing := [
+        name for name in projections if name not in found and not (name == "v" and _values_are_keys(attention))
+    ]:
         raise _unsupported(
             model, f"layer {index} has no projection {', '.join(missing)} of its own that could be replaced"
         )
     return LayerSite(attention, sites, _layer_rope(model, config, attention, index, rotary), _window(config, index))
+
+
+def _values_are_keys(attention: nn.Module) -> bool:
+    """Whether one projection gives keys and values (Gemma 4)."""
+    return is_linear(getattr(attention, "k_proj", None)) and getattr(attention, "v_proj", attention) is None
 
 
 def _projection_sites(attention: nn.Module, projections: Sequence[str]) -> Iterator[ProjectionSite]:
@@ -268,6 +301,8 @@ def _projection_sites(attention: nn.Module, projections: Sequence[str]) -> Itera
 def _projected_width(attention: nn.Module) -> int | None:
     """Features that an attention module projects to keys, and as many to values; None where it does not tell."""
     keys, values = (getattr(attention, name, None) for name in ("k_proj", "v_proj"))
+    if _values_are_keys(attention):
+        values = keys
     if is_linear(keys) and is_linear(values):
         return keys.out_features if keys.out_features == values.out_features else None  # type: ignore[union-attr]
     fused = next((linear for name in FUSED_NAMES if is_linear(linear := getattr(attention, name, None))), None)
@@ -292,7 +327,7 @@ def _layer_rope(
 
 
 def _window(config: Any, index: int) -> int | None:
-    """The window of a layer of a tested family; configurations of others may name one that nobody heeds."""
+    """The window of a layer of a known family; configurations of others may name one that nobody heeds."""
     layer_types = getattr(config, "layer_types", None)
     by_type = config.model_type in WINDOWED_BY_TYPE and layer_types and layer_types[index] != FULL_ATTENTION
     is_windowed = config.model_type in WINDOWED or by_type
@@ -335,6 +370,10 @@ def _refuse_known_obstacles(model: PreTrainedModel, config: Any) -> None:
         )
     if "mrope_section" in _rope_settings(config):
         raise _unsupported(model, "its positions have several axes (mrope)")
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        raise _unsupported(model, "its tokens see those that follow them")
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        raise _unsupported(model, "its layers are given embeddings of the token ids, and beacons have none")
     if getattr(config, "num_kv_shared_layers", 0):
         raise _unsupported(model, "some of its layers share the keys and values of others")
 

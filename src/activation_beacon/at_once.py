@@ -52,6 +52,7 @@ class Chunks:
         anchors: Sequence[torch.Tensor],
     ) -> None:
         self.layer_of = {layer.attention: index for index, layer in enumerate(site.layers)}
+        self.windows = [layer.window for layer in site.layers] if site.is_known else None
         group = GroupLayout(tuple(layouts))
         first, held = group.first_slots[-1], group.num_kept[-1]  # of the tail
         sizes = (*group.sizes, tail_length)
@@ -92,6 +93,8 @@ class Chunks:
         kept = self.kept_slots.to(key.device)  # layers may be on several GPUs
         held_keys = self.mover.move(key.index_select(2, kept), self.layer_of[module])
         held_values = value.index_select(2, kept)
+        # Not every family tells its attention of the window that is in its masks.
+        window = kwargs.get("sliding_window") if self.windows is None else self.windows[self.layer_of[module]]
         outputs = []
         sizes = [size for size, _ in self.spans]
         parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
@@ -99,7 +102,7 @@ class Chunks:
             if held:
                 keys = torch.cat((held_keys[:, :, :held], keys), dim=2)
                 values = torch.cat((held_values[:, :, :held], values), dim=2)
-            mask = self._mask(size, held, kwargs.get("sliding_window"), mask_dtype, key.device)
+            mask = self._mask(size, held, window, mask_dtype, key.device)
             outputs.append(attention(module, queries, keys, values, mask, **kwargs)[0])
         return torch.cat(outputs, dim=1)
 

@@ -5,10 +5,12 @@ the family lays out its halves. It is computed in float32 whatever the keys' dty
 three orders of magnitude of accuracy. Attention scaling (yarn, longrope) is left out: the cached key has it already.
 """
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -38,10 +40,24 @@ class LayerRope:
         return angles.cos()[None], angles.sin()[None]
 
     def move(self, keys: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Turn keys (B, K, n, D) by a rotation that `rotation` made."""
-        apply: Callable[..., tuple[torch.Tensor, torch.Tensor]] = sys.modules[self.module_name].apply_rotary_pos_emb
+        """Turn keys (B, K, n, D) by a rotation that `rotation` made; dims beyond its 2F stay as they are."""
         single = keys.float()
-        return apply(single, single, *rotation)[1].to(keys.dtype)
+        num_turned = rotation[0].shape[-1] * (2 if self.layout == "half" else 1)
+        turned, rest = single[..., :num_turned], single[..., num_turned:]
+        moved = self._apply(turned, rotation)
+        return (torch.cat((moved, rest), dim=-1) if rest.shape[-1] else moved).to(keys.dtype)
+
+    def _apply(self, keys: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        apply: Callable[..., Any] = sys.modules[self.module_name].apply_rotary_pos_emb
+        if takes_one(apply):
+            return apply(keys, *rotation)
+        return apply(keys, keys, *rotation)[1]
+
+
+@functools.cache
+def takes_one(apply: Callable[..., Any]) -> bool:
+    """Whether a family's rotation is of one tensor (Gemma 4), not of queries and keys together."""
+    return list(inspect.signature(apply).parameters)[1] == "cos"
 
 
 class KeyMover:
