@@ -132,6 +132,7 @@ ALL_FURTHER: dict[str, dict[str, Any]] = {
     "ministral3": {"sliding_window": 24, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.0}},
     "mixtral": {"sliding_window": 24, "num_local_experts": 2, "num_experts_per_tok": 2},
     "nanochat": {},
+    "nemotron": {},
     "olmo": {},
     "olmo3": {"sliding_window": 20, "layer_types": IN_TURN},
     "olmoe": {"num_experts": 2, "num_experts_per_tok": 2},
@@ -146,6 +147,7 @@ ALL_FURTHER: dict[str, dict[str, Any]] = {
         "sliding_window": 24, "use_sliding_window": True, "num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
     },
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+    "stablelm": {},
     "starcoder2": {"sliding_window": 24},
 }  # fmt: skip
 FURTHER = {name: own for name, own in ALL_FURTHER.items() if name in CONFIG_MAPPING}  # an older transformers has fewer

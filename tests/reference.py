@@ -313,7 +313,7 @@ def rotated_one_by_one(
 
 
 WINDOWS_IN_MASKS = ("phimoe", "qwen2_moe")  # whose attention is not told of them
-ROTATED_IN_PART = ("phi", "persimmon")
+ROTATED_IN_PART = ("phi", "persimmon", "stablelm")
 # Families whose layers have rotary embeddings where they have a window, and only there.
 WITHOUT_POSITIONS = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1")
 PROJECTION_NAMES = {

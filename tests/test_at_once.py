@@ -86,6 +86,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(attention, config):
         torch.testing.assert_close(again[name], gradient, atol=1e-5 * float(gradient.abs().max()), rtol=1e-4, msg=name)
 
 
+def test_gradient_checkpointing_is_refused_where_layers_keep_what_they_are_told():
+    model, ids = with_beacons("nemotron", CONFIG, attention="sdpa").train(), random_ids(4 * CHUNK + 5)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with chunks_at_once(model):
+        with pytest.raises(
+            UnsupportedError, match=r"^Layers of NemotronForCausalLM do not hand .* Leave gradient checkpointing off"
+        ):
+            model.hidden_states(ids, RATIOS)
+        model.eval().hidden_states(ids, RATIOS)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_within_the_block_everything_else_stays_as_it_was(attention):
     model = with_beacons("mistral", CONFIG, attention=attention)

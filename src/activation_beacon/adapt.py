@@ -28,8 +28,8 @@ CAUSAL_FAMILIES = frozenset(
     {
         "afmoe", "apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma",
         "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt_neox", "granitemoe", "helium", "hyperclovax",
-        "minimax_m2", "ministral", "ministral3", "mixtral", "nanochat", "olmo", "olmo3", "olmoe", "persimmon", "phi",
-        "phimoe", "qwen2_moe", "qwen3_moe", "seed_oss", "starcoder2",
+        "minimax_m2", "ministral", "ministral3", "mixtral", "nanochat", "nemotron", "olmo", "olmo3", "olmoe", "persimmon", "phi",
+        "phimoe", "qwen2_moe", "qwen3_moe", "seed_oss", "stablelm", "starcoder2",
     }
 )  # fmt: skip
 # All layers have the configuration's window, if it names one.
@@ -69,12 +69,14 @@ class LayerSite:
 
     Attributes:
         attention: its attention module.
+        told: the module that a pass's keyword arguments reach: the attention, or the whole layer where it does not hand them on.
         projections: those in it that get a beacon branch.
         rope: how its keys are rotated; None: not at all.
-        window: entries that a slot sees, itself included; None for all before it, and in families that are not tested.
+        window: entries that a slot sees, itself included; None for all before it, and in families that are not known.
     """
 
     attention: nn.Module
+    told: nn.Module
     projections: tuple[ProjectionSite, ...]
     rope: LayerRope | None
     window: int | None = None
@@ -196,14 +198,15 @@ def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, tolerance: flo
     A token that stands alone attends to itself wherever it stands, so that its keys differ by their rotation only.
 
     Returns:
-        The site; layers whose keys are the same at both positions have no rotary embedding in it (Cohere2 has some).
+        The site, as the trial has found it: layers whose keys are the same at both positions have no rotary embedding in it
+        (Cohere 2 has some), and layers that keep from their attention what they are told are told themselves (Nemotron's).
 
     Raises:
         UnsupportedModelError: naming the layer whose keys differ by more than `tolerance`, relative to their size; or if
-            the attention modules are not handed the keyword argument that tells them where the beacons are.
+            neither attention modules nor layers are handed the keyword argument that tells where the beacons are.
     """
-    here, there = _lone_token_keys(model, site, 0), _lone_token_keys(model, site, MOVED_BY)
-    layers = list(site.layers)
+    (here, told), (there, _) = (_lone_token_keys(model, site, position) for position in (0, MOVED_BY))
+    layers = [dataclasses.replace(layer, told=module) for layer, module in zip(site.layers, told, strict=True)]
     for index, (rope, key, expected) in enumerate(zip(site.ropes, here, there, strict=True)):
         if rope is not None and torch.equal(key, expected):
             layers[index] = dataclasses.replace(layers[index], rope=None)
@@ -221,7 +224,10 @@ def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, tolerance: flo
 
 
 @torch.no_grad()
-def _lone_token_keys(model: PreTrainedModel, site: DecoderSite, position: int) -> list[torch.Tensor]:
+def _lone_token_keys(
+    model: PreTrainedModel, site: DecoderSite, position: int
+) -> tuple[list[torch.Tensor], list[nn.Module]]:
+    """The keys that each layer keeps of a token by itself, and the module in each that keyword arguments reach."""
     embedding = model.get_input_embeddings().weight
     reached: set[nn.Module] = set()
 
@@ -230,11 +236,18 @@ def _lone_token_keys(model: PreTrainedModel, site: DecoderSite, position: int) -
             reached.add(attention)
         return args, kwargs
 
+    def note_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del args
+        if kwargs.get("beacon_slots") is not None:
+            reached.add(layer)
+
+    layers = model.get_decoder().layers[: len(site.layers)]
     token = torch.linspace(-1, 1, embedding.shape[-1], dtype=model.dtype, device=embedding.device)[None, None]
     cache = DynamicCache()
     was_training = model.training
     model.eval()
     handles = [layer.attention.register_forward_pre_hook(note, with_kwargs=True) for layer in site.layers]
+    handles += [layer.register_forward_pre_hook(note_layer, with_kwargs=True) for layer in layers]
     try:
         model.get_decoder()(
             inputs_embeds=token,
@@ -252,11 +265,14 @@ def _lone_token_keys(model: PreTrainedModel, site: DecoderSite, position: int) -
         for handle in handles:
             handle.remove()
         model.train(was_training)
-    if len(reached) != len(site.layers):
-        raise _unsupported(model, "it does not hand keyword arguments (`beacon_slots`) down to its attention modules")
+    told = [
+        one.attention if one.attention in reached else layer for one, layer in zip(site.layers, layers, strict=True)
+    ]
+    if not reached.issuperset(told):
+        raise _unsupported(model, "it does not hand keyword arguments (`beacon_slots`) down to its layers")
     if len(keys) != model.config.get_text_config(decoder=True).num_hidden_layers:
         raise _unsupported(model, "not every layer keeps keys of its own")
-    return keys
+    return keys, told
 
 
 def _layer_site(
@@ -274,7 +290,9 @@ def _layer_site(
         raise _unsupported(
             model, f"layer {index} has no projection {', '.join(missing)} of its own that could be replaced"
         )
-    return LayerSite(attention, sites, _layer_rope(model, config, attention, index, rotary), _window(config, index))
+    return LayerSite(
+        attention, attention, sites, _layer_rope(model, config, attention, index, rotary), _window(config, index)
+    )
 
 
 def _values_are_keys(attention: nn.Module) -> bool:

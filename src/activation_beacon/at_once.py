@@ -171,7 +171,15 @@ def read_at_once(
         config: of the adapter.
         ids: (B, T) texts of one length that share their layouts; shorter ones are padded on the right, in the tail.
         layouts: of the chunks that are closed; what is left of T is the tail, and not empty.
+
+    Raises:
+        UnsupportedError: with gradient checkpointing, where layers keep what they are told and could not be computed again.
     """
+    if any(layer.told is not layer.attention and _is_checkpointed(layer.told) for layer in site.layers):
+        raise UnsupportedError(
+            f"Layers of {type(model).__name__} do not hand keyword arguments on to their attention, and cannot be computed again "
+            "in the backward pass. Leave gradient checkpointing off, or use shorter texts."
+        )
     chunk_size = len(layouts[0].raw_slots) if layouts else 0
     tail_length = ids.shape[1] - len(layouts) * chunk_size
     assert tail_length > 0, "closing is lazy: a tail is left"
@@ -191,6 +199,10 @@ def read_at_once(
         beacon_chunks=chunks,
     )
     return output.last_hidden_state.index_select(1, chunks.raw_slots)
+
+
+def _is_checkpointed(layer: nn.Module) -> bool:
+    return layer.training and bool(getattr(layer, "gradient_checkpointing", False))
 
 
 def _register(implementation: str) -> None:

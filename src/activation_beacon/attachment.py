@@ -65,9 +65,9 @@ def put_on(model: nn.Module, attachment: Attachment) -> None:
 def _put_branches(attachment: Attachment, dtype: torch.dtype) -> None:
     """Hang a beacon projection and the hooks on every site; of this dtype, where the base's own are packed."""
     for index, layer in enumerate(attachment.site.layers):
-        layer.attention.beacon_state = attachment.state  # type: ignore[assignment]
-        attachment.handles.append(layer.attention.register_forward_pre_hook(take_beacon_slots, with_kwargs=True))
-        attachment.handles.append(layer.attention.register_forward_hook(forget_beacon_slots, always_call=True))
+        layer.attention.beacon_state = layer.told.beacon_state = attachment.state  # type: ignore[assignment]
+        attachment.handles.append(layer.told.register_forward_pre_hook(take_beacon_slots, with_kwargs=True))
+        attachment.handles.append(layer.told.register_forward_hook(forget_beacon_slots, always_call=True))
         for site in layer.projections:
             weight = dense_weight(site.linear, dtype, f"{site.name} of layer {index}")
             bias = getattr(site.linear, "bias", None)
@@ -86,7 +86,8 @@ def take_off(model: Any, attachment: Attachment) -> None:
     for handle in attachment.handles:
         handle.remove()
     for layer in attachment.site.layers:
-        vars(layer.attention).pop("beacon_state", None)
+        for module in (layer.attention, layer.told):
+            vars(module).pop("beacon_state", None)
         for site in layer.projections:
             site.linear._modules.pop("beacon", None)
     model._parameters.pop("beacon_embedding", None)

@@ -125,16 +125,16 @@ def replace_beacon_rows(linear: nn.Module, args: tuple[torch.Tensor, ...], outpu
     return output.index_copy(1, slots, beacon(args[0]).to(output.dtype))
 
 
-def take_beacon_slots(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Forward pre-hook of an attention module: takes what is ours off its arguments, for those below it to find."""
-    state: PassState = attention.beacon_state  # type: ignore[assignment]
+def take_beacon_slots(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Forward pre-hook of an attention module or a layer: takes what is ours off its arguments, for those below it to find."""
+    state: PassState = module.beacon_state  # type: ignore[assignment]
     state.beacon_slots = kwargs.pop("beacon_slots", None)
     state.anchor_slots = kwargs.pop("beacon_anchor_slots", None)
     state.chunks = kwargs.pop("beacon_chunks", None)
     return args, kwargs
 
 
-def forget_beacon_slots(attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of an attention module, called also after an error: leaves nothing behind."""
-    state: PassState = attention.beacon_state  # type: ignore[assignment]
+def forget_beacon_slots(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of an attention module or a layer, called also after an error: leaves nothing behind."""
+    state: PassState = module.beacon_state  # type: ignore[assignment]
     state.beacon_slots = state.anchor_slots = state.chunks = None
