@@ -129,7 +129,7 @@ ALL_FURTHER: dict[str, dict[str, Any]] = {
     "hyperclovax": {},
     "minimax_m2": {"num_local_experts": 2, "num_experts_per_tok": 2},
     "ministral": {"sliding_window": 20, "layer_types": IN_TURN},
-    "ministral3": {"sliding_window": 24, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.0}},
+    "ministral3": {"sliding_window": 24, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
     "mixtral": {"sliding_window": 24, "num_local_experts": 2, "num_experts_per_tok": 2},
     "nanochat": {},
     "nemotron": {},
