@@ -6,7 +6,7 @@ from activation_beacon.at_once import chunks_at_once
 from activation_beacon.errors import ConfigError, UnsupportedError
 from activation_beacon.training import objective as module
 from activation_beacon.training.objective import Objective, check_at_once, check_head, losses
-from families import random_ids, with_beacons
+from families import FURTHER, random_ids, with_beacons
 
 CHUNK = 16
 RATIOS = (4, 2)
@@ -131,3 +131,12 @@ def test_a_family_that_puts_more_into_its_masks_is_refused():
 def test_weights_that_make_no_sense_are_refused(weights, text):
     with pytest.raises(ConfigError, match=text.replace(".", r"\.")):
         Objective(**weights)
+
+
+@pytest.mark.parametrize("family", FURTHER)
+def test_further_families_can_be_trained(family):
+    model = with_beacons(
+        family, BeaconConfig(chunk_size=CHUNK, ratios=(2, 4), num_sinks=2, anchored=True, placement="append")
+    )
+    check_head(model)
+    check_at_once(model)
