@@ -86,6 +86,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(attention, config):
         torch.testing.assert_close(again[name], gradient, atol=1e-5 * float(gradient.abs().max()), rtol=1e-4, msg=name)
 
 
+def test_a_window_that_attention_is_not_told_of_is_refused_where_the_family_is_not_known():
+    model, ids = with_beacons("qwen2_moe", CONFIG, attention="sdpa"), random_ids(2 * CHUNK + 5)
+    model._beacon.site = dataclasses.replace(model._beacon.site, is_known=False)
+    with chunks_at_once(model):
+        with pytest.raises(
+            UnsupportedError, match=r"^The configuration names a window of 24 tokens, and Qwen2MoeAttention is not told"
+        ):
+            model.hidden_states(ids, (4, 2))
+        model.config.sliding_window = 500
+        model.hidden_states(ids, (4, 2))
+
+
 def test_gradient_checkpointing_is_refused_where_layers_keep_what_they_are_told():
     model, ids = with_beacons("nemotron", CONFIG, attention="sdpa").train(), random_ids(4 * CHUNK + 5)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -9,6 +9,7 @@ everything to it in passes that are not of this kind.
 """
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -41,6 +42,7 @@ class Chunks:
         tail_length: raw tokens after them.
         device: of the masks and indices.
         anchors: for each chunk the slots (n,) or (B, n) of the tokens that its beacons begin as.
+        named_window: that the base's configuration names, whether anybody heeds it or not.
     """
 
     def __init__(
@@ -50,9 +52,11 @@ class Chunks:
         tail_length: int,
         device: torch.device,
         anchors: Sequence[torch.Tensor],
+        named_window: int | None = None,
     ) -> None:
         self.layer_of = {layer.attention: index for index, layer in enumerate(site.layers)}
         self.windows = [layer.window for layer in site.layers] if site.is_known else None
+        self.named_window = named_window
         group = GroupLayout(tuple(layouts))
         first, held = group.first_slots[-1], group.num_kept[-1]  # of the tail
         sizes = (*group.sizes, tail_length)
@@ -99,6 +103,16 @@ class Chunks:
         sizes = [size for size, _ in self.spans]
         parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
         for (size, held), (queries, keys, values) in zip(self.spans, parts, strict=True):
+            if (
+                self.windows is None
+                and "sliding_window" not in kwargs
+                and held + size > (self.named_window or math.inf)
+            ):
+                raise UnsupportedError(
+                    f"The configuration names a window of {self.named_window} tokens, and {type(module).__name__} is not told whether it "
+                    "has one, so that longer texts cannot be read in one pass. Read chunk by chunk, in a loop of your own: "
+                    "model(input_ids, labels=labels, beacon_ratio=...) is differentiable."
+                )
             if held:
                 keys = torch.cat((held_keys[:, :, :held], keys), dim=2)
                 values = torch.cat((held_values[:, :, :held], values), dim=2)
@@ -173,7 +187,8 @@ def read_at_once(
         layouts: of the chunks that are closed; what is left of T is the tail, and not empty.
 
     Raises:
-        UnsupportedError: with gradient checkpointing, where layers keep what they are told and could not be computed again.
+        UnsupportedError: of an unknown family whose attention is not told of a window that its configuration names, beyond it; and
+            with gradient checkpointing, where layers keep what they are told and could not be computed again.
     """
     if any(layer.told is not layer.attention and _is_checkpointed(layer.told) for layer in site.layers):
         raise UnsupportedError(
@@ -186,7 +201,8 @@ def read_at_once(
     texts = ids[:, : len(layouts) * chunk_size].split(chunk_size, dim=1) if layouts else ()
     seen = torch.cat(texts, dim=1).cpu().split(chunk_size, dim=1) if layouts and config.exact else texts
     anchors = [anchor_slots(config, layout, text) for layout, text in zip(layouts, seen, strict=True)]
-    chunks = Chunks(site, layouts, tail_length, ids.device, anchors)
+    named_window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)  # type: ignore[attr-defined]
+    chunks = Chunks(site, layouts, tail_length, ids.device, anchors, named_window or None)
     pieces = [interleave(model, text, layout) for text, layout in zip(texts, layouts, strict=True)]
     pieces.append(model.get_input_embeddings()(ids[:, len(layouts) * chunk_size :]))
     output = model.get_decoder()(
