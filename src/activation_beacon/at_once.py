@@ -9,7 +9,6 @@ everything to it in passes that are not of this kind.
 """
 
 import contextlib
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -103,22 +102,22 @@ class Chunks:
         sizes = [size for size, _ in self.spans]
         parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
         for (size, held), (queries, keys, values) in zip(self.spans, parts, strict=True):
-            if (
-                self.windows is None
-                and "sliding_window" not in kwargs
-                and held + size > (self.named_window or math.inf)
-            ):
-                raise UnsupportedError(
-                    f"The configuration names a window of {self.named_window} tokens, and {type(module).__name__} is not told whether it "
-                    "has one, so that longer texts cannot be read in one pass. Read chunk by chunk, in a loop of your own: "
-                    "model(input_ids, labels=labels, beacon_ratio=...) is differentiable."
-                )
+            if self.windows is None and "sliding_window" not in kwargs:
+                self._refuse_unclear_window(module, held + size)
             if held:
                 keys = torch.cat((held_keys[:, :, :held], keys), dim=2)
                 values = torch.cat((held_values[:, :, :held], values), dim=2)
             mask = self._mask(size, held, window, mask_dtype, key.device)
             outputs.append(attention(module, queries, keys, values, mask, **kwargs)[0])
         return torch.cat(outputs, dim=1)
+
+    def _refuse_unclear_window(self, module: nn.Module, num_entries: int) -> None:
+        if self.named_window is not None and num_entries > self.named_window:
+            raise UnsupportedError(
+                f"The configuration names a window of {self.named_window:,} tokens, and {type(module).__name__} is not told whether "
+                "it has one: longer texts cannot be read in one pass. Read chunk by chunk, in a loop of your own: "
+                "model(input_ids, labels=labels, beacon_ratio=...) is differentiable."
+            )
 
     def _mask(
         self, size: int, held: int, window: int | None, dtype: torch.dtype | None, device: torch.device
@@ -201,7 +200,7 @@ def read_at_once(
     texts = ids[:, : len(layouts) * chunk_size].split(chunk_size, dim=1) if layouts else ()
     seen = torch.cat(texts, dim=1).cpu().split(chunk_size, dim=1) if layouts and config.exact else texts
     anchors = [anchor_slots(config, layout, text) for layout, text in zip(layouts, seen, strict=True)]
-    named_window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)  # type: ignore[attr-defined]
+    named_window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
     chunks = Chunks(site, layouts, tail_length, ids.device, anchors, named_window or None)
     pieces = [interleave(model, text, layout) for text, layout in zip(texts, layouts, strict=True)]
     pieces.append(model.get_input_embeddings()(ids[:, len(layouts) * chunk_size :]))
