@@ -264,19 +264,6 @@ def test_reading_waits_no_oftener_for_many_chunks_than_for_few(kind, cuda):
     assert waits[2] == waits[3] <= 4, cuda.waits  # the first two make the constants of the layouts
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_reading_a_ragged_batch_waits_no_oftener_for_many_chunks_than_for_few(kind, cuda):
-    model = to_cuda(model_of("llama", kind))
-    waits = []
-    for count in (2, 20, 2, 20):
-        texts = [ids_on(model, count * CHUNK + more, more)[0] for more in (3, 8)]
-        cuda.clear()
-        model.compress(texts, ratio=4)
-        waits.append(cuda.waits.total())
-    assert waits[2] == waits[3] <= 6, cuda.waits
-
-
 @pytest.mark.parametrize("count", [1, 4])
 @torch.no_grad()
 def test_a_step_of_a_server_waits_once_for_all_answers(count, cuda):

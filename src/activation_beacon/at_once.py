@@ -192,7 +192,7 @@ def read_at_once(
     if any(layer.told is not layer.attention and _is_checkpointed(layer.told) for layer in site.layers):
         raise UnsupportedError(
             f"Layers of {type(model).__name__} do not hand keyword arguments on to their attention, and cannot be computed again "
-            "in the backward pass. Leave gradient checkpointing off, or use shorter texts."
+            "in the backward pass. Leave gradient checkpointing off; shorter texts save memory, too."
         )
     chunk_size = len(layouts[0].raw_slots) if layouts else 0
     tail_length = ids.shape[1] - len(layouts) * chunk_size

@@ -1,6 +1,6 @@
 """Integers of plans as tensors, which nobody waits for.
 
-Copying them to a GPU makes the host wait for all work that it was given before, unless they are copied from pinned memory.
+Copying them to a GPU makes the host wait for all work that it was given before, unless they are copied once or from pinned memory.
 """
 
 import functools
@@ -11,7 +11,9 @@ import torch
 
 @functools.lru_cache(maxsize=256)
 def constant(values: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.long) -> torch.Tensor:
-    """A tensor (n,) of these values, one for all who ask: every layer of a pass, if not every pass. Nobody may write to it.
+    """A tensor (n,) of these values, which nobody may write to.
+
+    It is waited for, once: it serves every stream from then on, also one that records a graph.
 
     Args:
         values: n integers.
@@ -19,7 +21,7 @@ def constant(values: tuple[int, ...], device: torch.device, dtype: torch.dtype =
         dtype: of the tensor.
     """
     with torch.inference_mode(False):  # it outlives the block that asked first
-        return _sent(torch.tensor(values, dtype=dtype, device="cpu"), device)
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def sent(values: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -29,8 +31,5 @@ def sent(values: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Te
         values: n integers, or a tensor of integers on the host, whose shape it keeps.
         device: where.
     """
-    return _sent(torch.as_tensor(values, dtype=torch.long, device="cpu"), device)
-
-
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    made = torch.as_tensor(values, dtype=torch.long, device="cpu")
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
