@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from activation_beacon import BeaconConfig, attach, matmul
@@ -151,19 +151,90 @@ ALL_FURTHER: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": 24},
 }  # fmt: skip
 FURTHER = {name: own for name, own in ALL_FURTHER.items() if name in CONFIG_MAPPING}  # an older transformers has fewer
+
+PICTURE, VIDEO = 90, 91  # token ids in whose place pictures are put
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+VISION = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8, "patch_size": 4,
+}  # fmt: skip
+QWEN_VISION = {
+    "depth": 1, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 16, "patch_size": 4,
+}  # fmt: skip
+QWEN_TOKENS = {
+    "image_token_id": PICTURE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": 92,
+    "vision_end_token_id": 93,
+}
+# Models that take pictures or sounds, too: what their text model has besides SIZES, and what they have besides.
+MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        FAMILIES["gemma3_text"][1],
+        {
+            "vision_config": VISION, "mm_tokens_per_image": 4, "image_token_index": PICTURE, "boi_token_index": 92,
+            "eoi_token_index": 93,
+        },
+    ),
+    "gemma4": (
+        {
+            **GEMMA4, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 0,
+            "use_bidirectional_attention": "vision",
+        },
+        {
+            "vision_config": None, "audio_config": None, "image_token_id": PICTURE, "video_token_id": VIDEO,
+            "audio_token_id": 93, "boi_token_id": 92,
+        },
+    ),
+    "glm4v": ({"rope_parameters": MROPE}, {"vision_config": {**QWEN_VISION, "image_size": 16}, **QWEN_TOKENS}),
+    "glm4v_moe": (
+        {"rope_parameters": MROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}, **ALL_FURTHER["glm4_moe"]},
+        {"vision_config": {**QWEN_VISION, "image_size": 16}, **QWEN_TOKENS},
+    ),
+    "internvl": ({"model_type": "qwen2"}, {"vision_config": {"model_type": "internvl_vision", **VISION}, "image_token_id": PICTURE}),
+    "llava": (
+        {"model_type": "llama"},
+        {"vision_config": {"model_type": "clip_vision_model", **VISION}, "image_token_index": PICTURE},
+    ),
+    "mistral3": (
+        {"model_type": "ministral3", **ALL_FURTHER["ministral3"]},
+        {"vision_config": {"model_type": "pixtral", "head_dim": 8, **VISION}, "image_token_index": PICTURE, "spatial_merge_size": 1},
+    ),
+    "qwen2_5_vl": (
+        {"rope_parameters": MROPE},
+        {"vision_config": {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [0]}, **QWEN_TOKENS},
+    ),
+    "qwen2_vl": (
+        {"rope_parameters": MROPE, "sliding_window": 24, "use_sliding_window": True, "layer_types": IN_TURN},
+        {"vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}, **QWEN_TOKENS},
+    ),
+    "qwen3_vl": (
+        {"rope_parameters": MROPE},
+        {"vision_config": {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}, **QWEN_TOKENS},
+    ),
+    "qwen3_vl_moe": (
+        {"rope_parameters": MROPE, "num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        {"vision_config": {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}, **QWEN_TOKENS},
+    ),
+}  # fmt: skip
+ONE_SETTING = (*FURTHER, *MULTIMODAL)  # families that are tested at one setting
 EAGER_ONLY = frozenset({"gpt_oss"})
 
 
 def tiny(family: str, seed: int = 0, *, attention: str = "eager", **overrides: Any) -> PreTrainedModel:
-    """A tiny model of `family` (a key of FAMILIES or FURTHER, or a model type), the same for the same seed.
+    """A tiny model of `family` (a key of FAMILIES, FURTHER or MULTIMODAL, or a model type), the same for the same seed.
 
     Args:
         attention: attention implementation.
-        overrides: fields of the family's config.
+        overrides: fields of the family's config, of its text model's where it has one.
     """
-    model_type, own = FAMILIES.get(family, (family, FURTHER.get(family, {})))
-    config = CONFIG_MAPPING[model_type](**{**SIZES, **own, **overrides})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    auto_class: Any = AutoModelForCausalLM
+    if family in MULTIMODAL:
+        auto_class, (own, others) = AutoModelForMultimodalLM, MULTIMODAL[family]
+        config = CONFIG_MAPPING[family](text_config={**SIZES, **own, **overrides}, **copy.deepcopy(others))
+    else:
+        model_type, own = FAMILIES.get(family, (family, FURTHER.get(family, {})))
+        config = CONFIG_MAPPING[model_type](**{**SIZES, **own, **overrides})
+    model = auto_class.from_config(config, attn_implementation=attention, dtype=torch.float32)
     randomize(model.named_parameters(), seed)
     return model.eval()
 
@@ -196,7 +267,7 @@ def with_beacons(
 def widths(model: Any, read: Any) -> list[int]:
     """Rows of each pass of the decoder that a call makes."""
     found: list[int] = []
-    handle = model.model.layers[0].register_forward_pre_hook(lambda layer, args: found.append(args[0].shape[1]))
+    handle = model.get_decoder().layers[0].register_forward_pre_hook(lambda layer, args: found.append(args[0].shape[1]))
     try:
         read()
     finally:

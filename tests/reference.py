@@ -172,7 +172,8 @@ class Reference:
 
     def __init__(self, base: PreTrainedModel, beacons: Mapping[str, torch.Tensor], **settings: Any) -> None:
         self.model = copy.deepcopy(base).eval()
-        self.model.config._attn_implementation = NAME
+        self.config = self.model.config.get_text_config(decoder=True)
+        self.config._attn_implementation = NAME
         self.beacons, self.settings = beacons, settings
         self.decoder = self.model.get_decoder()
         self.branches: list[TwoBranches] = []
@@ -243,7 +244,7 @@ class Reference:
         plain, held = self._moved(attention, key)
         self.collected[attention.reference_layer] = (key[0], held[0], plain[0], value[0])
         window = kwargs.get("sliding_window")
-        config = self.model.config
+        config = self.config
         if config.model_type in WINDOWS_IN_MASKS and self._layer_type(attention) != "full_attention":
             window = config.sliding_window
         if window not in self.masks:
@@ -258,12 +259,12 @@ class Reference:
         )
 
     def _layer_type(self, attention: nn.Module) -> str | None:
-        layer_types = getattr(self.model.config, "layer_types", None)
+        layer_types = getattr(self.config, "layer_types", None)
         return layer_types[attention.reference_layer] if layer_types else None
 
     def _moved(self, attention: nn.Module, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (1, K, N, D) without rotation, and rotated for the positions where they are held."""
-        index, config = attention.reference_layer, self.model.config
+        index, config = attention.reference_layer, self.config
         if has_no_positions(config, index):
             return key, key
         takes_type = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters

@@ -14,7 +14,7 @@ from activation_beacon.adapt import (
     find_decoder,
 )
 from activation_beacon.errors import BeaconError, ConfigError, UnsupportedModelError
-from families import ALL_FURTHER, FAMILIES, FURTHER, TESTED, tiny
+from families import ALL_FURTHER, FAMILIES, MULTIMODAL, ONE_SETTING, TESTED, tiny
 
 QKV = ("q", "k", "v")
 
@@ -37,7 +37,7 @@ def test_every_layer_of_every_family_is_found(family):
             assert projection.linear in set(module.self_attn.children())
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *sorted(FURTHER.keys() - {"gpt_neox"}), "gemma2"])
+@pytest.mark.parametrize("family", [*FAMILIES, *sorted({*ONE_SETTING} - {"gpt_neox"}), "gemma2"])
 def test_the_shape_of_entries_is_that_of_the_models_own_cache(family):
     model = tiny(family)
     cache = model(torch.tensor([[3, 4]]), use_cache=True).past_key_values
@@ -58,7 +58,8 @@ def test_the_shape_of_entries_is_not_guessed():
 
 def test_all_known_families_are_tested():
     assert set(TESTED) == TESTED_FAMILIES
-    assert set(ALL_FURTHER) == CAUSAL_FAMILIES
+    text_models = {tiny(name).config.get_text_config(decoder=True).model_type for name in MULTIMODAL}
+    assert {*ALL_FURTHER, *text_models} - TESTED_FAMILIES == CAUSAL_FAMILIES
     assert WINDOWED | WINDOWED_BY_TYPE <= TESTED_FAMILIES | CAUSAL_FAMILIES
 
 
@@ -84,7 +85,7 @@ def test_fused_projections_come_as_a_whole():
         find_decoder(tiny("phi3"), ("q", "k"))
 
 
-@pytest.mark.parametrize("family", [*FURTHER, "gemma2"])
+@pytest.mark.parametrize("family", [*ONE_SETTING, "gemma2"])
 def test_families_that_are_not_known_by_name_are_put_to_the_test(family):
     model = tiny(family)
     site = find_decoder(model, QKV)
@@ -127,10 +128,6 @@ OBSTACLES = {
     "dynamic scaling": (
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
         "dynamic NTK scaling changes its frequencies with the length, so that keys cannot be moved",
-    ),
-    "positions in several axes": (
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
-        "its positions have several axes (mrope)",
     ),
     "shared keys": ({"num_kv_shared_layers": 1}, "some of its layers share the keys and values of others"),
 }

@@ -7,7 +7,7 @@ from activation_beacon import BeaconConfig, at_once
 from activation_beacon.adapt import AT_ONCE
 from activation_beacon.at_once import chunks_at_once
 from activation_beacon.errors import ConfigError, InputError, RatioError, UnsupportedError
-from families import EAGER_ONLY, FAMILIES, FURTHER, VOCABULARY, random_ids, with_beacons
+from families import EAGER_ONLY, FAMILIES, ONE_SETTING, VOCABULARY, random_ids, with_beacons
 
 CHUNK = 16
 CONFIG = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3)
@@ -16,7 +16,7 @@ EXACT = dataclasses.replace(ANCHORED, placement="append", exact_ids=tuple(range(
 RATIOS = (4, 2, 8, 4)
 CASES = [(family, attention) for family in FAMILIES for attention in ("sdpa", "eager")]
 CASES = [(family, attention) for family, attention in CASES if attention == "eager" or family not in EAGER_ONLY]
-FURTHER_CASES = [(family, attention, EXACT) for family in FURTHER for attention in ("sdpa", "eager")]
+FURTHER_CASES = [(family, attention, EXACT) for family in ONE_SETTING for attention in ("sdpa", "eager")]
 
 
 def gradients(model, loss):

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    ByT5Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+)
 
 from activation_beacon import base_models
 from activation_beacon import default_base as building
@@ -22,6 +28,7 @@ from activation_beacon.default_base import (
     prepare_default_base,
 )
 from activation_beacon.errors import BaseModelError, BeaconError, InputError
+from families import tiny
 from launched import run_together
 
 GGUF_BYTES = b"stands for a GGUF file"
@@ -443,7 +450,7 @@ def test_an_unknown_hub_id_gives_the_hubs_reason(monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("owner/none is not a valid model identifier\nIf this is a private repository, ...")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(base_models.AutoConfig, "from_pretrained", refuse)
     text = message_of(load_pretrained_base, "owner/none", revision="v1")
     assert text.startswith("Base model 'owner/none' cannot be loaded: owner/none is not a valid model identifier. ")
     assert text.endswith("Check the hub id, the revision and the network, or give a local folder.")
@@ -457,6 +464,7 @@ def test_a_hub_id_is_asked_for_with_its_revision(monkeypatch):
         return tiny_model(), {"missing_keys": set()}
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", answer)
+    monkeypatch.setattr(base_models.AutoConfig, "from_pretrained", lambda source, revision: LlamaConfig())
     monkeypatch.setattr(base_models, "has_file", lambda source, file, revision: False)
     assert load_pretrained_base("owner/model", revision="v1")[1] is None
     assert (asked["source"], asked["revision"], asked["use_safetensors"]) == ("owner/model", "v1", True)
@@ -469,17 +477,27 @@ def test_further_options_go_to_the_model_and_what_concerns_the_hub_to_the_tokeni
         return lambda source, *args, **options: asked.update({name: options}) or value
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", answer("model", (tiny_model(), {"missing_keys": []})))
+    monkeypatch.setattr(base_models.AutoConfig, "from_pretrained", answer("config", LlamaConfig()))
     monkeypatch.setattr(base_models, "has_file", answer("file", True))
     monkeypatch.setattr(base_models.AutoTokenizer, "from_pretrained", answer("tokenizer", "tokenizer"))
     options = {"attn_implementation": "eager", "token": "secret", "trust_remote_code": True}
     assert load_pretrained_base("owner/model", options=options)[1] == "tokenizer"
     assert options.items() <= asked["model"].items()
     assert asked["file"] == {"revision": None, "token": "secret"}
-    assert {name: asked["tokenizer"][name] for name in ("token", "trust_remote_code")} == {
-        "token": "secret",
-        "trust_remote_code": True,
-    }
-    assert "attn_implementation" not in asked["tokenizer"]
+    for each in ("config", "tokenizer"):
+        kept = {name: asked[each][name] for name in ("token", "trust_remote_code")}
+        assert kept == {"token": "secret", "trust_remote_code": True}
+        assert "attn_implementation" not in asked[each]
+
+
+def test_a_model_that_takes_pictures_too_is_loaded_whole(tmp_path):
+    """transformers does not count LLaVA, Mistral 3 or Qwen-VL among its causal language models."""
+    tiny("llava").save_pretrained(tmp_path)
+    model, tokenizer = load_pretrained_base(str(tmp_path))
+    assert type(model) is LlavaForConditionalGeneration
+    assert tokenizer is None
+    own, _ = load_pretrained_base(str(tmp_path), options={"config": model.config})
+    assert type(own) is LlavaForConditionalGeneration
 
 
 @pytest.mark.parametrize(

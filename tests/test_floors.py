@@ -18,6 +18,7 @@ FLOORS = [
         "causal",
         "context_header",
         "files",
+        "other_inputs",
         "processes",
         "projection",
         "resuming",

@@ -9,17 +9,14 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import (
     DynamicCache,
     EosTokenCriteria,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3TextConfig,
     GenerationConfig,
+    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     MaxTimeCriteria,
     NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerFast,
     RepetitionPenaltyLogitsProcessor,
-    SiglipVisionConfig,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -40,7 +37,7 @@ from activation_beacon.errors import (
 )
 from activation_beacon.generation import REFUSED_OPTIONS
 from activation_beacon.row_ends import end_ids
-from families import EAGER_ONLY, SIZES, random_ids, randomize, tiny, widths, with_beacons
+from families import EAGER_ONLY, random_ids, tiny, widths, with_beacons
 
 CONFIG = BeaconConfig(chunk_size=16, ratios=(2, 4, 8))
 FAMILIES = ("llama", "gemma3_text", "gpt_oss", "phi3")
@@ -1196,56 +1193,29 @@ def test_rows_count_from_the_end_too(model):
     assert contexts.row(-1).token_ids.tolist() == [[8, 9]]
 
 
-# --- what a base takes besides ids -------------------------------------------------------------------------------------
-
-IMAGE = 90  # id of the token in whose place an image is seen
+# --- models with a `generate` of their own ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def seeing():
-    """A tiny Gemma 3 with eyes."""
-    kinds = ["sliding_attention", "full_attention"]
-    text = Gemma3TextConfig(**{**SIZES, "num_hidden_layers": 2, "layer_types": kinds, "sliding_window": 20})
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = SiglipVisionConfig(**sizes, image_size=8, patch_size=4)
-    places = {"image_token_id": IMAGE, "boi_token_id": IMAGE + 1, "eoi_token_id": IMAGE + 2}
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **places)
-    model = Gemma3ForConditionalGeneration(config).eval()
-    randomize(model.named_parameters(), 0)
-    return attach(model, CONFIG)
+def test_a_models_own_generate_may_take_its_arguments_in_another_order():
+    """Janus's has the mask where transformers' has the configuration."""
 
+    class Own(LlamaForCausalLM):
+        def generate(self, inputs=None, attention_mask=None, **kwargs):
+            assert attention_mask is None or isinstance(attention_mask, torch.Tensor)
+            return super().generate(inputs, attention_mask=attention_mask, **kwargs)
 
-def picture_prompt(num_words):
-    ids = torch.cat(
-        (random_ids(num_words).clamp(max=IMAGE - 1), torch.tensor([[IMAGE + 1, *[IMAGE] * 4, IMAGE + 2, 7, 8]])), dim=1
-    )
-    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "pixel_values": pixels, "token_type_ids": (ids == IMAGE).long()}
-
-
-def test_up_to_a_chunk_a_picture_is_seen_as_the_base_sees_it(seeing):
-    options = {
-        "max_new_tokens": 4,
-        "do_sample": False,
-        "eos_token_id": None,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    }
-    ours = seeing.generate(**picture_prompt(3), **options)
-    with seeing.beacon_disabled():
-        theirs = seeing.generate(**picture_prompt(3), **options)
-    assert torch.equal(ours.sequences, theirs.sequences)
-    assert torch.equal(ours.logits[0], theirs.logits[0])
-
-
-def test_a_picture_in_a_text_that_is_compressed_is_refused_by_name(seeing):
-    prompt = picture_prompt(30)
-    for call in (functools.partial(seeing.generate, max_new_tokens=2), seeing):
-        with pytest.raises(
-            UnsupportedError, match=r"^(pixel_values|token_type_ids) cannot go with a text that is compressed"
-        ):
-            call(**prompt, beacon_ratio=4)
-    assert seeing.generate(prompt["input_ids"].clamp(max=IMAGE - 1), beacon_ratio=4, max_new_tokens=2).shape[1] == 40
+    plain, own = tiny("llama"), tiny("llama")
+    own.__class__ = Own
+    settings = GenerationConfig(max_new_tokens=5, do_sample=False)
+    for model in (plain, own):
+        attach(model, CONFIG)
+    for prompt in (PROMPT, PROMPT[:, :7]):
+        assert torch.equal(own.generate(prompt, settings), plain.generate(prompt, settings))
+        with own.beacon_disabled(), plain.beacon_disabled():
+            assert torch.equal(own.generate(prompt, settings), plain.generate(prompt, settings))
+    context = own.compress(TEXT, ratio=4)
+    expected = plain.generate(PROMPT[:, :7], settings, context=plain.compress(TEXT, ratio=4))
+    assert torch.equal(own.generate(PROMPT[:, :7], settings, context=context), expected)
 
 
 # --- rows that end before others ----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from activation_beacon import BeaconConfig
 from activation_beacon.adapt import understands_rows_apart
 from activation_beacon.errors import CapacityError, InputError
 from activation_beacon.ragged import OwnEntries
-from families import FAMILIES, FURTHER, random_ids, with_beacons
+from families import FAMILIES, ONE_SETTING, random_ids, with_beacons
 
 CHUNK = 16
 CONFIG = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3)
@@ -33,7 +33,7 @@ def assert_same(ours, alone, tolerance=2e-5):
         torch.testing.assert_close(tensor, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *FURTHER])
+@pytest.mark.parametrize("family", [*FAMILIES, *ONE_SETTING])
 @torch.no_grad()
 def test_each_context_goes_on_as_alone_across_chunks(family):
     model = with_beacons(family, CONFIG, attention="eager" if family == "gpt_oss" else "sdpa")

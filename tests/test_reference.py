@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from activation_beacon import BeaconConfig
-from families import EAGER_ONLY, FURTHER, GOLDEN_CASES, TESTED, beacon_tensors, golden, random_ids, tiny, with_beacons
+from families import (
+    EAGER_ONLY,
+    GOLDEN_CASES,
+    ONE_SETTING,
+    TESTED,
+    beacon_tensors,
+    golden,
+    random_ids,
+    tiny,
+    with_beacons,
+)
 from reference import Reference, lay_out
 
 TOLERANCE = 1e-4
@@ -181,7 +191,7 @@ def test_mixed_ratios_at_every_step_in_eager_attention(family, num_sinks):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FURTHER)
+@pytest.mark.parametrize("family", ONE_SETTING)
 def test_further_families_at_every_step(family, attention):
     config = BeaconConfig(chunk_size=CHUNK, num_sinks=4, anchored=True, placement="append", exact_ids=(10, 40))
     model = with_beacons(family, config, attention=attention)

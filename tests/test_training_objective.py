@@ -6,7 +6,7 @@ from activation_beacon.at_once import chunks_at_once
 from activation_beacon.errors import ConfigError, UnsupportedError
 from activation_beacon.training import objective as module
 from activation_beacon.training.objective import Objective, check_at_once, check_head, losses
-from families import FURTHER, random_ids, with_beacons
+from families import ONE_SETTING, random_ids, with_beacons
 
 CHUNK = 16
 RATIOS = (4, 2)
@@ -133,7 +133,7 @@ def test_weights_that_make_no_sense_are_refused(weights, text):
         Objective(**weights)
 
 
-@pytest.mark.parametrize("family", FURTHER)
+@pytest.mark.parametrize("family", ONE_SETTING)
 def test_further_families_can_be_trained(family):
     model = with_beacons(
         family, BeaconConfig(chunk_size=CHUNK, ratios=(2, 4), num_sinks=2, anchored=True, placement="append")

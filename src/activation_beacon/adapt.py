@@ -26,10 +26,11 @@ TESTED_FAMILIES = frozenset(
 # models are compared with it, too, at one setting.
 CAUSAL_FAMILIES = frozenset(
     {
-        "afmoe", "apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma",
-        "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt_neox", "granitemoe", "helium", "hyperclovax",
-        "minimax_m2", "ministral", "ministral3", "mixtral", "nanochat", "nemotron", "olmo", "olmo3", "olmoe", "persimmon", "phi",
-        "phimoe", "qwen2_moe", "qwen3_moe", "seed_oss", "stablelm", "starcoder2",
+        "afmoe", "apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma4_text",
+        "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4v_moe_text", "glm4v_text", "gpt_neox", "granitemoe", "helium",
+        "hyperclovax", "minimax_m2", "ministral", "ministral3", "mixtral", "nanochat", "nemotron", "olmo", "olmo3", "olmoe",
+        "persimmon", "phi", "phimoe", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3_moe", "qwen3_vl_moe_text",
+        "qwen3_vl_text", "seed_oss", "stablelm", "starcoder2",
     }
 )  # fmt: skip
 # All layers have the configuration's window, if it names one.
@@ -38,7 +39,7 @@ WINDOWED = frozenset({"mistral", "phi3", "ministral3", "mixtral", "phimoe", "qwe
 WINDOWED_BY_TYPE = frozenset(
     {
         "qwen2", "qwen3", "gemma3_text", "smollm3", "gpt_oss", "afmoe", "cohere2", "cwm", "exaone4", "gemma4_text",
-        "gemma4_unified_text", "ministral", "olmo3", "qwen2_moe",
+        "gemma4_unified_text", "ministral", "olmo3", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text",
     }
 )  # fmt: skip
 FULL_ATTENTION = "full_attention"
@@ -387,8 +388,6 @@ def _refuse_known_obstacles(model: PreTrainedModel, config: Any) -> None:
         raise _unsupported(
             model, "dynamic NTK scaling changes its frequencies with the length, so that keys cannot be moved"
         )
-    if "mrope_section" in _rope_settings(config):
-        raise _unsupported(model, "its positions have several axes (mrope)")
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         raise _unsupported(model, "its tokens see those that follow them")
     if getattr(config, "hidden_size_per_layer_input", 0):

@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 from transformers.utils import has_file
 
@@ -16,7 +25,7 @@ DEFAULT_BASE_NAME = "default"
 ARGUMENTS = {"dtype": "dtype", "torch_dtype": "dtype", "revision": "revision"}  # what options of transformers are here
 OWN_OPTIONS = ("use_safetensors", "output_loading_info")
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "proxies")
-TOKENIZER_OPTIONS = (*HUB_OPTIONS, "trust_remote_code", "force_download")
+SHARED_OPTIONS = (*HUB_OPTIONS, "trust_remote_code", "force_download")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -122,7 +131,7 @@ def _load_model(
     source: str, *, dtype: torch.dtype | str | None, revision: str | None, options: Mapping[str, Any]
 ) -> PreTrainedModel:
     # Safetensors only: weights in pickle files can run code when they are read.
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = _auto_class(source, revision, options).from_pretrained(
         source,
         dtype=dtype or "auto",
         revision=revision or "main",
@@ -136,6 +145,14 @@ def _load_model(
     return model
 
 
+def _auto_class(source: str, revision: str | None, options: Mapping[str, Any]) -> Any:
+    """The class of transformers that knows the model: some that take pictures too are not among its causal language models."""
+    shared = {name: options[name] for name in SHARED_OPTIONS if name in options}
+    kind = type(options.get("config") or AutoConfig.from_pretrained(source, revision=revision or "main", **shared))
+    is_only_there = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForMultimodalLM if is_only_there else AutoModelForCausalLM
+
+
 def _load_tokenizer(source: str, *, revision: str | None, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
     # Without this look AutoTokenizer may build an empty tokenizer from the model's type alone.
     where = {name: options[name] for name in HUB_OPTIONS if name in options}
@@ -143,7 +160,7 @@ def _load_tokenizer(source: str, *, revision: str | None, options: Mapping[str, 
     if not has_vocabulary and not _needs_no_vocabulary(get_tokenizer_config(source, revision=revision, **where)):
         return None
     # Prompts of a batch are padded on the left.
-    shared = {name: options[name] for name in TOKENIZER_OPTIONS if name in options}
+    shared = {name: options[name] for name in SHARED_OPTIONS if name in options}
     return AutoTokenizer.from_pretrained(source, revision=revision or "main", padding_side="left", **shared)
 
 

@@ -15,6 +15,13 @@ from transformers import GenerationConfig, GenerationMixin
 from activation_beacon.attached import Attached
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import InputError, UnsupportedError
+from activation_beacon.other_inputs import (
+    KINDS_OF_TOKENS,
+    OURS,
+    other_input,
+    refuse_other_inputs,
+    without_kinds_of_text,
+)
 from activation_beacon.plan import Ratio, Row, TextPlanner, revised
 from activation_beacon.row_ends import RowEnds, end_ids
 from activation_beacon.unread import unread
@@ -29,7 +36,8 @@ REFUSED_OPTIONS = {
     "speculation_type": "speculative decoding takes back tokens that may be in closed chunks",
     "use_mtp": "multi-token prediction takes back tokens that may be in closed chunks",
 }
-LATER_ARGUMENTS = tuple(inspect.signature(GenerationMixin.generate).parameters)[3:]  # after generation_config
+ARGUMENTS = tuple(inspect.signature(GenerationMixin.generate).parameters)  # self, inputs and generation_config first
+LATER_ARGUMENTS = ARGUMENTS[3:]
 DEFAULT_ANSWER = 20  # new tokens where nobody says how many
 
 Option = Callable[[str], Any]
@@ -65,10 +73,12 @@ class BeaconGeneration(Attached):
             MismatchError: if the context comes from another base model or adapter.
             CapacityError: if the prompt cannot fit the base model's positions.
         """
+        kwargs |= dict(zip(LATER_ARGUMENTS, args, strict=False))
+        if generation_config is not None:  # not in its place: some models' own `generate` has another argument there
+            kwargs["generation_config"] = generation_config
         if self._beacon.state.is_disabled:
             _refuse_while_disabled(context, beacon_ratio)
-            return super().generate(inputs, generation_config, *args, **kwargs)
-        kwargs |= dict(zip(LATER_ARGUMENTS, args, strict=False))
+            return super().generate(inputs, **kwargs)
         option = self.generation_option(generation_config, kwargs)
         _refuse_options(option, generation_config, kwargs)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -90,18 +100,17 @@ class BeaconGeneration(Attached):
         elif option("use_cache") is False:
             if context is not None or given is not None or beacon_ratio is not None:
                 raise UnsupportedError("use_cache=False leaves no cache to hold beacons. Generate with use_cache=True.")
-        elif self._is_compressible(input_ids, context is None and given is None, option, kwargs):
+        elif self._is_compressible(input_ids, context is None and given is None, beacon_ratio, option, kwargs):
             cache = self._generation_cache(input_ids, context, given, beacon_ratio)
             self._check_capacity(cache, input_ids, option, kwargs["attention_mask"], is_named=beacon_ratio is not None)
-            return self._generate_on(cache, given, inputs, generation_config, kwargs, option)
-        return super().generate(inputs, generation_config, **kwargs)
+            return self._generate_on(cache, given, inputs, kwargs, option)
+        return super().generate(inputs, **kwargs)
 
     def _generate_on(
         self,
         planned: BeaconCache,
         given: BeaconCache | None,
         inputs: torch.Tensor | None,
-        generation_config: GenerationConfig | None,
         kwargs: dict[str, Any],
         option: Option,
     ) -> Any:
@@ -115,7 +124,7 @@ class BeaconGeneration(Attached):
             planned = given
         ends = RowEnds(kwargs.get("stopping_criteria") or ())
         ours = {"past_key_values": planned, "stopping_criteria": ends}
-        output = super().generate(inputs, generation_config, **{**kwargs, **ours})
+        output = super().generate(inputs, **{**kwargs, **ours})
         is_kept = given is not None or getattr(output, "past_key_values", None) is planned
         if is_kept and (option("num_beams") or 1) == 1:  # beams change places
             ends.take_back_padding(planned)
@@ -136,13 +145,19 @@ class BeaconGeneration(Attached):
 
         return option
 
-    def _is_compressible(self, input_ids: torch.Tensor, is_fresh: bool, option: Option, kwargs: dict[str, Any]) -> bool:
-        """Check the prompt, and see to its mask; False where it is left to transformers as it is."""
+    def _is_compressible(
+        self, input_ids: torch.Tensor, is_fresh: bool, ratio: Ratio | None, option: Option, kwargs: dict[str, Any]
+    ) -> bool:
+        """Check the prompt, and see to its mask; False where it is left to transformers as it is, its answer too."""
         if input_ids.dim() != 2:
             raise InputError(f"input_ids must be (B, T); got {tuple(input_ids.shape)}. Give one row for each prompt.")
         if input_ids.shape[1] == 1:  # longer ones are checked where they are read
             self._check_vocabulary(input_ids)
         is_untouched = is_fresh and input_ids.shape[1] <= self.untouched_length
+        others = without_kinds_of_text(self._model_inputs(kwargs))
+        if is_untouched and ratio is None and other_input(others) is not None:
+            return False
+        refuse_other_inputs(others)
         if kwargs.get("attention_mask") is None:
             mask, has_holes = _inferred_mask(input_ids, _pad_token(option))
             if has_holes and is_untouched:  # transformers leaves holes out
@@ -152,6 +167,11 @@ class BeaconGeneration(Attached):
         if not is_untouched and not bool((mask[:, -1:] > 0).all()):
             raise InputError("A row of attention_mask ends in padding. Pad prompts on the left: padding_side='left'.")
         return True
+
+    def _model_inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Of the arguments of `generate`, those besides ids that are handed on to the model's forward."""
+        known = {"input_ids", *ARGUMENTS, *vars(self.generation_config)}
+        return {name: value for name, value in kwargs.items() if name not in known}
 
     def _refuse_long_prompt_on(self, given: Any, prompt: torch.Tensor | None) -> None:
         """Refuse to leave a prompt, ids (B, T) or embeddings (B, T, M), to the base that is too long to stay uncompressed."""
@@ -261,8 +281,6 @@ class BeaconGeneration(Attached):
         if cache.is_continued:
             new_ids, new_mask = unread(new_ids, new_mask, cache)
         others = {name: value for name, value in model_kwargs.items() if name not in OURS and value is not None}
-        if not is_short:
-            refuse_other_inputs(others)
         outputs = self(
             input_ids=new_ids,
             attention_mask=new_mask,
@@ -297,7 +315,8 @@ class BeaconGeneration(Attached):
                 attention_mask=attention_mask,
                 **kwargs,
             )
-        kwargs.pop("position_ids", None)
+        for name in ("position_ids", *KINDS_OF_TOKENS):
+            kwargs.pop(name, None)
         if next_sequence_length is not None:  # of all ids, Phi-3 concludes that the text has outgrown the cache
             input_ids = input_ids[:, -next_sequence_length:]
         return super().prepare_inputs_for_generation(
@@ -322,34 +341,6 @@ def _repeated(value: Any, copies: int) -> Any:
     if isinstance(value, torch.Tensor):
         return value.repeat_interleave(copies, dim=0)
     return tuple(each if each is None else _repeated(each, copies) for each in value)
-
-
-# What a prompt's pass is given by us, or follows from the cache; everything else is the base's.
-OURS = frozenset(
-    {
-        "attention_mask",
-        "position_ids",
-        "cache_position",
-        "past_key_values",
-        "use_cache",
-        "logits_to_keep",
-        "return_dict",
-    }
-)
-
-
-def refuse_other_inputs(others: dict[str, Any]) -> None:
-    """Refuse what a base takes besides ids where a text is compressed: chunks are of ids, and it would be lost.
-
-    Raises:
-        UnsupportedError: naming one of them.
-    """
-    for name, value in others.items():
-        if isinstance(value, torch.Tensor):
-            raise UnsupportedError(
-                f"{name} cannot go with a text that is compressed: beacons stand for tokens. "
-                "Leave it out, keep the text within a chunk, or use beacon_disabled()."
-            )
 
 
 def _fullest(planner: TextPlanner, row: Row, num_prompt: int, num_more: int) -> list[int]:

@@ -17,7 +17,8 @@ from activation_beacon.constants import sent
 from activation_beacon.entries import take
 from activation_beacon.errors import InputError, UnsupportedError
 from activation_beacon.forward import read
-from activation_beacon.generation import BeaconGeneration, refuse_other_inputs
+from activation_beacon.generation import BeaconGeneration
+from activation_beacon.other_inputs import other_input, refuse_other_inputs, text_positions, without_kinds_of_text
 from activation_beacon.plan import Ratio, Row, TextPlanner, as_policy
 from activation_beacon.readout import Wanted
 
@@ -29,8 +30,8 @@ class BeaconOutput(CausalLMOutputWithPast):
     """What transformers returns, and the loss of each token.
 
     Attributes:
-        nll: (B, N - 1) in nats, NaN where the label is -100 or padding; None without labels, and of short texts with masks or
-            positions that are left to the base.
+        nll: (B, N - 1) in nats, NaN where the label is -100 or padding; None without labels, and of short texts that are left to
+            the base because of their masks, positions or other inputs.
     """
 
     nll: torch.Tensor | None = None
@@ -89,8 +90,11 @@ class BeaconForward(BeaconGeneration):
         if input_ids is None or (attention_mask is not None and attention_mask.dim() != 2):
             self._refuse_long_or_compressed(inputs_embeds if input_ids is None else input_ids, cache, beacon_ratio)
             return _with_nll(self.base_forward(input_ids, **given, **kwargs), labels)
-        if cache is None and beacon_ratio is None and self._is_for_the_base(input_ids, attention_mask, position_ids):
+        others = without_kinds_of_text(kwargs)
+        is_free = cache is None and beacon_ratio is None
+        if is_free and self._is_for_the_base(input_ids, attention_mask, position_ids, others):
             return _with_nll(self.base_forward(input_ids, **given, **kwargs), labels)
+        refuse_other_inputs(others)
         keep_cache = cache is not None or self._keeps_cache(use_cache)
         cache = self._opened(cache, input_ids)
         new = self._new_tokens(input_ids, attention_mask)
@@ -105,7 +109,7 @@ class BeaconForward(BeaconGeneration):
             if is_short:
                 output = self._forward_short(input_ids, cache if keep_cache else None, new, given, kwargs)
             else:
-                output = self._forward_long(cache, new, given, kwargs, keep_cache=keep_cache)
+                output = self._forward_long(cache, new, given, others, keep_cache=keep_cache)
         return output if kwargs.get("return_dict", True) is not False else output.to_tuple()
 
     def hidden_states(
@@ -139,14 +143,21 @@ class BeaconForward(BeaconGeneration):
         return read_at_once(self, self._beacon.site, config, new.ids, reading.closings)
 
     def _is_for_the_base(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        others: dict[str, Any],
     ) -> bool:
-        """Whether a text that no chunk is closed of comes with a mask or positions that only the base can make sense of."""
+        """Whether a text that no chunk is closed of comes with what only the base can make sense of: a mask, positions, pictures.
+
+        Its cache is then the base's own, which stays uncompressed.
+        """
         if input_ids.dim() != 2 or input_ids.shape[1] > self.untouched_length:
             return False
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             return False
-        if attention_mask is not None and not has_one_run_each(attention_mask):
+        if other_input(others) is not None or (attention_mask is not None and not has_one_run_each(attention_mask)):
             return True
         return position_ids is not None and not _count_up(position_ids, self._new_tokens(input_ids, attention_mask))
 
@@ -203,8 +214,9 @@ class BeaconForward(BeaconGeneration):
     def _move_to_origin(self, cache: BeaconCache, new: NewTokens, position_ids: torch.Tensor | None) -> None:
         """Move what the base has read behind padding to the positions that it holds: each row begins at 0."""
         first = new.starts
-        if position_ids is not None:
-            rows = position_ids.expand(len(new.starts), -1)
+        positions = None if position_ids is None else text_positions(position_ids)
+        if positions is not None:
+            rows = positions.expand(len(new.starts), -1)
             first = [int(rows[row, start]) for row, start in enumerate(new.starts)]
         if not any(first):
             return
@@ -216,7 +228,6 @@ class BeaconForward(BeaconGeneration):
     def _forward_long(
         self, cache: BeaconCache, new: NewTokens, given: dict[str, Any], kwargs: dict[str, Any], *, keep_cache: bool
     ) -> BeaconOutput:
-        refuse_other_inputs({name: value for name, value in kwargs.items() if name != "num_items_in_batch"})
         keep, labels = given["logits_to_keep"], given["labels"]
         if isinstance(keep, torch.Tensor):
             raise UnsupportedError("logits_to_keep must be an int for texts that are compressed; got a tensor.")
@@ -264,9 +275,12 @@ def _with_nll(output: Any, labels: torch.Tensor | None) -> Any:
 
 
 def _count_up(position_ids: torch.Tensor, new: NewTokens) -> bool:
-    """Whether the positions of each row's tokens count up one by one."""
+    """Whether the positions of each row's tokens count up one by one, along all axes if there are several."""
+    positions = text_positions(position_ids)
+    if positions is None:
+        return False
     for row, (start, count) in enumerate(zip(new.starts, new.counts, strict=True)):
-        steps = position_ids[min(row, position_ids.shape[0] - 1), ..., start : start + count].diff()
+        steps = positions[min(row, positions.shape[0] - 1), start : start + count].diff()
         if steps.numel() and not bool((steps == 1).all()):
             return False
     return True
@@ -275,7 +289,7 @@ def _count_up(position_ids: torch.Tensor, new: NewTokens) -> bool:
 def _refuse_packed(position_ids: torch.Tensor | None, new: NewTokens) -> None:
     if position_ids is not None and not _count_up(position_ids, new):
         raise UnsupportedError(
-            "position_ids that do not count up (packed sequences) cannot be compressed. Leave them out."
+            "position_ids that do not count up (packed sequences, pictures) cannot be compressed. Leave them out."
         )
 
 
