@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from activation_beacon import BeaconConfig, attach, matmul
@@ -103,6 +103,14 @@ GEMMA4 = {
     "num_global_key_value_heads": 1,
     "global_head_dim": 16,
 }
+LATENT = {
+    "head_dim": 4, "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}  # fmt: skip
+EXPERTS = {
+    "n_routed_experts": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+}  # fmt: skip
 # Further families, with what they have besides SIZES. As many experts as are chosen, as above.
 ALL_FURTHER: dict[str, dict[str, Any]] = {
     "afmoe": {"sliding_window": 20, "layer_types": IN_TURN, "num_experts": 2, "num_experts_per_tok": 2},
@@ -110,6 +118,8 @@ ALL_FURTHER: dict[str, dict[str, Any]] = {
     "arcee": {},
     "cohere": {},
     "cohere2": {"sliding_window": 20, "layer_types": IN_TURN},
+    "deepseek_v2": {**LATENT, **EXPERTS, "topk_method": "greedy", "rope_parameters": YARN | {"mscale_all_dim": 0.7, "mscale": 0.7}},
+    "deepseek_v3": {**LATENT, **EXPERTS, "q_lora_rank": None},
     "cwm": {"sliding_window": 20, "layer_types": IN_TURN, "rope_parameters": LLAMA3},
     "ernie4_5": {},
     "ernie4_5_moe": {"moe_num_experts": 2, "moe_k": 2, "moe_layer_start_index": 1, "moe_intermediate_size": 16},
@@ -119,17 +129,22 @@ ALL_FURTHER: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": GEMMA4,
     "glm": {},
     "glm4": {},
-    "glm4_moe": {
-        "n_routed_experts": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-        "moe_intermediate_size": 16,
-    },
+    "glm4_moe": EXPERTS,
+    "glm4_moe_lite": {**LATENT, **EXPERTS},
     "gpt_neox": {},
     "granitemoe": {"num_local_experts": 2, "num_experts_per_tok": 2},
     "helium": {},
     "hyperclovax": {},
+    "minicpm3": LATENT,
     "minimax_m2": {"num_local_experts": 2, "num_experts_per_tok": 2},
     "ministral": {"sliding_window": 20, "layer_types": IN_TURN},
     "ministral3": {"sliding_window": 24, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
+    "mistral4": {
+        **LATENT, **EXPERTS, "head_dim": 12,
+        "rope_parameters": {
+            **YARN, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16, "partial_rotary_factor": 1 / 3,
+        },
+    },
     "mixtral": {"sliding_window": 24, "num_local_experts": 2, "num_experts_per_tok": 2},
     "nanochat": {},
     "nemotron": {},
@@ -149,6 +164,7 @@ ALL_FURTHER: dict[str, dict[str, Any]] = {
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
     "stablelm": {},
     "starcoder2": {"sliding_window": 24},
+    "youtu": LATENT,
 }  # fmt: skip
 FURTHER = {name: own for name, own in ALL_FURTHER.items() if name in CONFIG_MAPPING}  # an older transformers has fewer
 
@@ -227,13 +243,13 @@ def tiny(family: str, seed: int = 0, *, attention: str = "eager", **overrides: A
         attention: attention implementation.
         overrides: fields of the family's config, of its text model's where it has one.
     """
-    auto_class: Any = AutoModelForCausalLM
     if family in MULTIMODAL:
-        auto_class, (own, others) = AutoModelForMultimodalLM, MULTIMODAL[family]
+        own, others = MULTIMODAL[family]
         config = CONFIG_MAPPING[family](text_config={**SIZES, **own, **overrides}, **copy.deepcopy(others))
     else:
         model_type, own = FAMILIES.get(family, (family, FURTHER.get(family, {})))
         config = CONFIG_MAPPING[model_type](**{**SIZES, **own, **overrides})
+    auto_class: Any = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
     model = auto_class.from_config(config, attn_implementation=attention, dtype=torch.float32)
     randomize(model.named_parameters(), seed)
     return model.eval()

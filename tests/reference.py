@@ -133,7 +133,7 @@ class Result:
 
     Attributes:
         logits: (T, V) of the raw tokens, each from the pass that read it last.
-        keys, values: for each layer (K, S, D), what a cache holds at the end: sinks, beacons and tail.
+        keys, values: for each layer (K, S, D), what attention makes of all that a cache holds at the end: sinks, beacons and tail.
         unrotated_keys: the keys before rotary embedding.
     """
 
@@ -184,7 +184,7 @@ class Reference:
             for letter, names in PROJECTION_NAMES.items():
                 weight = beacons.get(f"layers.{index}.{letter}.weight")
                 if weight is not None:
-                    name = next(name for name in names if hasattr(attention, name))
+                    name = next(name for name in names if getattr(attention, name, None) is not None)
                     own = [beacons.get(f"layers.{index}.{letter}.{what}") for what in ("bias", "gate")]
                     branch = TwoBranches(getattr(attention, name), weight, *own)
                     setattr(attention, name, branch)
@@ -265,6 +265,8 @@ class Reference:
     def _moved(self, attention: nn.Module, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (1, K, N, D) without rotation, and rotated for the positions where they are held."""
         index, config = attention.reference_layer, self.config
+        if is_latent(attention):
+            return self._moved_in_part(attention, key)
         if has_no_positions(config, index):
             return key, key
         takes_type = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
@@ -274,11 +276,34 @@ class Reference:
             rotate = functools.partial(rotated_one_by_one, rotate)
         if config.model_type in ROTATED_IN_PART:
             rotate = functools.partial(rotated_in_part, rotate)
-        cos, sin = self.decoder.rotary_emb(key, self.read_at[None], *layer_type)
+        axes = (3, 1, -1) if hasattr(self.decoder.rotary_emb, "mrope_section") else (1, -1)
+        cos, sin = self.decoder.rotary_emb(key, self.read_at.expand(axes), *layer_type)
         size = cos.square() + sin.square()  # the square of the attention scaling, 1 where there is none
         plain = rotate(key, key, cos / size, -sin / size)[1]
-        cos, sin = self.decoder.rotary_emb(key, self.held_at.clamp(min=0)[None], *layer_type)
+        cos, sin = self.decoder.rotary_emb(key, self.held_at.clamp(min=0).expand(axes), *layer_type)
         return plain, rotate(plain, plain, cos, sin)[1]
+
+    def _moved_in_part(self, attention: nn.Module, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of the keys of latent attention, of which the last dims are rotated, as complex numbers."""
+        rest, turned = key.split([key.shape[-1] - attention.qk_rope_head_dim, attention.qk_rope_head_dim], dim=-1)
+        in_pairs = self.config.model_type == "deepseek_v2"
+        number = torch.complex(*((turned[..., 0::2], turned[..., 1::2]) if in_pairs else turned.chunk(2, dim=-1)))
+        plain = number / self._turn(key, self.read_at, in_pairs)
+        both = []
+        for each in (plain, plain * self._turn(key, self.held_at.clamp(min=0), in_pairs)):
+            parts = (each.real, each.imag)
+            both.append(
+                torch.cat((rest, torch.stack(parts, -1).flatten(-2) if in_pairs else torch.cat(parts, -1)), dim=-1)
+            )
+        return both[0], both[1]
+
+    def _turn(self, like: torch.Tensor, positions: torch.Tensor, is_complex: bool) -> torch.Tensor:
+        """Complex numbers (1, 1, N, F) that keys at these positions have been multiplied by."""
+        found = self.decoder.rotary_emb(like, positions[None])
+        if is_complex:
+            return found[:, None]
+        cos, sin = (each[:, None, :, : each.shape[-1] // 2] for each in found)
+        return torch.complex(cos, sin)
 
     def _mask(self, window: int | None) -> torch.Tensor:
         """Additive mask (N, 2N): keys where they were read, then keys where they are held."""
@@ -291,6 +316,11 @@ class Reference:
             earlier &= self.read_at[:, None] - self.held_at[None] < window
         seen = torch.cat((own, earlier), dim=1)
         return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+
+def is_latent(attention: nn.Module) -> bool:
+    """Whether keys and values are made of latents, which are what a cache holds."""
+    return hasattr(attention, "kv_a_proj_with_mqa")
 
 
 def has_no_positions(config: Any, index: int) -> bool:
@@ -318,7 +348,8 @@ ROTATED_IN_PART = ("phi", "persimmon", "stablelm")
 # Families whose layers have rotary embeddings where they have a window, and only there.
 WITHOUT_POSITIONS = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1")
 PROJECTION_NAMES = {
-    "q": ("q_proj",),
+    "q": ("q_proj", "q_a_proj"),
+    "kv": ("kv_a_proj_with_mqa",),
     "k": ("k_proj",),
     "v": ("v_proj",),
     "o": ("o_proj", "dense", "out_proj"),

@@ -42,18 +42,17 @@ def test_the_shape_of_entries_is_that_of_the_models_own_cache(family):
     model = tiny(family)
     cache = model(torch.tensor([[3, 4]]), use_cache=True).past_key_values
     for shape, layer in zip(find_decoder(model, QKV).entry_shapes, cache.layers, strict=True):
-        assert shape == (layer.keys.shape[1], layer.keys.shape[3])
-        assert shape == (layer.values.shape[1], layer.values.shape[3])
+        assert shape == tuple((each.shape[1], each.shape[3]) for each in (layer.keys, layer.values))
 
 
 def test_the_shape_of_entries_is_not_guessed():
-    site = find_decoder(tiny("llama"), QKV)
+    site, due = find_decoder(tiny("llama"), QKV), ((2, 8), (2, 8))
     attention = site.layers[0].attention
     attention.v_proj = nn.Linear(32, 24)
-    assert site.entry_shapes == (None, (2, 8), (2, 8))
+    assert site.entry_shapes == (None, due, due)
     del site.layers[1].attention.head_dim
     attention.k_proj = attention.v_proj = nn.Linear(32, 20)
-    assert site.entry_shapes == (None, None, (2, 8))
+    assert site.entry_shapes == (None, None, due)
 
 
 def test_all_known_families_are_tested():
@@ -117,9 +116,9 @@ def test_the_trial_leaves_the_model_as_it_was():
 
 
 OBSTACLES = {
-    "latent attention": (
-        {"kv_lora_rank": 4},
-        "multi-head latent attention keeps no keys that could be compressed one by",
+    "sparse attention": (
+        {"index_topk": 4},
+        "its layers choose what they attend to, by keys of their own that are kept apart (sparse attention)",
     ),
     "linear layers": (
         {"layer_types": ["linear_attention", "full_attention", "chunked_attention"]},

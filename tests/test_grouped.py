@@ -198,7 +198,9 @@ def test_each_chunk_is_told_what_it_sees():
     group = GroupLayout((chunk_layout(2, 2, "interleave"), chunk_layout(2, 2, "interleave")))
     mask = ByChunk.on(torch.device("cpu"))
     memory = torch.full((1, 1, 2, 1), -1.0), torch.full((1, 1, 2, 1), -2.0)
-    layer = GroupLayer(lambda: memory, 2, group, KeyMover([None], torch.tensor(group.shifts)), 0, mask)
+    layer = GroupLayer(
+        lambda: memory, 2, group, KeyMover([None], torch.tensor(group.shifts)), 0, mask, lambda *both: both
+    )
     keys = torch.arange(6.0).view(1, 1, 6, 1)
     layer.update(keys, keys + 10)
     (one, one_keys, one_values), (two, two_keys, two_values) = mask.entries

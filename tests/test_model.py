@@ -1165,7 +1165,7 @@ def t5():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: tiny("deepseek_v3", n_group=1, topk_group=1, **EXPERTS), "DeepseekV3.*multi-head latent attention"),
+        (lambda: tiny("deepseek_v32", n_group=1, topk_group=1, **EXPERTS), "DeepseekV32.*sparse attention"),
         (lambda: tiny("mamba"), "MambaForCausalLM.*(linear_attention|recurrent)"),
         (lambda: tiny("qwen3_next", **EXPERTS), "Qwen3Next.*linear_attention"),
         (lambda: tiny("llama4_text", num_local_experts=2), "Llama4.*chunked_attention"),

@@ -6,7 +6,7 @@ and then put to the test: a key moved by our rotation must equal the key that th
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from activation_beacon.dense import is_linear, tensors_of
 from activation_beacon.errors import UnsupportedModelError
-from activation_beacon.rope import LayerRope, rotary_layout
+from activation_beacon.rope import LayerRope, Rope, latent_rope, rotary_layout
 
 # Families whose tiny random models are compared with a slow reference in the tests.
 TESTED_FAMILIES = frozenset(
@@ -26,11 +26,12 @@ TESTED_FAMILIES = frozenset(
 # models are compared with it, too, at one setting.
 CAUSAL_FAMILIES = frozenset(
     {
-        "afmoe", "apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma4_text",
-        "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4v_moe_text", "glm4v_text", "gpt_neox", "granitemoe", "helium",
-        "hyperclovax", "minimax_m2", "ministral", "ministral3", "mixtral", "nanochat", "nemotron", "olmo", "olmo3", "olmoe",
-        "persimmon", "phi", "phimoe", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3_moe", "qwen3_vl_moe_text",
-        "qwen3_vl_text", "seed_oss", "stablelm", "starcoder2",
+        "afmoe", "apertus", "arcee", "cohere", "cohere2", "cwm", "deepseek_v2", "deepseek_v3", "ernie4_5", "ernie4_5_moe",
+        "exaone4", "gemma", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "glm4v_moe_text",
+        "glm4v_text", "gpt_neox", "granitemoe", "helium", "hyperclovax", "minicpm3", "minimax_m2", "ministral", "ministral3",
+        "mistral4", "mixtral", "nanochat", "nemotron", "olmo", "olmo3", "olmoe", "persimmon", "phi", "phimoe",
+        "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3_moe", "qwen3_vl_moe_text", "qwen3_vl_text", "seed_oss",
+        "stablelm", "starcoder2", "youtu",
     }
 )  # fmt: skip
 # All layers have the configuration's window, if it names one.
@@ -45,11 +46,15 @@ WINDOWED_BY_TYPE = frozenset(
 FULL_ATTENTION = "full_attention"
 AT_ONCE = "beacon_chunks_with_"  # before the name of the attention that it hands chunks to, see at_once
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
-FUSED_NAMES = {"qkv_proj": "qkv", "query_key_value": "qkv"}
+FUSED_NAMES = {"qkv_proj": "qkv", "query_key_value": "qkv", "kv_a_proj_with_mqa": "kv"}
+LATENT_QUERIES = "q_a_proj"  # the first of two projections, where queries have a latent too
 OUTPUT_CAPTURING = "transformers.utils.output_capturing"  # the module of its hooks
 OUTPUT_NAMES = ("o_proj", "dense", "out_proj")
 MOVED_BY = 7  # positions, in the trial of moved keys
 STILL = 1e-3  # of their size, by which keys that are not rotated may differ there
+
+Expand = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+EntryShapes = tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class ProjectionSite:
     """One linear layer of the base that gets a beacon branch.
 
     Attributes:
-        name: what it projects to: q, k, v, o, or qkv where they are fused.
+        name: what it projects to: q, k, v, o; qkv where they are fused; kv where it gives the latent that keys and values are made of.
         linear: the base's own layer.
     """
 
@@ -80,7 +85,7 @@ class LayerSite:
     attention: nn.Module
     told: nn.Module
     projections: tuple[ProjectionSite, ...]
-    rope: LayerRope | None
+    rope: Rope | None
     window: int | None = None
 
     @property
@@ -89,11 +94,22 @@ class LayerSite:
         return next(tensors_of(self.attention)).device
 
     @property
-    def entry_shape(self) -> tuple[int, int] | None:
-        """Heads and dims of the keys and values that it leaves in a cache; None where its projections do not tell."""
+    def expand(self) -> Expand | None:
+        """What its attention makes keys and values (B, H, n, D) with, where it caches latents; None where it caches them."""
+        return getattr(self.attention, "expand_kv", None)
+
+    def attended(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of what the layer caches, (B, K, n, D) each."""
+        return (keys, values) if self.expand is None else self.expand(keys, values)
+
+    @property
+    def entry_shapes(self) -> EntryShapes | None:
+        """Heads and dims of the keys and of the values that it leaves in a cache; None where its projections do not tell."""
+        if self.expand is not None:
+            return (1, self.attention.kv_lora_rank), (1, self.attention.qk_rope_head_dim)  # type: ignore[return-value]
         dim = getattr(self.attention, "head_dim", None)
         width = _projected_width(self.attention)
-        return None if type(dim) is not int or not dim or width is None or width % dim else (width // dim, dim)
+        return None if type(dim) is not int or not dim or width is None or width % dim else ((width // dim, dim),) * 2
 
 
 @dataclass(frozen=True)
@@ -122,12 +138,18 @@ class DecoderSite:
         return counts.pop() if len(counts) == 1 else 1
 
     @property
-    def entry_shapes(self) -> tuple[tuple[int, int] | None, ...]:
-        """Heads and dims of each layer's keys and values, where they are known."""
-        return tuple(layer.entry_shape for layer in self.layers)
+    def entry_shapes(self) -> tuple[EntryShapes | None, ...]:
+        """Heads and dims of each layer's keys, and of its values, where they are known."""
+        return tuple(layer.entry_shapes for layer in self.layers)
 
     @property
-    def ropes(self) -> tuple[LayerRope | None, ...]:
+    def features_per_entry(self) -> int | None:
+        """Numbers that a token leaves in a cache, in all layers; None where it is not known."""
+        shapes = [shape for layer in self.entry_shapes for shape in layer or ((0, 0),)]
+        return sum(heads * dim for heads, dim in shapes) if all(all(shape) for shape in shapes) else None
+
+    @property
+    def ropes(self) -> tuple[Rope | None, ...]:
         """How each layer's keys are rotated."""
         return tuple(layer.rope for layer in self.layers)
 
@@ -207,9 +229,10 @@ def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, tolerance: flo
         UnsupportedModelError: naming the layer whose keys differ by more than `tolerance`, relative to their size; or if
             neither attention modules nor layers are handed the keyword argument that tells where the beacons are.
     """
-    (here, told), (there, _) = (_lone_token_keys(model, site, position) for position in (0, MOVED_BY))
+    (here, told), (there, _) = (_lone_token_entries(model, site, position) for position in (0, MOVED_BY))
     layers = [dataclasses.replace(layer, told=module) for layer, module in zip(site.layers, told, strict=True)]
-    for index, (rope, key, expected) in enumerate(zip(site.ropes, here, there, strict=True)):
+    for index, (rope, before, after) in enumerate(zip(site.ropes, here, there, strict=True)):
+        key, expected = (before[0], after[0]) if rope is None else (rope.rotated(*before), rope.rotated(*after))
         if rope is not None and (key - expected).norm() <= STILL * expected.norm():
             layers[index] = dataclasses.replace(layers[index], rope=None)
             continue
@@ -226,10 +249,10 @@ def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, tolerance: flo
 
 
 @torch.no_grad()
-def _lone_token_keys(
+def _lone_token_entries(
     model: PreTrainedModel, site: DecoderSite, position: int
-) -> tuple[list[torch.Tensor], list[nn.Module]]:
-    """The keys that each layer keeps of a token by itself, and the module in each that keyword arguments reach."""
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[nn.Module]]:
+    """Keys and values that each layer keeps of a token by itself, and the module in each that keyword arguments reach."""
     embedding = model.get_input_embeddings().weight
     reached: set[nn.Module] = set()
 
@@ -258,7 +281,7 @@ def _lone_token_keys(
             use_cache=True,
             beacon_slots=torch.zeros(1, dtype=torch.long, device=embedding.device),
         )
-        keys = [layer.keys.float() for layer in cache.layers]
+        entries = [(layer.keys.float(), layer.values.float()) for layer in cache.layers]
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -272,9 +295,9 @@ def _lone_token_keys(
     ]
     if not reached.issuperset(told):
         raise _unsupported(model, "it does not hand keyword arguments (`beacon_slots`) down to its layers")
-    if len(keys) != model.config.get_text_config(decoder=True).num_hidden_layers:
+    if len(entries) != model.config.get_text_config(decoder=True).num_hidden_layers:
         raise _unsupported(model, "not every layer keeps keys of its own")
-    return keys, told
+    return entries, told
 
 
 def _layer_site(
@@ -303,9 +326,11 @@ def _values_are_keys(attention: nn.Module) -> bool:
 
 
 def _projection_sites(attention: nn.Module, projections: Sequence[str]) -> Iterator[ProjectionSite]:
-    fused = next((name for name in FUSED_NAMES if is_linear(getattr(attention, name, None))), None)
-    if fused is not None and set("qkv") <= set(projections):
-        yield ProjectionSite("qkv", getattr(attention, fused))
+    for fused, name in FUSED_NAMES.items():
+        if is_linear(getattr(attention, fused, None)) and set(name) <= set(projections):
+            yield ProjectionSite(name, getattr(attention, fused))
+    if "q" in projections and is_linear(getattr(attention, LATENT_QUERIES, None)):
+        yield ProjectionSite("q", getattr(attention, LATENT_QUERIES))
     for name in ("q", "k", "v"):
         linear = getattr(attention, f"{name}_proj", None)
         if name in projections and linear is not None and is_linear(linear):
@@ -325,14 +350,15 @@ def _projected_width(attention: nn.Module) -> int | None:
         values = keys
     if is_linear(keys) and is_linear(values):
         return keys.out_features if keys.out_features == values.out_features else None  # type: ignore[union-attr]
-    fused = next((linear for name in FUSED_NAMES if is_linear(linear := getattr(attention, name, None))), None)
+    all_three = (getattr(attention, name, None) for name, to in FUSED_NAMES.items() if to == "qkv")
+    fused = next((linear for linear in all_three if is_linear(linear)), None)
     output = next((linear for name in OUTPUT_NAMES if is_linear(linear := getattr(attention, name, None))), None)
     return None if fused is None or output is None else (fused.out_features - output.in_features) // 2
 
 
 def _layer_rope(
     model: PreTrainedModel, config: Any, attention: nn.Module, index: int, rotary: nn.Module
-) -> LayerRope | None:
+) -> Rope | None:
     if not getattr(attention, "use_rope", True):
         return None
     layer_types = getattr(config, "layer_types", None)
@@ -340,6 +366,8 @@ def _layer_rope(
     frequencies = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
     if not hasattr(rotary, frequencies):
         raise _unsupported(model, f"its rotary embedding has no `{frequencies}`")
+    if getattr(config, "kv_lora_rank", None):
+        return latent_rope(rotary, frequencies)
     layout = rotary_layout(rotary, frequencies, layer_type)
     if layout is None:
         raise _unsupported(model, "its rotary embedding lays out its cosines in a way that is not known")
@@ -375,8 +403,10 @@ def _rope_types(config: Any) -> set[str]:
 def _refuse_known_obstacles(model: PreTrainedModel, config: Any) -> None:
     if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
         raise _unsupported(model, "beacons need a decoder with a language modelling head (AutoModelForCausalLM)")
-    if getattr(config, "kv_lora_rank", None):
-        raise _unsupported(model, "multi-head latent attention keeps no keys that could be compressed one by one")
+    if getattr(config, "index_topk", None):
+        raise _unsupported(
+            model, "its layers choose what they attend to, by keys of their own that are kept apart (sparse attention)"
+        )
     layer_types = set(getattr(config, "layer_types", None) or ())
     if strange := sorted(layer_types - {FULL_ATTENTION, "sliding_attention"}):
         raise _unsupported(

@@ -504,10 +504,10 @@ class BeaconCache(Cache):
         if len(self.layers) != len(shapes):
             raise FileFormatError(f"num_layers must be the model's {len(shapes)}; got {len(self.layers)}")
         for index, (layer, due) in enumerate(zip(self.layers, shapes, strict=True)):
-            for tensor in (layer.keys, layer.values):
+            for tensor, wanted in zip((layer.keys, layer.values), due or (None, None), strict=True):
                 found = None if tensor is None else (tensor.shape[1], tensor.shape[3])
-                if due is not None and found not in (None, due):
-                    raise FileFormatError(f"layer {index} must have (heads, dims) {due} as the model; got {found}")
+                if wanted is not None and found not in (None, wanted):
+                    raise FileFormatError(f"layer {index} must have (heads, dims) {wanted} as the model; got {found}")
         if self.token_ids.numel() and int(self.token_ids.max()) >= size:
             raise FileFormatError(f"ids must be within 0..{size - 1}; got {int(self.token_ids.max())}")
 

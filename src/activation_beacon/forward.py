@@ -146,7 +146,7 @@ class _Reader:
         mover = KeyMover(self.site.ropes, constant(group.shifts, device))
         mask = ByChunk.on(device)
         layers = [
-            GroupLayer(held, length, group, mover, index, mask)
+            GroupLayer(held, length, group, mover, index, mask, self.site.layers[index].attended)
             for index, held in enumerate(lent(cache, members, cache.memory_ends(members), length))
         ]
         layers[-1].ends_pass = can_end_early(self.model.get_decoder(), self.site)
@@ -220,7 +220,7 @@ class _Reader:
         for index, layer in enumerate(passed):
             keys, values = layer.chunk()
             kept = constant(layout.kept_slots, keys.device)
-            yield mover.move(keys.index_select(2, kept), index), values.index_select(2, kept)
+            yield mover.move_entries(keys.index_select(2, kept), values.index_select(2, kept), index)
 
     def _rows_to_compute(
         self, members: tuple[int, ...], layout: ChunkLayout, anchor_slots: torch.Tensor

@@ -51,6 +51,7 @@ class GroupLayer(ChunkLayer):
         mover: moves the keys that are kept.
         index: of the layer.
         mask: that the pass is given.
+        attended: makes keys and values of what the layer caches.
     """
 
     def __init__(
@@ -61,12 +62,14 @@ class GroupLayer(ChunkLayer):
         mover: KeyMover,
         index: int,
         mask: ByChunk,
+        attended: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
         super().__init__(held, length)
         self.group = group
         self.mover = mover
         self.index = index
         self.mask = mask
+        self.attended = attended
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -77,14 +80,15 @@ class GroupLayer(ChunkLayer):
             PassEnded: where it `ends_pass`.
         """
         slots = constant(self.group.kept_slots, key_states.device)
-        self.keys = self.mover.move(key_states.index_select(2, slots), self.index)
-        self.values = value_states.index_select(2, slots)
+        keys, values = (states.index_select(2, slots) for states in (key_states, value_states))
+        self.keys, self.values = self.mover.move_entries(keys, values, self.index)
         if self.ends_pass:
             raise PassEnded
-        before = [self.keys, self.values]
+        keys, values = self.keys, self.values
         if self.held is not None:
-            before = [torch.cat(pair, dim=2) for pair in zip(self.held(), before, strict=True)]
-        parts = [states.split(self.group.sizes, dim=2) for states in (key_states, value_states)]
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(self.held(), (keys, values), strict=True))
+        before = self.attended(keys, values)
+        parts = [states.split(self.group.sizes, dim=2) for states in self.attended(key_states, value_states)]
         self.mask.told(
             [
                 (

@@ -221,9 +221,10 @@ class BeaconForward(BeaconGeneration):
         if not any(first):
             return
         for layer, rope in zip(cache.layers, self._beacon.site.ropes, strict=True):
-            if rope is not None and layer.keys is not None:
+            if rope is not None and layer.keys is not None and layer.values is not None:
                 cos, sin = rope.rotation(sent(first, layer.keys.device).neg())
-                layer.keys = rope.move(layer.keys, (cos.transpose(0, 1), sin.transpose(0, 1)))
+                rotation = (cos.transpose(0, 1), sin.transpose(0, 1))
+                layer.keys, layer.values = rope.move_entries(layer.keys, layer.values, rotation)
 
     def _forward_long(
         self, cache: BeaconCache, new: NewTokens, given: dict[str, Any], kwargs: dict[str, Any], *, keep_cache: bool

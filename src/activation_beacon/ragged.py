@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from activation_beacon.adapt import DecoderSite, understands_rows_apart
+from activation_beacon.adapt import DecoderSite, LayerSite, understands_rows_apart
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import ToldEntries, without_cudnn
@@ -53,25 +53,25 @@ class RowsLayer(DynamicLayer):
     Args:
         rows: the layer in each cache; appended to in place.
         mask: told of the rows' entries when the layer is reached.
-        window: entries that the layer sees; None for all.
+        site: which layer it is.
     """
 
-    def __init__(self, rows: Sequence[BeaconLayer], mask: OwnEntries, window: int | None) -> None:
+    def __init__(self, rows: Sequence[BeaconLayer], mask: OwnEntries, site: LayerSite) -> None:
         super().__init__()
         self.rows = rows
         self.mask = mask
-        self.window = window
+        self.site = site
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append one entry (B, K, 1, D) to each row; returns the new entries, which nobody attends to."""
-        first = 0 if self.window is None else -self.window
+        first = 0 if self.site.window is None else -self.site.window
         entries = []
         for row, keys, values in zip(self.rows, key_states.split(1), value_states.split(1), strict=True):
             held_keys, held_values = row.update(keys, values)
-            entries.append((held_keys[:, :, first:], held_values[:, :, first:]))
+            entries.append(self.site.attended(held_keys[:, :, first:], held_values[:, :, first:]))
         self.mask.told(entries)
         return key_states, value_states
 
@@ -144,8 +144,7 @@ def _append(
     mask = OwnEntries.on(ids.device)
     lengths = [cache.num_slots for cache in caches]
     layers = [
-        RowsLayer([cache.layers[index] for cache in caches], mask, layer.window)
-        for index, layer in enumerate(site.layers)
+        RowsLayer([cache.layers[index] for cache in caches], mask, layer) for index, layer in enumerate(site.layers)
     ]
     is_compressed = any(row.chunks for cache in caches for row in cache.rows)
     with model.fast_products(len(caches)) if is_compressed else nullcontext(), without_cudnn(ids.device):

@@ -17,7 +17,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from activation_beacon.adapt import DecoderSite, understands_rows_apart
+from activation_beacon.adapt import DecoderSite, LayerSite, understands_rows_apart
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import ToldEntries, without_cudnn
 from activation_beacon.chunk_inputs import ReadingModel
@@ -89,7 +89,7 @@ class FilledEntries(ToldEntries):
         parts = num_parts(keys.shape[2])
         weights = scores.softmax(-1).to(values.dtype).unflatten(-1, (parts, -1)).transpose(2, 3)
         attended = (weights @ values.unflatten(2, (parts, -1))).to(precise).sum(2)
-        return attended.to(query.dtype).reshape(query.shape)
+        return attended.to(query.dtype).reshape(*query.shape[:-1], -1)
 
 
 def num_parts(num_slots: int) -> int:
@@ -104,14 +104,18 @@ class StepLayer(DynamicLayer):
     """One layer during a recorded step: puts the new entry into its slot of the room, and tells the mask.
 
     Args:
-        room: keys and values (B, K, C, D).
+        room: what the layer caches, (B, K, C, D) each.
         slot: (1,), where the new entry goes.
         filled: (B, 1, 1, C), the slots that are seen.
         mask: that the pass is given.
+        site: which layer it is.
     """
 
-    def __init__(self, room: Room, slot: torch.Tensor, filled: torch.Tensor, mask: FilledEntries) -> None:
+    def __init__(
+        self, room: Room, slot: torch.Tensor, filled: torch.Tensor, mask: FilledEntries, site: LayerSite
+    ) -> None:
         super().__init__()
+        self.site = site
         self.room = room
         self.slot = slot
         self.filled = filled
@@ -124,7 +128,7 @@ class StepLayer(DynamicLayer):
         """Enter one entry (B, K, 1, D) of each row; returns it, which nobody attends to."""
         for whole, new in zip(self.room.whole, (key_states, value_states), strict=True):
             whole.index_copy_(2, self.slot, new)
-        self.mask.told([*self.room.whole, self.filled])
+        self.mask.told([*self.site.attended(*self.room.whole), self.filled])
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -159,20 +163,20 @@ class RecordedStep:
             slot = torch.full((1,), num_slots, dtype=torch.long, device=device)
         first = torch.tensor(self.padding, device=device)[:, None]
         places = torch.arange(size, device=device)[None]
-        windows = [layer.window for layer in site.layers]
-
-        rooms = (
-            self.rooms
-        )  # not through `self`, which keeps the step: a circle would hold the rooms until Python looks for it
+        # Not through `self`, which keeps the step: a circle would hold the rooms until Python looks for it.
+        rooms = self.rooms
 
         def step() -> torch.Tensor:
             seen = (places >= first) & (places <= slot)
             filled = {
                 window: (seen if window is None else seen & (places > slot - window))[:, None, None]
-                for window in set(windows)
+                for window in {layer.window for layer in site.layers}
             }
             mask = FilledEntries.on(device)
-            layers = [StepLayer(room, slot, filled[window], mask) for room, window in zip(rooms, windows, strict=True)]
+            layers = [
+                StepLayer(room, slot, filled[layer.window], mask, layer)
+                for room, layer in zip(rooms, site.layers, strict=True)
+            ]
             return model.base_forward(
                 input_ids=ids,
                 position_ids=slot - first,

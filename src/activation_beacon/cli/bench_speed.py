@@ -328,12 +328,14 @@ def _model(
     """The model to be measured and what to call it."""
     import torch
 
+    from activation_beacon.bench.cost import SHAPES, ModelShape
+
     if threads is not None:
         torch.set_num_threads(threads)
     if shape is None:
         loaded = load_model(name, base=base, device=device, dtype=usual_dtype(device, dtype))
+        ModelShape.of(loaded.model.config.get_text_config(decoder=True))  # refuses before anything is measured
         return name, loaded.model.eval()
-    from activation_beacon.bench.cost import SHAPES
     from activation_beacon.bench.shapes import random_model
 
     if shape not in SHAPES:

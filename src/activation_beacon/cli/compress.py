@@ -87,14 +87,13 @@ def _suggest_usual_ratio(loaded: Loaded, num_tokens: int) -> None:
     chosen = _ratio_taken(loaded, num_tokens, "auto", None)
     if not isinstance(chosen, int) or chosen >= USUAL_RATIO or USUAL_RATIO not in loaded.config.ratios:
         return
-    from activation_beacon.bench.cost import ModelShape
     from activation_beacon.plan import entries_held
 
-    shape = ModelShape.of(loaded.model.config.get_text_config(decoder=True))
-    held = shape.cache_bytes(entries_held(loaded.config, num_tokens, USUAL_RATIO), loaded.model.dtype.itemsize)
+    held, features = entries_held(loaded.config, num_tokens, USUAL_RATIO), loaded.model._beacon.site.features_per_entry
+    size = f"{held:,} entries" if features is None else bytes_text(held * features * loaded.model.dtype.itemsize)
     notice(
         f'"auto" chose ratio {chosen}, the smallest that fits the model\'s positions. --ratio {USUAL_RATIO} would hold '
-        f"{bytes_text(held)} and read faster."
+        f"{size} and read faster."
     )
 
 

@@ -125,8 +125,8 @@ def _evict(model: Any, cache: Any, count: int) -> None:
     shifts = torch.tensor([0] * SINKS + [-surplus] * (count - SINKS), device=cache.layers[0].keys.device)
     mover = KeyMover(model._beacon.site.ropes, shifts)
     for index, layer in enumerate(cache.layers):
-        layer.keys = mover.move(_without(layer.keys, surplus), index)
-        layer.values = _without(layer.values, surplus)
+        keys, values = (_without(states, surplus) for states in (layer.keys, layer.values))
+        layer.keys, layer.values = mover.move_entries(keys, values, index)
 
 
 def _without(entries: torch.Tensor, surplus: int) -> torch.Tensor:
