@@ -46,6 +46,9 @@ def drawn(schema, method, path):
     [
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/completions"),
+        ("POST", "/v1/responses"),
+        ("GET", "/v1/responses/{response_id}"),
+        ("DELETE", "/v1/responses/{response_id}"),
         ("POST", "/v1/contexts"),
         ("GET", "/v1/contexts"),
         ("GET", "/v1/contexts/{context_id}"),
@@ -91,6 +94,8 @@ def test_what_a_schema_does_not_draw(server, body):
         headers = {"content-type": "application/json"}
         reply = server.http.post(path, content=body, headers=headers)
         assert reply.status_code < 500, reply.text
+    reply = server.http.post("/v1/responses", content=body.replace(b'"messages":', b'"input":'), headers=headers)
+    assert reply.status_code < 500, reply.text
     as_text = (
         body.replace(b'"messages": [{"role": "user", "content":', b'"text":')
         .replace(b'"}],', b'",')

@@ -244,7 +244,7 @@ def test_our_own_mistakes_are_not_told_in_detail(model, folder, monkeypatch, cap
 
 def test_unknown_paths_and_methods_are_told_in_openais_shape(model, folder):
     with live(folder, model=model) as server:
-        for method, path, status in (("POST", "/v1/responses", 404), ("PUT", "/v1/models", 405), ("GET", "/x", 404)):
+        for method, path, status in (("POST", "/v1/embeddings", 404), ("PUT", "/v1/models", 405), ("GET", "/x", 404)):
             reply = server.http.request(method, path)
             assert reply.status_code == status
             error = reply.json()["error"]
@@ -253,7 +253,7 @@ def test_unknown_paths_and_methods_are_told_in_openais_shape(model, folder):
                 f"{method} {path} is not served here. OpenAI's clients: /v1/chat/completions,"
             )
         paths = server.http.get("/openapi.json").json()["paths"]
-        assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/contexts"} <= set(paths)
+        assert {"/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/models", "/v1/contexts"} <= set(paths)
 
 
 def test_the_end_lets_requests_finish(model, folder):

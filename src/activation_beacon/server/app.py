@@ -27,7 +27,10 @@ PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 )
 
-WAYS = "OpenAI's clients: /v1/chat/completions, /v1/completions and /v1/models; contexts: /v1/contexts. All: /openapi.json."
+WAYS = (
+    "OpenAI's clients: /v1/chat/completions, /v1/responses, /v1/completions and /v1/models; contexts: /v1/contexts. "
+    "All: /openapi.json."
+)
 
 
 def create_app(model: Any, tokenizer: Any, settings: Settings | None = None, *, behind_the_gate: Any = None) -> FastAPI:

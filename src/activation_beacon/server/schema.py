@@ -4,15 +4,18 @@ import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from activation_beacon.errors import UnsupportedError
 from activation_beacon.server.sampling import Sampling
 
 # What changes nothing here: whose request it is, and how others' servers bill, keep and route it.
 IGNORED = frozenset(
-    {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-)
+    {
+        "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+        "prompt_cache_options", "stream_options", "max_tool_calls",
+    }
+)  # fmt: skip
 # Values that ask for what is done anyway.
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
@@ -30,7 +33,14 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (None,),
     "verbosity": (None,),
     "web_search_options": (None,),
+    "background": (None, False),
+    "conversation": (None,),
+    "prompt": (None,),
+    "truncation": (None, "disabled"),
 }
+
+
+LOGPROBS = "message.output_text.logprobs"  # what of an answer may be asked for besides its text
 
 
 def _whole(text: str) -> str:
@@ -96,6 +106,34 @@ class Message(BaseModel):
         return "system" if self.role == "developer" else self.role
 
 
+def _as_message(item: Any) -> Any:
+    """An item of the Responses API as a message of the chat API: its parts are called otherwise, and it may have an id."""
+    if not isinstance(item, dict):
+        return item
+    kind = item.get("type") or "message"
+    if kind != "message":
+        raise ValueError(f"items of the type {str(kind)[:100]!r} are not supported. Send messages")
+    content = item.get("content")
+    if isinstance(content, list):
+        content = [{**part, "type": "text"} if _is_text(part) else part for part in content]
+    named = {name: value for name, value in item.items() if name not in ("type", "id", "status", "phase")}
+    return {**named, "content": content}
+
+
+def _as_items(said: Any) -> Any:
+    """A text as the one message that it stands for."""
+    if not isinstance(said, str | list):
+        raise ValueError("send a text, or a list of messages")
+    return [{"role": "user", "content": said}] if isinstance(said, str) else said
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("input_text", "output_text")
+
+
+Item = Annotated[Message, BeforeValidator(_as_message)]
+
+
 class StreamOptions(BaseModel):
     """What a stream brings besides pieces of text."""
 
@@ -103,21 +141,18 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
-class _Request(BaseModel):
-    """What both kinds of requests for answers share."""
+class AnswerRequest(BaseModel):
+    """What all requests for answers share."""
 
     model_config = ConfigDict(extra="allow")
 
     model: Text
-    n: int | None = Field(1, ge=1, le=16)
     stream: bool | None = False
-    stream_options: StreamOptions | None = None
     stop: Text | list[Text] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     logit_bias: (
@@ -138,9 +173,19 @@ class _Request(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    def num_answers(self) -> int:
+        """Answers to each prompt."""
+        return 1
+
+    @property
+    def limit_name(self) -> str:
+        """What `limit` is called in the request."""
+        return "max_tokens"
+
+    @property
     def limit(self) -> int | None:
         """Tokens of an answer at most, if the request says."""
-        return self.max_tokens
+        raise NotImplementedError
 
     @property
     def num_likeliest(self) -> int | None:
@@ -161,7 +206,7 @@ class _Request(BaseModel):
 
     def _usual_temperature(self, defaults: Any) -> float:
         """As `generate` does: the likeliest token, unless the model's generation config draws; several answers are to differ."""
-        draws = defaults.do_sample or (self.n or 1) > 1
+        draws = defaults.do_sample or self.num_answers > 1
         return _first(defaults.temperature, 1.0) if draws else 0.0
 
     def sampling(self, model: Any, max_tokens: int) -> Sampling:
@@ -185,6 +230,24 @@ class _Request(BaseModel):
         )
 
 
+class _Request(AnswerRequest):
+    """What requests of the older two kinds share."""
+
+    n: int | None = Field(1, ge=1, le=16)
+    max_tokens: int | None = Field(None, ge=1)
+    stream_options: StreamOptions | None = None
+
+    @property
+    def num_answers(self) -> int:
+        """As many as asked for."""
+        return self.n or 1
+
+    @property
+    def limit(self) -> int | None:
+        """If the request says."""
+        return self.max_tokens
+
+
 class ChatRequest(_Request):
     """`POST /v1/chat/completions`."""
 
@@ -194,9 +257,19 @@ class ChatRequest(_Request):
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     @property
+    def prompts(self) -> list[list[Message]]:
+        """The one conversation."""
+        return [self.messages]
+
+    @property
     def limit(self) -> int | None:
         """OpenAI's newer name counts first."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def limit_name(self) -> str:
+        """As above."""
+        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
     @property
     def num_likeliest(self) -> int | None:
@@ -232,6 +305,64 @@ class CompletionRequest(_Request):
         """One entry for each prompt."""
         prompt: Any = self.prompt
         return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
+
+
+class TextFormat(BaseModel):
+    """What an answer is to be."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"] = "text"
+
+
+class TextOptions(BaseModel):
+    """How an answer is to be written."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ReasoningOptions(BaseModel):
+    """How much is to be thought before an answer: nothing is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    effort: Literal["none"] | None = None
+    summary: None = None
+    generate_summary: None = None
+
+
+class ResponseRequest(AnswerRequest):
+    """`POST /v1/responses`."""
+
+    input: Annotated[list[Item], BeforeValidator(_as_items), Field(min_length=1)]
+    instructions: Text | None = None
+    previous_response_id: Text | None = Field(None, description="Of the response that this one goes on from.")
+    max_output_tokens: int | None = Field(None, ge=1)
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    include: list[Text] | None = None
+    store: bool | None = True
+    metadata: dict[Text, Text] | None = None
+    user: Text | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """If the request says."""
+        return self.max_output_tokens
+
+    @property
+    def limit_name(self) -> str:
+        """As OpenAI calls it here."""
+        return "max_output_tokens"
+
+    @property
+    def num_likeliest(self) -> int | None:
+        """None unless `include` names them."""
+        return (self.top_logprobs or 0) if LOGPROBS in (self.include or ()) else None
 
 
 class ContextRequest(BaseModel):
@@ -275,6 +406,10 @@ FIELDS = frozenset(
         StreamOptions,
         ChatRequest,
         CompletionRequest,
+        ResponseRequest,
+        TextOptions,
+        TextFormat,
+        ReasoningOptions,
         ContextRequest,
         AppendRequest,
         ForkRequest,

@@ -1,9 +1,10 @@
-"""The two shapes that OpenAI's API gives to answers: chat, and plain completions."""
+"""The two shapes that OpenAI's older API gives to answers: chat, and plain completions."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from activation_beacon.server.listing import Listed
+from activation_beacon.server.sampling import Chosen
 from activation_beacon.server.writing import HALF, token_bytes
 
 
@@ -27,6 +28,16 @@ class Shape(Protocol):
 
     def last(self, index: int, reason: str) -> dict[str, Any]:
         """An answer's end."""
+
+
+def token_object(tokenizer: Any, chosen: Chosen) -> dict[str, Any]:
+    """A token with its log probability, and the likeliest ones in its place."""
+
+    def told(token: int, logprob: float | None) -> dict[str, Any]:
+        return {"token": tokenizer.decode([token]), "logprob": logprob, "bytes": token_bytes(tokenizer, token)}
+
+    likeliest = [told(token, logprob) for token, logprob in chosen.likeliest]
+    return {**told(chosen.token, chosen.logprob), "top_logprobs": likeliest}
 
 
 class ChatShape:
@@ -65,15 +76,7 @@ class ChatShape:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
     def _logprobs(self, listed: Sequence[Listed]) -> dict[str, Any]:
-        content = []
-        for each in (entry.chosen for entry in listed):
-            likeliest = [self._token(token, logprob) for token, logprob in each.likeliest]
-            content.append({**self._token(each.token, each.logprob), "top_logprobs": likeliest})
-        return {"content": content, "refusal": None}
-
-    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self.tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": token_bytes(self.tokenizer, token)}
+        return {"content": [token_object(self.tokenizer, entry.chosen) for entry in listed], "refusal": None}
 
 
 class CompletionShape:
