@@ -13,7 +13,8 @@ import pytest
 from server_live import BOOK, live, live_model
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+BLOCKS, SCRIPTS = (re.findall(rf"```{kind}\n(.*?)```", TEXT, flags=re.DOTALL) for kind in ("sh", "python"))
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,18 @@ def test_the_lines_of_the_docs_run(server, tmp_path):
         assert expected in done.stdout
 
 
+def test_the_python_of_the_docs_runs(server, capsys):
+    script = "\n".join(SCRIPTS)
+    for written, meant in (("http://127.0.0.1:8000", server.url), ("ctx_...", server.create()["id"])):
+        assert written in script
+        script = script.replace(written, meant)
+    names = {}
+    exec(script, names)
+    assert names["reply"].choices[0].message.content
+    assert names["second"].previous_response_id == names["first"].id
+    assert capsys.readouterr().out.strip()
+
+
 def test_the_example_runs(server, tmp_path, monkeypatch, capsys):
     (tmp_path / "book.txt").write_text(BOOK, encoding="utf-8")
     monkeypatch.setenv("BEACON_URL", server.url)
@@ -60,10 +73,9 @@ def test_every_option_of_the_docs_exists():
 
     from activation_beacon.cli import app
 
-    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     known = " ".join(
         CliRunner().invoke(app, [*command, "--help"]).stdout for command in (["serve"], ["bench", "serving"])
     )
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", TEXT))
     assert len(named) > 8
     assert {option for option in named if option not in known} == set()
