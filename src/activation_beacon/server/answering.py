@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from bisect import bisect_left
 from collections.abc import AsyncGenerator, Hashable, Sequence
@@ -111,12 +112,22 @@ class Answering:
                 f"The request asks for {len(prompts) * num_each} answers; {MOST_ANSWERS} are allowed. Send several."
             )
         self.asked = [await self._placed(prompt) for prompt in prompts]
-        self.sampling = request.sampling(server.model, server.settings.max_tokens)
+        self.sampling = await self._sampling()
         samplings, seconds = [self.sampling] * num_each, server.settings.answer_s
         works = [Work(asked.cache, asked.ids, samplings, seconds=seconds) for asked in self.asked]
         server.engine.submit(*(work.job for work in works))
         for asked, work in zip(self.asked, works, strict=True):
             asked.work = work
+
+    async def _sampling(self) -> Sampling:
+        sampling, schema = (
+            self.request.sampling(self.server.model, self.server.settings.max_tokens),
+            self.request.answer_schema,
+        )
+        if schema is None:
+            return sampling
+        grammar = await asyncio.to_thread(self.server.grammars.of_schema, schema)
+        return dataclasses.replace(sampling, grammar=grammar)
 
     def cancel(self) -> None:
         """Nobody waits any more."""

@@ -99,7 +99,7 @@ class Answer:
             return
         offset = self.writer.num_chars
         self.job.emit(Piece(self.number, self.writer.add(chosen.token), chosen, offset))
-        if self.writer.is_stopped:
+        if self.writer.is_stopped or self.sampler.is_finished:
             self.end("stop")
         elif self.num_tokens >= self.sampling.max_tokens:
             self.end("length")

@@ -202,6 +202,7 @@ class ResponseAnswer(Answering):
 
     def _response(self, status: str) -> dict[str, Any]:
         request = self.request
+        wanted = None if request.text is None else request.text.format
         return {
             "id": self.id,
             "object": "response",
@@ -222,7 +223,9 @@ class ResponseAnswer(Answering):
             "service_tier": "default",
             "store": request.store is not False,
             "temperature": self.sampling.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {
+                "format": {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_none=True)
+            },
             "tool_choice": "auto",
             "tools": [],
             "top_logprobs": request.top_logprobs or 0,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from activation_beacon.server.grammar import Grammar
+
 # V vocabulary
 
 
@@ -24,6 +26,7 @@ class Sampling:
         logit_bias: added to the logits of tokens.
         stop: texts that end an answer and are not part of it.
         num_likeliest: how many of the likeliest tokens are reported beside each one; None for no probabilities at all.
+        grammar: that the answer keeps to, whatever else is asked for; None for any.
     """
 
     max_tokens: int
@@ -36,6 +39,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     num_likeliest: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, number: int = 0) -> None:
         self.sampling = sampling
         self.written: Counter[int] = Counter()
+        self.matcher = None if sampling.grammar is None else sampling.grammar.matcher()
         self.generator = torch.Generator()
         if sampling.seed is None:
             self.generator.seed()
@@ -66,9 +71,17 @@ class Sampler:
 
     def choose(self, logits: torch.Tensor) -> Chosen:
         """Choose after logits (V,), floats on the host."""
-        token = self._token(self._adjusted(logits))
+        adjusted = self._adjusted(logits)
+        token = self._token(adjusted if self.matcher is None else self.matcher.masked(adjusted))
+        if self.matcher is not None:
+            self.matcher.add(token)
         self.written[token] += 1
         return self._reported(logits, token)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the grammar, if there is one, lets nothing follow."""
+        return self.matcher is not None and self.matcher.is_finished
 
     def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
         sampling = self.sampling
@@ -88,7 +101,7 @@ class Sampler:
         return int(torch.multinomial(probabilities, 1, generator=self.generator))
 
     def _reported(self, logits: torch.Tensor, token: int) -> Chosen:
-        """Probabilities are the model's own: before temperature, penalties and biases."""
+        """Probabilities are the model's own: before temperature, penalties, biases and grammars."""
         count = self.sampling.num_likeliest
         if count is None:
             return Chosen(token)

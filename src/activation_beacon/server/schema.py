@@ -141,6 +141,42 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False
 
 
+ANY_OBJECT = {"type": "object"}  # the schema of OpenAI's "json_object"
+
+
+class JsonSchema(BaseModel):
+    """A schema and what it is called. It is always kept to, `strict` or not."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Text | None = None
+    description: Text | None = None
+    definition: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """What an answer of the chat API is to be."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('json_schema goes with the type "json_schema", and only with it')
+        return self
+
+    @property
+    def definition(self) -> dict[str, Any] | None:
+        """The schema of the answer; None for any text."""
+        if self.json_schema is not None:
+            return self.json_schema.definition
+        return ANY_OBJECT if self.type == "json_object" else None
+
+
 class AnswerRequest(BaseModel):
     """What all requests for answers share."""
 
@@ -191,6 +227,11 @@ class AnswerRequest(BaseModel):
     def num_likeliest(self) -> int | None:
         """Likeliest tokens to report; None for no probabilities."""
         raise NotImplementedError
+
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer; None for any text."""
+        return None
 
     def check_can_be_served(self) -> None:
         """Refuse fields that would change the answer and are not known here.
@@ -255,6 +296,12 @@ class ChatRequest(_Request):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """As `response_format` has it."""
+        return None if self.response_format is None else self.response_format.definition
 
     @property
     def prompts(self) -> list[list[Message]]:
@@ -308,11 +355,21 @@ class CompletionRequest(_Request):
 
 
 class TextFormat(BaseModel):
-    """What an answer is to be."""
+    """What an answer of the Responses API is to be."""
 
     model_config = ConfigDict(extra="forbid")
 
-    type: Literal["text"] = "text"
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: Text | None = None
+    description: Text | None = None
+    definition: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.definition is not None):
+            raise ValueError('schema goes with the type "json_schema", and only with it')
+        return self
 
 
 class TextOptions(BaseModel):
@@ -353,6 +410,12 @@ class ResponseRequest(AnswerRequest):
     def limit(self) -> int | None:
         """If the request says."""
         return self.max_output_tokens
+
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """As `text.format` has it."""
+        wanted = None if self.text is None else self.text.format
+        return None if wanted is None else ANY_OBJECT if wanted.type == "json_object" else wanted.definition
 
     @property
     def limit_name(self) -> str:
@@ -404,6 +467,8 @@ FIELDS = frozenset(
         TextPart,
         Message,
         StreamOptions,
+        JsonSchema,
+        ResponseFormat,
         ChatRequest,
         CompletionRequest,
         ResponseRequest,
@@ -414,7 +479,7 @@ FIELDS = frozenset(
         AppendRequest,
         ForkRequest,
     )
-    for name in model.model_fields
+    for name in [field.alias or name for name, field in model.model_fields.items()]
 )
 
 

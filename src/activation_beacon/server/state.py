@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from activation_beacon.server.engine import Engine, Limits
+from activation_beacon.server.grammar import Grammars
 from activation_beacon.server.library import Library
 from activation_beacon.server.metrics import Metrics
 from activation_beacon.server.prompting import Prompting
@@ -33,6 +34,9 @@ class Server:
         limits = Limits(settings.max_rows, settings.max_waiting, settings.batch_bytes)
         self.engine = Engine(model, tokenizer, limits, observer=self.metrics)
         self.prompting = Prompting(tokenizer)
+        self.grammars = Grammars(
+            self.prompting.tokenizer, model.get_input_embeddings().weight.shape[0], self.engine.ends
+        )
         self.library = Library(model, self.engine, settings)
         self._watch()
 

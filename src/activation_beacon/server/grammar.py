@@ -1,0 +1,131 @@
+"""Answers that a JSON schema allows: llguidance says which tokens may come next, all others are left out."""
+
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from activation_beacon.errors import InputError, UnsupportedError
+
+# V vocabulary
+
+# Written on one line, as models write it by themselves: a model that may put in blanks where it likes may do so without end.
+LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Grammars:
+    """Makes grammars for the answers of one model; safe in any thread.
+
+    Args:
+        tokenizer: of the base model.
+        num_tokens: V, logits that a token is chosen among.
+        ends: tokens that end an answer; the tokenizer's own where the model names none.
+    """
+
+    def __init__(self, tokenizer: Any, num_tokens: int, ends: Iterable[int]) -> None:
+        self._tokenizer = tokenizer
+        self._num_tokens = num_tokens
+        own = getattr(tokenizer, "eos_token_id", None)
+        self._ends = sorted(ends) or ([] if own is None else [own])
+        self._lock = threading.Lock()
+        self._known: Any = None
+
+    def of_schema(self, schema: Mapping[str, Any]) -> "Grammar":
+        """The grammar of what a JSON schema allows.
+
+        Raises:
+            UnsupportedError: if llguidance is not installed, or cannot read this tokenizer.
+            InputError: for a schema that it cannot serve, with the reason.
+        """
+        known = self._vocabulary()
+        from llguidance import LLMatcher
+
+        text = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)
+        if wrong := LLMatcher.validate_grammar(text, known):
+            raise InputError(
+                f"The JSON schema cannot be served: {' '.join(wrong.split())[:300]}. Change it, or leave it out."
+            )
+        return Grammar(known, text, self._num_tokens)
+
+    def _vocabulary(self) -> Any:
+        """What llguidance knows of the tokenizer; made once, in a second or so."""
+        with self._lock:
+            if self._known is None:
+                self._known = self._made()
+            return self._known
+
+    def _made(self) -> Any:
+        try:
+            from llguidance.hf import from_tokenizer
+        except ImportError as error:
+            raise UnsupportedError(
+                "Answers in JSON need llguidance, which is not installed here: pip install llguidance."
+            ) from error
+        if not self._ends or not getattr(self._tokenizer, "is_fast", False):
+            raise UnsupportedError(
+                "Answers in JSON need a fast tokenizer and a token that ends an answer; this model has not both. Leave the format out."
+            )
+        size = max(self._num_tokens, len(self._tokenizer))
+        return from_tokenizer(self._tokenizer, n_vocab=size, eos_token=self._ends)
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer may be.
+
+    Attributes:
+        vocabulary: llguidance's.
+        text: llguidance's form of it.
+        num_tokens: V.
+    """
+
+    vocabulary: Any
+    text: str
+    num_tokens: int
+
+    def matcher(self) -> "Matcher":
+        """Follows one answer."""
+        return Matcher(self)
+
+
+class Matcher:
+    """Follows one answer, token by token.
+
+    Args:
+        grammar: that it keeps to.
+    """
+
+    def __init__(self, grammar: Grammar) -> None:
+        from llguidance import LLMatcher
+
+        self._matcher = LLMatcher(grammar.vocabulary, grammar.text, log_level=0)
+        self._num_tokens = grammar.num_tokens
+
+    def masked(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (V,) of the tokens that may come next, minus infinity for all others.
+
+        Raises:
+            InputError: if llguidance has given up, as on a schema that allows too much at once.
+        """
+        octets = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        self._check()
+        bits = octets[:, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and(1)
+        return logits.masked_fill(bits.flatten()[: self._num_tokens] == 0, -torch.inf)
+
+    def add(self, token: int) -> None:
+        """Go on with a token that was allowed."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing but an end may follow, or the end has come."""
+        return bool(self._matcher.is_stopped())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            told = " ".join(self._matcher.get_error().split())[:300]
+            raise InputError(f"The JSON schema cannot be kept to: {told}. Make it simpler, or leave it out.")
