@@ -490,6 +490,21 @@ def test_further_options_go_to_the_model_and_what_concerns_the_hub_to_the_tokeni
         assert "attn_implementation" not in asked[each]
 
 
+def test_where_a_model_lies_within_a_repository_concerns_its_configuration_too(monkeypatch):
+    asked = {}
+
+    def answer(name, value):
+        return lambda source, *args, **options: asked.update({name: options}) or value
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", answer("model", (tiny_model(), {"missing_keys": []})))
+    monkeypatch.setattr(base_models.AutoConfig, "from_pretrained", answer("config", LlamaConfig()))
+    monkeypatch.setattr(base_models, "has_file", answer("file", False))
+    options = {"subfolder": "inner", "code_revision": "v2"}
+    load_pretrained_base("owner/model", options=options)
+    for each in ("config", "model"):
+        assert options.items() <= asked[each].items()
+
+
 def test_a_model_that_takes_pictures_too_is_loaded_whole(tmp_path):
     """transformers does not count LLaVA, Mistral 3 or Qwen-VL among its causal language models."""
     tiny("llava").save_pretrained(tmp_path)

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, apply_rotary_pos_emb_interleave
 
 from activation_beacon import BeaconCache, BeaconConfig, attach, load
 from activation_beacon.bench.cost import ModelShape
-from activation_beacon.errors import UnsupportedModelError
+from activation_beacon.errors import UnsupportedError, UnsupportedModelError
 from families import LATENT, beacon_tensors, random_ids, tiny, with_beacons
 
 CONFIG = BeaconConfig(chunk_size=16, ratios=(2, 4, 8), num_sinks=3, anchored=True, placement="append")
+EXPAND = DeepseekV3Attention.expand_kv
 FAMILIES = ("deepseek_v2", "deepseek_v3")  # the former turns neighbouring dims, and has latents of queries too
 
 
@@ -62,7 +65,8 @@ def test_contexts_go_through_files_batches_and_beams(model, tmp_path):
     together = model.generate(question.repeat(2, 1), context=both, **options)
     assert torch.equal(together, torch.cat(alone))
     beams = model.generate(question, context=context, num_beams=3, **options)
-    assert beams.shape == alone[0].shape
+    whole = torch.cat((context.token_ids, question), dim=1)
+    assert torch.equal(beams, model.generate(whole, beacon_ratio=4, num_beams=3, **options)[:, 53:])
     packed = context.quantize(8)
     assert packed.cache_bytes < context.cache_bytes
     logits = [model(question, past_key_values=each.fork()).logits for each in (context, packed)]
@@ -88,8 +92,38 @@ def test_padding_before_a_short_text_is_moved_away(model):
     same(cache, model.compress(ids), atol=1e-5)
 
 
+class ExpandedAttention(DeepseekV3Attention):
+    """As earlier releases of transformers had it: the keys and values of all heads are cached."""
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs):
+        batch, length = hidden_states.shape[:-1]
+        queries = self.q_proj(hidden_states).view(batch, length, -1, self.qk_head_dim).transpose(1, 2)
+        plain, turned = queries.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        latents, key = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        turned, key = apply_rotary_pos_emb_interleave(turned, key[:, None], *position_embeddings)
+        keys, values = EXPAND(self, self.kv_a_layernorm(latents)[:, None], key)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        whole = torch.cat((plain, turned), dim=-1)
+        output, weights = attention(self, whole, keys, values, attention_mask, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.reshape(batch, length, -1)), weights
+
+
+@pytest.mark.parametrize("has_the_method", [True, False])
+def test_latent_attention_that_caches_something_else_is_refused(has_the_method, monkeypatch):
+    """It was taken for a layer without positions once: its values are the same at each."""
+    base = tiny("deepseek_v3", attention="sdpa")
+    expected = base(random_ids(12)).logits
+    for layer in base.model.layers:
+        layer.self_attn.__class__ = ExpandedAttention
+    torch.testing.assert_close(base(random_ids(12)).logits, expected)
+    if not has_the_method:
+        monkeypatch.delattr(DeepseekV3Attention, "expand_kv")
+    with pytest.raises(UnsupportedModelError, match="keys of layer 0"):
+        attach(base, CONFIG)
+
+
 def test_what_it_costs_is_not_counted(model):
-    with pytest.raises(
-        UnsupportedModelError, match=r"^The operations of latent attention \(deepseek_v\d\) are not counted"
-    ):
+    with pytest.raises(UnsupportedError, match=r"^The operations of latent attention \(deepseek_v\d\) are not counted"):
         ModelShape.of(model.config)

@@ -47,6 +47,7 @@ FULL_ATTENTION = "full_attention"
 AT_ONCE = "beacon_chunks_with_"  # before the name of the attention that it hands chunks to, see at_once
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
 FUSED_NAMES = {"qkv_proj": "qkv", "query_key_value": "qkv", "kv_a_proj_with_mqa": "kv"}
+EXPANDS = "expand_kv"  # the method that makes keys and values of latents
 LATENT_QUERIES = "q_a_proj"  # the first of two projections, where queries have a latent too
 OUTPUT_CAPTURING = "transformers.utils.output_capturing"  # the module of its hooks
 OUTPUT_NAMES = ("o_proj", "dense", "out_proj")
@@ -96,7 +97,7 @@ class LayerSite:
     @property
     def expand(self) -> Expand | None:
         """What its attention makes keys and values (B, H, n, D) with, where it caches latents; None where it caches them."""
-        return getattr(self.attention, "expand_kv", None)
+        return getattr(self.attention, EXPANDS, None)
 
     def attended(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of what the layer caches, (B, K, n, D) each."""
@@ -232,20 +233,27 @@ def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, tolerance: flo
     (here, told), (there, _) = (_lone_token_entries(model, site, position) for position in (0, MOVED_BY))
     layers = [dataclasses.replace(layer, told=module) for layer, module in zip(site.layers, told, strict=True)]
     for index, (rope, before, after) in enumerate(zip(site.ropes, here, there, strict=True)):
-        key, expected = (before[0], after[0]) if rope is None else (rope.rotated(*before), rope.rotated(*after))
-        if rope is not None and (key - expected).norm() <= STILL * expected.norm():
+        if rope is not None and _difference(before, after) <= STILL:
             layers[index] = dataclasses.replace(layers[index], rope=None)
             continue
         try:
-            moved = key if rope is None else rope.move(key, rope.rotation(torch.tensor([MOVED_BY], device=key.device)))
-        except (RuntimeError, TypeError) as failure:
+            moved = before
+            if rope is not None:
+                moved = rope.move_entries(*before, rope.rotation(torch.tensor([MOVED_BY], device=before[0].device)))
+        except (RuntimeError, TypeError, AttributeError) as failure:
             raise _unsupported(model, f"the keys of layer {index} cannot be moved by rotation ({failure})") from failure
-        error = (moved - expected).norm() / expected.norm()
+        error = _difference(moved, after)
         if not error <= tolerance:
             raise _unsupported(
                 model, f"moving the keys of layer {index} by rotation misses its own keys by {error:.0%}"
             )
     return dataclasses.replace(site, layers=tuple(layers))
+
+
+def _difference(entries: tuple[torch.Tensor, torch.Tensor], others: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """By which keys, or values if it is more, differ from others, relative to their size."""
+    pairs = zip(entries, others, strict=True)
+    return torch.stack([(one - two).norm() / two.norm().clamp(min=1e-30) for one, two in pairs]).max()
 
 
 @torch.no_grad()
@@ -366,7 +374,7 @@ def _layer_rope(
     frequencies = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
     if not hasattr(rotary, frequencies):
         raise _unsupported(model, f"its rotary embedding has no `{frequencies}`")
-    if getattr(config, "kv_lora_rank", None):
+    if hasattr(attention, EXPANDS):
         return latent_rope(rotary, frequencies)
     layout = rotary_layout(rotary, frequencies, layer_type)
     if layout is None:

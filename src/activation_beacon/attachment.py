@@ -149,7 +149,7 @@ def first_embedding(model: PreTrainedModel) -> torch.Tensor:
     """The embedding (M,) that beacons start from: that of the eos token, else of bos, else of token 0."""
     config, embedding = model.config.get_text_config(decoder=True), model.get_input_embeddings()
     tokens: list[int] = []
-    for named in (config.eos_token_id, config.bos_token_id):
+    for named in (getattr(config, name, None) for name in ("eos_token_id", "bos_token_id")):  # not all have the names
         tokens += named if isinstance(named, (list, tuple)) else [] if named is None else [named]
     token = next((token for token in tokens if 0 <= token < embedding.weight.shape[0]), 0)
     with torch.no_grad():

@@ -25,6 +25,7 @@ DEFAULT_BASE_NAME = "default"
 ARGUMENTS = {"dtype": "dtype", "torch_dtype": "dtype", "revision": "revision"}  # what options of transformers are here
 OWN_OPTIONS = ("use_safetensors", "output_loading_info")
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "proxies")
+CONFIG_OPTIONS = ("subfolder", "code_revision")
 SHARED_OPTIONS = (*HUB_OPTIONS, "trust_remote_code", "force_download")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -147,7 +148,7 @@ def _load_model(
 
 def _auto_class(source: str, revision: str | None, options: Mapping[str, Any]) -> Any:
     """The class of transformers that knows the model: some that take pictures too are not among its causal language models."""
-    shared = {name: options[name] for name in SHARED_OPTIONS if name in options}
+    shared = {name: options[name] for name in (*SHARED_OPTIONS, *CONFIG_OPTIONS) if name in options}
     kind = type(options.get("config") or AutoConfig.from_pretrained(source, revision=revision or "main", **shared))
     is_only_there = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForMultimodalLM if is_only_there else AutoModelForCausalLM

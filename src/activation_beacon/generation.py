@@ -83,24 +83,21 @@ class BeaconGeneration(Attached):
         _refuse_options(option, generation_config, kwargs)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         given = kwargs.get("past_key_values")
-        if context is not None and given is not None:
-            raise InputError("generate takes context or past_key_values, not both. Use context; it stays as it was.")
-        if context is not None and not isinstance(context, BeaconCache):
-            raise InputError(
-                f"context must be a BeaconCache; got {type(context).__name__}. Load it: BeaconCache.load(path, model)."
-            )
-        if context is not None and input_ids is None:
-            raise InputError("generate(context=...) needs input_ids: the ids of what follows the context, a question.")
+        if context is not None:
+            _check_context(context, given, input_ids)
         embeds = kwargs.get("inputs_embeds")
         is_others = given is not None and not isinstance(given, BeaconCache)
         if input_ids is None or embeds is not None or is_others:
             held = given if embeds is not None and not is_others else None
             self._refuse_beacons_by_name(held if context is None else context, beacon_ratio)
             self._refuse_long_prompt_on(given, input_ids if embeds is None else embeds)
+        elif self._is_left_whole(input_ids, context is None and given is None and beacon_ratio is None, kwargs):
+            with self.beacon_disabled():
+                return super().generate(inputs, **kwargs)
         elif option("use_cache") is False:
             if context is not None or given is not None or beacon_ratio is not None:
                 raise UnsupportedError("use_cache=False leaves no cache to hold beacons. Generate with use_cache=True.")
-        elif self._is_compressible(input_ids, context is None and given is None, beacon_ratio, option, kwargs):
+        elif self._is_compressible(input_ids, context is None and given is None, option, kwargs):
             cache = self._generation_cache(input_ids, context, given, beacon_ratio)
             self._check_capacity(cache, input_ids, option, kwargs["attention_mask"], is_named=beacon_ratio is not None)
             return self._generate_on(cache, given, inputs, kwargs, option)
@@ -145,19 +142,36 @@ class BeaconGeneration(Attached):
 
         return option
 
-    def _is_compressible(
-        self, input_ids: torch.Tensor, is_fresh: bool, ratio: Ratio | None, option: Option, kwargs: dict[str, Any]
-    ) -> bool:
-        """Check the prompt, and see to its mask; False where it is left to transformers as it is, its answer too."""
+    def _is_left_whole(self, input_ids: torch.Tensor, is_free: bool, kwargs: dict[str, Any]) -> bool:
+        """Whether a prompt is left to the base together with its answer, since there is more in it than ids.
+
+        Args:
+            input_ids: of the prompt.
+            is_free: whether the call names no context, cache or ratio.
+            kwargs: of the call.
+
+        Raises:
+            UnsupportedError: if there is, but the prompt is to be compressed.
+        """
+        names = {"input_ids", *ARGUMENTS, *vars(self.generation_config)}
+        known = [inspect.signature(each).parameters for each in (self.forward, self.prepare_inputs_for_generation)]
+        others = {
+            name: value for name, value in kwargs.items() if name not in names and any(name in own for own in known)
+        }
+        others = without_kinds_of_text(others)  # transformers tells of names that nobody knows
+        if other_input(others) is None:
+            return False
+        if not is_free or input_ids.dim() != 2 or input_ids.shape[1] > self.untouched_length:
+            refuse_other_inputs(others)
+        return True
+
+    def _is_compressible(self, input_ids: torch.Tensor, is_fresh: bool, option: Option, kwargs: dict[str, Any]) -> bool:
+        """Check the prompt, and see to its mask; False where it is left to transformers as it is."""
         if input_ids.dim() != 2:
             raise InputError(f"input_ids must be (B, T); got {tuple(input_ids.shape)}. Give one row for each prompt.")
         if input_ids.shape[1] == 1:  # longer ones are checked where they are read
             self._check_vocabulary(input_ids)
         is_untouched = is_fresh and input_ids.shape[1] <= self.untouched_length
-        others = without_kinds_of_text(self._model_inputs(kwargs))
-        if is_untouched and ratio is None and other_input(others) is not None:
-            return False
-        refuse_other_inputs(others)
         if kwargs.get("attention_mask") is None:
             mask, has_holes = _inferred_mask(input_ids, _pad_token(option))
             if has_holes and is_untouched:  # transformers leaves holes out
@@ -167,11 +181,6 @@ class BeaconGeneration(Attached):
         if not is_untouched and not bool((mask[:, -1:] > 0).all()):
             raise InputError("A row of attention_mask ends in padding. Pad prompts on the left: padding_side='left'.")
         return True
-
-    def _model_inputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Of the arguments of `generate`, those besides ids that are handed on to the model's forward."""
-        known = {"input_ids", *ARGUMENTS, *vars(self.generation_config)}
-        return {name: value for name, value in kwargs.items() if name not in known}
 
     def _refuse_long_prompt_on(self, given: Any, prompt: torch.Tensor | None) -> None:
         """Refuse to leave a prompt, ids (B, T) or embeddings (B, T, M), to the base that is too long to stay uncompressed."""
@@ -334,6 +343,18 @@ class BeaconGeneration(Attached):
                 "generate_batch cannot take compressed contexts. Use generate with stacked contexts."
             )
         return super().generate_batch(*args, **kwargs)
+
+
+def _check_context(context: Any, given: Any, input_ids: torch.Tensor | None) -> None:
+    """Refuse a context that is none, or comes with another cache, or without ids that follow it."""
+    if given is not None:
+        raise InputError("generate takes context or past_key_values, not both. Use context; it stays as it was.")
+    if not isinstance(context, BeaconCache):
+        raise InputError(
+            f"context must be a BeaconCache; got {type(context).__name__}. Load it: BeaconCache.load(path, model)."
+        )
+    if input_ids is None:
+        raise InputError("generate(context=...) needs input_ids: the ids of what follows the context, a question.")
 
 
 def _repeated(value: Any, copies: int) -> Any:

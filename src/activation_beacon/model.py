@@ -34,6 +34,7 @@ from activation_beacon.errors import AttachError, ConfigError, InputError, Misma
 from activation_beacon.fingerprint import fingerprint
 from activation_beacon.forward import Progress, read
 from activation_beacon.model_forward import BeaconForward
+from activation_beacon.other_inputs import refuse_other_inputs, without_kinds_of_text
 from activation_beacon.persistence import save_adapter
 from activation_beacon.plan import Ratio, RatioPolicy, TextPlanner
 from activation_beacon.projection import PassState
@@ -82,10 +83,15 @@ class BeaconModel(BeaconForward):
 
         Raises:
             InputError: for an empty text, or ids outside the vocabulary.
+            UnsupportedError: for pictures, sounds and the like in what a processor returns.
             RatioError, CapacityError: before anything is read.
             MismatchError: if `cache` comes from another model.
         """
         self._refuse_disabled()
+        if isinstance(input_ids, Mapping):
+            refuse_other_inputs(
+                without_kinds_of_text({name: v for name, v in input_ids.items() if name != "input_ids"})
+            )
         if not isinstance(input_ids, torch.Tensor):
             input_ids, own_mask = as_batch(input_ids)
             attention_mask = own_mask if attention_mask is None else attention_mask
@@ -220,12 +226,12 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
             "and wrap or compile that afterwards."
         )
     check_in_memory(base_model)
+    site = find_decoder(base_model, config.projections)
     num_ids = base_model.get_input_embeddings().weight.shape[0]
     if config.exact and max(config.exact) >= num_ids:
         raise ConfigError(
             f"exact_ids names {max(config.exact)}, but the base model has {num_ids} tokens. Use digit_ids of its own tokenizer."
         )
-    site = find_decoder(base_model, config.projections)
     check_chunk_fits(config, site)
     base_print, has_packed_weights = fingerprint(base_weights(base_model)), is_quantised(base_model)
     _check_base(config, base_print, has_packed_weights=has_packed_weights)
@@ -297,10 +303,14 @@ def _beacon_class(base_class: Any) -> type:
     parameters = [p for p in base_signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
 
+    names = [parameter.name for parameter in parameters[1:]]  # without self
+
     own_forward = torch.compiler.disable(BeaconModel.forward)  # what plans in integers is nothing to trace
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return own_forward(self, *args, **kwargs)
+        if len(args) > len(names):
+            raise TypeError(f"{base_class.__name__}.forward takes {len(names)} arguments; got {len(args)}")
+        return own_forward(self, **dict(zip(names, args, strict=False)), **kwargs)  # in the base's order, not in ours
 
     forward.__doc__ = BeaconModel.forward.__doc__
     forward.__signature__ = base_signature.replace(parameters=[*parameters, ours, *rest])  # type: ignore[attr-defined]

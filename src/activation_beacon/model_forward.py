@@ -18,7 +18,7 @@ from activation_beacon.entries import take
 from activation_beacon.errors import InputError, UnsupportedError
 from activation_beacon.forward import read
 from activation_beacon.generation import BeaconGeneration
-from activation_beacon.other_inputs import other_input, refuse_other_inputs, text_positions, without_kinds_of_text
+from activation_beacon.other_inputs import other_input, positions_of, refuse_other_inputs, without_kinds_of_text
 from activation_beacon.plan import Ratio, Row, TextPlanner, as_policy
 from activation_beacon.readout import Wanted
 
@@ -189,6 +189,10 @@ class BeaconForward(BeaconGeneration):
         labels = given["labels"]
         is_padded = any(count < new.columns for count in new.counts)
         inputs = dict(given, labels=None if is_padded else labels)
+        if (
+            cache is not None and any(new.starts) and given["position_ids"] is None
+        ):  # some bases would not count padding
+            inputs["position_ids"] = torch.arange(new.columns, device=input_ids.device).expand(input_ids.shape)
         if labels is not None:
             inputs["logits_to_keep"] = 0
         if self.training:
@@ -214,10 +218,8 @@ class BeaconForward(BeaconGeneration):
     def _move_to_origin(self, cache: BeaconCache, new: NewTokens, position_ids: torch.Tensor | None) -> None:
         """Move what the base has read behind padding to the positions that it holds: each row begins at 0."""
         first = new.starts
-        positions = None if position_ids is None else text_positions(position_ids)
-        if positions is not None:
-            rows = positions.expand(len(new.starts), -1)
-            first = [int(rows[row, start]) for row, start in enumerate(new.starts)]
+        if position_ids is not None:
+            first = [int(positions_of(position_ids, row, start, 1)[0, 0]) for row, start in enumerate(new.starts)]
         if not any(first):
             return
         for layer, rope in zip(cache.layers, self._beacon.site.ropes, strict=True):
@@ -277,12 +279,9 @@ def _with_nll(output: Any, labels: torch.Tensor | None) -> Any:
 
 def _count_up(position_ids: torch.Tensor, new: NewTokens) -> bool:
     """Whether the positions of each row's tokens count up one by one, along all axes if there are several."""
-    positions = text_positions(position_ids)
-    if positions is None:
-        return False
     for row, (start, count) in enumerate(zip(new.starts, new.counts, strict=True)):
-        steps = positions[min(row, positions.shape[0] - 1), start : start + count].diff()
-        if steps.numel() and not bool((steps == 1).all()):
+        positions = positions_of(position_ids, row, start, count)
+        if not bool((positions == positions[:1, :1] + torch.arange(count, device=positions.device)).all()):
             return False
     return True
 

@@ -11,7 +11,7 @@ import torch
 
 from activation_beacon.errors import UnsupportedError
 
-# B batch · T tokens · A axes of positions
+# B batch · T tokens · A axes of positions, which are equal in a text
 
 KINDS_OF_TOKENS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")  # 0 for those of a text
 # What a pass is given by us, or follows from the cache.
@@ -39,11 +39,13 @@ def without_kinds_of_text(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def other_input(inputs: Mapping[str, Any]) -> str | None:
-    """The name of an input, a tensor or a list of some, that is neither ids nor ours; None where there is none."""
+    """The name of an input, a tensor or what holds some, that is neither ids nor ours; None where there is none."""
     return next((name for name, value in inputs.items() if name not in OURS and _holds_tensors(value)), None)
 
 
 def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):  # an encoder's output is one
+        return any(_holds_tensors(each) for each in value.values())
     if isinstance(value, list | tuple):
         return any(_holds_tensors(each) for each in value)
     return isinstance(value, torch.Tensor)
@@ -63,8 +65,7 @@ def refuse_other_inputs(inputs: Mapping[str, Any]) -> None:
         )
 
 
-def text_positions(position_ids: torch.Tensor) -> torch.Tensor | None:
-    """Positions (B, T) of what may have an axis for each dimension of a picture, (A, B, T); None where the axes differ."""
-    if position_ids.dim() < 3:
-        return position_ids
-    return position_ids[0] if bool((position_ids == position_ids[:1]).all()) else None
+def positions_of(position_ids: torch.Tensor, row: int, start: int, count: int) -> torch.Tensor:
+    """Positions (A, count) of a row's text, of position ids (1 or B, T), or (A, 1 or B, T) with axes for pictures."""
+    axes = position_ids if position_ids.dim() == 3 else position_ids[None]
+    return axes[:, min(row, axes.shape[1] - 1), start : start + count]

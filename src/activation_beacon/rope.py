@@ -56,11 +56,6 @@ class LayerRope:
         """Turn what a cache holds of a layer, (B, K, n, D) each."""
         return self.move(keys, rotation), values
 
-    def rotated(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """What of a layer's entries has a position."""
-        del values
-        return keys
-
     def _apply(self, keys: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         apply: Callable[..., Any] = sys.modules[self.module_name].apply_rotary_pos_emb
         if takes_one(apply):
@@ -97,11 +92,6 @@ class LatentRope:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn what a cache holds of a layer: latents (B, 1, n, R), and shared keys (B, 1, n, 2F) in the place of values."""
         return keys, self.move(values, rotation)
-
-    def rotated(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """What of a layer's entries has a position."""
-        del keys
-        return values
 
 
 Rope = LayerRope | LatentRope

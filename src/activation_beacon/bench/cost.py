@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from activation_beacon.config import BeaconConfig, Placement
-from activation_beacon.errors import ConfigError, UnsupportedModelError
+from activation_beacon.errors import ConfigError, UnsupportedError
 from activation_beacon.plan import ROWS_TOGETHER_ON_CUDA, chunks_closed
 
 
@@ -48,10 +48,10 @@ class ModelShape:
         """The shape of a transformers config.
 
         Raises:
-            UnsupportedModelError: for latent attention, whose products are not those that are counted.
+            UnsupportedError: for latent attention, whose products are not those that are counted.
         """
         if getattr(config, "kv_lora_rank", None):
-            raise UnsupportedModelError(
+            raise UnsupportedError(
                 f"The operations of latent attention ({config.model_type}) are not counted here, so it cannot be planned for or "
                 "measured beside its bound. Time model.compress and model.generate yourself."
             )

@@ -103,6 +103,7 @@ def speed(
     )
     presses = _presses(peers)
     name, attached = _model(model, base, shape, chunk_size, device, dtype, threads)
+    counted = ModelShape.of(attached.config.get_text_config(decoder=True))
     if local_tokens is not None:
         attached.local_tokens = local_tokens
     _set_graphs(attached, cuda_graphs)
@@ -125,7 +126,7 @@ def speed(
             notice(f"{number + 1} of {len(texts)} texts done")
     rows = report.summary(
         records.runs,
-        ModelShape.of(attached.config.get_text_config(decoder=True)),
+        counted,
         num_new=new_tokens,
         config=attached.beacon_config,
         element_bytes=attached.dtype.itemsize,
@@ -252,11 +253,11 @@ def chunks(
     from activation_beacon.bench.cost import Compression, ModelShape, pass_flops
 
     name, attached = _model(model, base, shape, chunk_size, device, dtype, threads)
+    sizes = ModelShape.of(attached.config.get_text_config(decoder=True))
     how = Compression.of(attached.beacon_config, ratio)
     measure.warm_up(attached, [ratio])
     seconds = measure.chunk_seconds(attached, num_chunks, ratio)
     in_one_call = measure.seconds_in_one_call(attached, num_chunks, ratio)
-    sizes = ModelShape.of(attached.config.get_text_config(decoder=True))
     passes = list(how.closings(0, how.longest_raw(num_chunks - 1) + 1))
     flops = [pass_flops(sizes, each) for each in passes]
     if not json:
@@ -328,14 +329,12 @@ def _model(
     """The model to be measured and what to call it."""
     import torch
 
-    from activation_beacon.bench.cost import SHAPES, ModelShape
-
     if threads is not None:
         torch.set_num_threads(threads)
     if shape is None:
         loaded = load_model(name, base=base, device=device, dtype=usual_dtype(device, dtype))
-        ModelShape.of(loaded.model.config.get_text_config(decoder=True))  # refuses before anything is measured
         return name, loaded.model.eval()
+    from activation_beacon.bench.cost import SHAPES
     from activation_beacon.bench.shapes import random_model
 
     if shape not in SHAPES:
