@@ -305,6 +305,35 @@ def test_ask_prints_one_json_object(run):
     assert values["notice"] == UNTRAINED
 
 
+ASKED = ("ask", "{files}/adapter.beacon", "Who?", "--model", "{files}/adapter")
+
+
+def test_ask_answers_in_json_by_a_schema(run):
+    Path("schema.json").write_text('{"enum": [{"who": "lion"}, {"who": "tiger", "age": 7}]}', encoding="utf-8")
+    answer = good(run(*ASKED, "--schema", "schema.json", "--max-new-tokens", "40"))
+    assert json.loads(answer) in ({"who": "lion"}, {"who": "tiger", "age": 7})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            None,
+            "--schema schema.json cannot be read as JSON: No such file or directory. Give a file with a JSON schema.",
+        ),
+        ("{", "--schema schema.json cannot be read as JSON: "),
+        ("[1]", '--schema schema.json must hold a JSON object; it holds list. {"type": "object"} is one.'),
+        ('{"type": "strin"}', "The JSON schema cannot be served: Invalid type: strin. Change it, or leave it out."),
+    ],
+)
+def test_what_is_no_schema_is_told_in_one_line(run, text, message):
+    if text is not None:
+        Path("schema.json").write_text(text, encoding="utf-8")
+    result = run(*ASKED, "--schema", "schema.json")
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+
+
 def test_a_seed_gives_the_same_answer_again(run):
     args = ("ask", "{files}/adapter.beacon", "Who?", "--model", "{files}/adapter", "--max-new-tokens", "12")
     hot = [good(run(*args, "--temperature", "2", "--seed", seed)) for seed in ("1", "1", "2")]

@@ -32,7 +32,7 @@ FLOORS = [
     {"attachment", "recorded"},
     {"forward"},
     {"at_once", "attached", "ragged"},
-    {"generation", "persistence", "default_base", "prompts", "books"},
+    {"generation", "grammar", "persistence", "default_base", "prompts", "books"},
     {"base_models", "model_forward"},
     {"conversation", "model"},
     {"hub", "official", "peers_environment"},

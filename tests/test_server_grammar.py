@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from activation_beacon.errors import InputError, UnsupportedError
-from activation_beacon.server.grammar import Grammars
+from activation_beacon.grammar import Grammars
 from activation_beacon.server.sampling import Sampler, Sampling
 from evaluation_models import byte_tokenizer
 from server_live import BOOK, MODEL, live, live_model

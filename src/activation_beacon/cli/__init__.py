@@ -130,6 +130,7 @@ for command, lines in (
         (
             'beacon ask book.beacon "Who lives in the Emerald City?"',
             'beacon ask book.beacon "Tell it as a poem." --temperature 0.8 --seed 1',
+            'beacon ask orders.beacon "The last order\'s number and total?" --schema order.json',
         ),
     ),
     (chat.chat, ("beacon chat book.beacon", "beacon chat --model my-adapter --temperature 0.7")),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from activation_beacon.server.grammar import Grammar
+from activation_beacon.grammar import Grammar
 
 # V vocabulary
 

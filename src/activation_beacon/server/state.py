@@ -3,8 +3,8 @@
 import logging
 from typing import Any
 
+from activation_beacon.grammar import Grammars
 from activation_beacon.server.engine import Engine, Limits
-from activation_beacon.server.grammar import Grammars
 from activation_beacon.server.library import Library
 from activation_beacon.server.metrics import Metrics
 from activation_beacon.server.prompting import Prompting

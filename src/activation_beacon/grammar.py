@@ -1,5 +1,6 @@
 """Answers that a JSON schema allows: llguidance says which tokens may come next, all others are left out."""
 
+import copy
 import json
 import threading
 from collections.abc import Iterable, Mapping
@@ -7,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor
 
 from activation_beacon.errors import InputError, UnsupportedError
+from activation_beacon.row_ends import end_ids
 
-# V vocabulary
+# B batch · T tokens · V vocabulary
 
 # Written on one line, as models write it by themselves: a model that may put in blanks where it likes may do so without end.
 LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -23,13 +26,16 @@ class Grammars:
         tokenizer: of the base model.
         num_tokens: V, logits that a token is chosen among.
         ends: tokens that end an answer; the tokenizer's own where the model names none.
+
+    Attributes:
+        ends: those.
     """
 
     def __init__(self, tokenizer: Any, num_tokens: int, ends: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._num_tokens = num_tokens
         own = getattr(tokenizer, "eos_token_id", None)
-        self._ends = sorted(ends) or ([] if own is None else [own])
+        self.ends = sorted(ends) or ([] if own is None else [own])
         self._lock = threading.Lock()
         self._known: Any = None
 
@@ -64,12 +70,12 @@ class Grammars:
             raise UnsupportedError(
                 "Answers in JSON need llguidance, which is not installed here: pip install llguidance."
             ) from error
-        if not self._ends or not getattr(self._tokenizer, "is_fast", False):
+        if not self.ends or not getattr(self._tokenizer, "is_fast", False):
             raise UnsupportedError(
                 "Answers in JSON need a fast tokenizer and a token that ends an answer; this model has not both. Leave the format out."
             )
         size = max(self._num_tokens, len(self._tokenizer))
-        return from_tokenizer(self._tokenizer, n_vocab=size, eos_token=self._ends)
+        return from_tokenizer(self._tokenizer, n_vocab=size, eos_token=self.ends)
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,16 @@ class Matcher:
         self._matcher.consume_token(token)
         self._check()
 
+    def allows(self, token: int) -> bool:
+        """Whether it may come next."""
+        return bool(self._matcher.validate_tokens([token]))
+
+    def copy(self) -> "Matcher":
+        """One that has followed the same tokens and goes on by itself."""
+        other = copy.copy(self)
+        other._matcher = self._matcher.deep_copy()
+        return other
+
     @property
     def is_finished(self) -> bool:
         """Whether nothing but an end may follow, or the end has come."""
@@ -129,3 +145,56 @@ class Matcher:
         if self._matcher.is_error():
             told = " ".join(self._matcher.get_error().split())[:300]
             raise InputError(f"The JSON schema cannot be kept to: {told}. Make it simpler, or leave it out.")
+
+
+class SchemaLogitsProcessor(LogitsProcessor):
+    """Keeps the answers of one call of `generate` to a JSON schema; beams and several answers each follow it by themselves.
+
+    Args:
+        model: that answers.
+        tokenizer: its.
+        schema: what an answer may be; `{"type": "object"}` is any object.
+
+    Raises:
+        UnsupportedError: if llguidance is not installed, or cannot read this tokenizer.
+        InputError: for a schema that cannot be served.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, schema: Mapping[str, Any]) -> None:
+        ends = end_ids(model.generation_config.eos_token_id)
+        grammars = Grammars(tokenizer, model.get_input_embeddings().weight.shape[0], ends)
+        self._grammar = grammars.of_schema(schema)
+        self._ends = grammars.ends
+        self._start: int | None = None
+        self._followed: dict[
+            tuple[int, ...], Matcher | None
+        ] = {}  # by what has been written; None where it is not allowed
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (B, V) of what may follow ids (B, T), minus infinity for everything else."""
+        if self._start is None:
+            self._start = input_ids.shape[1]
+            self._followed = {(): self._grammar.matcher()}
+        written = [tuple(row) for row in input_ids[:, self._start :].tolist()]
+        self._followed = {row: self._after(row) for row in set(written)}
+        return torch.stack([self._masked(row, each) for row, each in zip(written, scores, strict=True)])
+
+    def _after(self, written: tuple[int, ...]) -> Matcher | None:
+        matcher = self._followed[written[:-1]]
+        if not written or matcher is None or matcher.is_finished:  # behind an end there is padding
+            return matcher
+        if not matcher.allows(written[-1]):  # beams are filled up with what cannot win, where few tokens are left
+            return None
+        matcher = matcher.copy()
+        matcher.add(written[-1])
+        return matcher
+
+    def _masked(self, written: tuple[int, ...], scores: torch.Tensor) -> torch.Tensor:
+        matcher = self._followed[written]
+        if matcher is None:
+            return scores
+        if not matcher.is_finished:
+            return matcher.masked(scores.cpu()).to(scores.device)
+        is_end = torch.zeros_like(scores, dtype=torch.bool)
+        is_end[self._ends] = True
+        return scores.masked_fill(~is_end, -torch.inf)
