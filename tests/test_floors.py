@@ -18,6 +18,7 @@ FLOORS = [
         "causal",
         "context_header",
         "files",
+        "json_schema",
         "other_inputs",
         "processes",
         "projection",

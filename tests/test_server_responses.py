@@ -207,6 +207,22 @@ def test_a_conversation_on_a_context_stays_on_it(server, model):
     )
 
 
+def test_instructions_belong_before_a_context(server):
+    context = server.create(ratio=8)
+    first = respond(server, "Who rose?", extra_body={"context": context["id"]})
+    for options in ({"context": context["id"]}, {"previous_response_id": first.id}):
+        status, message, _ = refused(server, instructions="Be brief.", **options)
+        assert status == 400
+        assert message.startswith(
+            "instructions cannot follow a context. Give them as `system` when the context is made"
+        )
+
+
+def test_a_finished_response_is_no_stream(server):
+    reply = respond(server)
+    assert server.http.get(f"/v1/responses/{reply.id}", params={"stream": True}).status_code == 400
+
+
 def test_a_conversation_keeps_its_ratio(server):
     first = respond(server, BOOK, extra_body={"ratio": 8, **letters()["extra_body"]})
     second = respond(server, "And?", previous_response_id=first.id, **letters())
@@ -265,14 +281,14 @@ def test_the_least_recently_used_responses_go_first():
 
 
 def test_long_conversations_count_by_their_length():
-    kept = Responses(most_chars=105)
+    kept = Responses(most_chars=138)
     say = [Message(role="user", content="x" * 45), Message(role="assistant", content="y" * 15)]
     for name, messages in (("a", say[1:]), ("b", say), ("c", say[:1]), ("d", say * 3)):
         kept.keep(Kept({"id": name}, tuple(messages), None, None))
         if name == "c":
             assert [kept.get(each).told["id"] for each in ("b", "c")] == ["b", "c"]  # too many with a
             kept.delete("c")
-    assert kept.get("d").num_chars == 180  # the last is kept, however long
+    assert kept.get("d").num_chars == 180 + len('{"id": "d"}')  # the last is kept, however long
     for name in "abc":
         with pytest.raises(NotFoundError):
             kept.get(name)
@@ -315,6 +331,9 @@ def test_long_conversations_count_by_their_length():
         ({"context": "ctx_none"}, "ctx_none"),
         ({"temperature": 3}, "temperature"),
         ({"instructions": 3}, "instructions"),
+        ({"metadata": {"a" * 65: "b"}}, "metadata"),
+        ({"metadata": {"a": "b" * 513}}, "metadata"),
+        ({"metadata": {str(number): "b" for number in range(17)}}, "metadata"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(server, options, message):
@@ -351,5 +370,6 @@ def test_a_failure_within_a_stream_is_told_in_it(model, tmp_path):
         events = list(respond(server, BOOK, stream=True))
     assert events[-1].type == "response.failed"
     assert events[-1].response.status == "failed"
-    assert events[-1].response.error.code == "timeout"
+    assert events[-1].response.error.code == "server_error"
+    assert "took longer" in events[-1].response.error.message
     assert events[-1].sequence_number == len(events) - 1

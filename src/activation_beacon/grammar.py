@@ -1,20 +1,22 @@
 """Answers that a JSON schema allows: llguidance says which tokens may come next, all others are left out."""
 
+import contextlib
 import copy
-import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import LogitsProcessor
 
-from activation_beacon.errors import InputError, UnsupportedError
+from activation_beacon.errors import InputError, UnsupportedError, reason
+from activation_beacon.json_schema import schema_text
 from activation_beacon.row_ends import end_ids
 
 # B batch · T tokens · V vocabulary
 
+TRIED = 3  # tokens of an answer that are written before a schema is taken: what allows too much shows itself at once
 # Written on one line, as models write it by themselves: a model that may put in blanks where it likes may do so without end.
 LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -40,27 +42,37 @@ class Grammars:
         self._known: Any = None
 
     def of_schema(self, schema: Mapping[str, Any]) -> "Grammar":
-        """The grammar of what a JSON schema allows.
+        """The grammar of what a JSON schema allows; what takes time is done here, not while an answer is written.
 
         Raises:
             UnsupportedError: if llguidance is not installed, or cannot read this tokenizer.
             InputError: for a schema that it cannot serve, with the reason.
         """
-        known = self._vocabulary()
+        text, known = schema_text(schema), self._vocabulary()
         from llguidance import LLMatcher
 
-        text = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)
-        if wrong := LLMatcher.validate_grammar(text, known):
-            raise InputError(
-                f"The JSON schema cannot be served: {' '.join(wrong.split())[:300]}. Change it, or leave it out."
-            )
-        return Grammar(known, text, self._num_tokens)
+        with _telling("served"):
+            grammar = LLMatcher.grammar_from_json_schema(text, overrides=LAYOUT)
+            if wrong := LLMatcher.validate_grammar(grammar, known):
+                raise _refused("served", wrong)
+            first = Matcher(LLMatcher(known, grammar, log_level=0), self._num_tokens)
+        trial, scores = first.copy(), torch.zeros(self._num_tokens)
+        for _ in range(TRIED):
+            if trial.is_finished:
+                break
+            trial.add(int(trial.masked(scores).argmax()))
+        return Grammar(first)
 
     def _vocabulary(self) -> Any:
-        """What llguidance knows of the tokenizer; made once, in a second or so."""
+        """What llguidance knows of the tokenizer; found out once, in a second or so."""
         with self._lock:
             if self._known is None:
-                self._known = self._made()
+                try:
+                    self._known = self._made()
+                except UnsupportedError as error:
+                    self._known = error
+            if isinstance(self._known, UnsupportedError):
+                raise self._known
             return self._known
 
     def _made(self) -> Any:
@@ -70,12 +82,17 @@ class Grammars:
             raise UnsupportedError(
                 "Answers in JSON need llguidance, which is not installed here: pip install llguidance."
             ) from error
-        if not self.ends or not getattr(self._tokenizer, "is_fast", False):
+        ends = [token for token in self.ends if token < len(self._tokenizer)]
+        if not ends or not getattr(self._tokenizer, "is_fast", False):
             raise UnsupportedError(
                 "Answers in JSON need a fast tokenizer and a token that ends an answer; this model has not both. Leave the format out."
             )
-        size = max(self._num_tokens, len(self._tokenizer))
-        return from_tokenizer(self._tokenizer, n_vocab=size, eos_token=self.ends)
+        try:
+            return from_tokenizer(self._tokenizer, n_vocab=max(self._num_tokens, len(self._tokenizer)), eos_token=ends)
+        except Exception as error:
+            raise UnsupportedError(
+                f"llguidance cannot read the model's tokenizer, so it answers in no format: {reason(error)}. Leave the format out."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -83,32 +100,27 @@ class Grammar:
     """What an answer may be.
 
     Attributes:
-        vocabulary: llguidance's.
-        text: llguidance's form of it.
-        num_tokens: V.
+        first: follows an answer that has not begun.
     """
 
-    vocabulary: Any
-    text: str
-    num_tokens: int
+    first: "Matcher"
 
     def matcher(self) -> "Matcher":
         """Follows one answer."""
-        return Matcher(self)
+        return self.first.copy()
 
 
 class Matcher:
     """Follows one answer, token by token.
 
     Args:
-        grammar: that it keeps to.
+        matcher: llguidance's.
+        num_tokens: V.
     """
 
-    def __init__(self, grammar: Grammar) -> None:
-        from llguidance import LLMatcher
-
-        self._matcher = LLMatcher(grammar.vocabulary, grammar.text, log_level=0)
-        self._num_tokens = grammar.num_tokens
+    def __init__(self, matcher: Any, num_tokens: int) -> None:
+        self._matcher = matcher
+        self._num_tokens = num_tokens
 
     def masked(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (V,) of the tokens that may come next, minus infinity for all others.
@@ -116,14 +128,16 @@ class Matcher:
         Raises:
             InputError: if llguidance has given up, as on a schema that allows too much at once.
         """
-        octets = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        with _telling("kept to"):
+            octets = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         self._check()
         bits = octets[:, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and(1)
         return logits.masked_fill(bits.flatten()[: self._num_tokens] == 0, -torch.inf)
 
     def add(self, token: int) -> None:
         """Go on with a token that was allowed."""
-        self._matcher.consume_token(token)
+        with _telling("kept to"):
+            self._matcher.consume_token(token)
         self._check()
 
     def allows(self, token: int) -> bool:
@@ -143,8 +157,28 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            told = " ".join(self._matcher.get_error().split())[:300]
-            raise InputError(f"The JSON schema cannot be kept to: {told}. Make it simpler, or leave it out.")
+            raise _refused("kept to", self._matcher.get_error())
+
+
+@contextlib.contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Turns whatever llguidance raises into an error of ours; it is written in Rust, whose panics are no `Exception`."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        raise _refused(what, str(error)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise _refused(what, "llguidance has failed on it") from error
+
+
+def _refused(what: str, told: str) -> InputError:
+    """In one line, without what llguidance adds for its makers: states, options, and the answer so far."""
+    short = " ".join(told.split("<state>")[0].split(" Enable '")[0].split())[:300].rstrip(". ")
+    return InputError(f"The JSON schema cannot be {what}: {short}. Change it, or leave it out.")
 
 
 class SchemaLogitsProcessor(LogitsProcessor):

@@ -242,7 +242,7 @@ class Answering:
                     choices[index].add(event, listed_with(event, listings[index]))
         return choices
 
-    def usage(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Any]:
         """Tokens as OpenAI counts them, and what the caches hold for them."""
         prompt, written = sum(a.num_prompt for a in self.asked), sum(a.num_written for a in self.asked)
         read = sum(len(asked.ids) for asked in self.asked)

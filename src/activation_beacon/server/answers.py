@@ -43,7 +43,7 @@ class Answers(Answering):
             self.shape.choice(index, choice.text, choice.listed, choice.reason, self.request.num_likeliest is not None)
             for index, choice in enumerate(await self.gathered())
         ]
-        return {**self._head(self.shape.whole_object), "choices": told, "usage": self.usage()}
+        return {**self._head(self.shape.whole_object), "choices": told, "usage": self.counts()}
 
     # --- a stream ---
 
@@ -66,7 +66,7 @@ class Answers(Answering):
                     for choice in self._pieces(event, index, listings[index]):
                         yield _event({**head, "choices": [choice]})
             if with_usage:
-                yield _event({**head, "choices": [], "usage": self.usage()})
+                yield _event({**head, "choices": [], "usage": self.counts()})
             yield "data: [DONE]\n\n"
         except Exception as error:  # noqa: BLE001 - the status has been sent: the error goes into the stream
             yield _event(self.server.failed(error, described(error)[1]))

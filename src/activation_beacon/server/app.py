@@ -19,6 +19,7 @@ from activation_beacon.server.failures import body, described
 from activation_beacon.server.gate import NOTHING_SENT, Gate
 from activation_beacon.server.routes_contexts import context_routes
 from activation_beacon.server.routes_openai import openai_routes
+from activation_beacon.server.routes_responses import response_routes
 from activation_beacon.server.settings import Settings
 from activation_beacon.server.state import Server
 from activation_beacon.server.work import GoneError
@@ -67,6 +68,7 @@ def create_app(model: Any, tokenizer: Any, settings: Settings | None = None, *, 
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
     app.include_router(openai_routes(server, int(time.time())))
+    app.include_router(response_routes(server))
     app.include_router(context_routes(server))
     _add_operation(app, server)
     _add_errors(app, server)

@@ -291,7 +291,8 @@ class Engine:
                     continue
                 self._go_on(answer, self._batch.pop(answer))
             except Exception as error:
-                logger.error("an answer failed", exc_info=error)
+                if not isinstance(error, BeaconError):  # what an answer was, no log is told
+                    logger.error("an answer failed", exc_info=error)
                 self._end(answer.job, error)
 
     def _go_on(self, answer: Answer, cache: BeaconCache) -> None:

@@ -17,7 +17,7 @@ RETRY_AFTER_S = 2
 
 
 class NotFoundError(BeaconError, LookupError):
-    """A context or a model that is not here."""
+    """A context, a response or a model that is not here."""
 
 
 class QuotaError(BeaconError, OSError):

@@ -132,7 +132,7 @@ class Gate:
         }
         answers = scope.get("state", {}).get("beacon")
         if answers is not None:
-            values |= {"context": answers.context, **answers.usage()}
+            values |= {"context": answers.context, **answers.counts()}
         logger.info("%s", json.dumps(values))
 
 

@@ -1,6 +1,7 @@
 """OpenAI's Responses API: one answer to a conversation, kept for a while so that the next one can go on from it by its id."""
 
 import contextlib
+import functools
 import itertools
 import json
 import secrets
@@ -10,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from activation_beacon.errors import InputError
+from activation_beacon.errors import InputError, UnsupportedError
 from activation_beacon.server.answering import Answering, Choice, listed_with
 from activation_beacon.server.failures import NotFoundError, described
 from activation_beacon.server.jobs import Ended, Piece, Progress
@@ -19,6 +20,10 @@ from activation_beacon.server.schema import Message, ResponseRequest
 from activation_beacon.server.shapes import token_object
 from activation_beacon.server.state import Server
 
+FAILURES = {
+    "rate_limit_error": "rate_limit_exceeded",
+    "invalid_request_error": "invalid_prompt",
+}  # as this API calls them
 INCOMPLETE = {"length": "max_output_tokens"}  # what ended an answer before it was complete
 
 
@@ -37,10 +42,10 @@ class Kept:
     context: str | None
     ratio: int | tuple[int, ...] | Literal["auto"] | None
 
-    @property
+    @functools.cached_property
     def num_chars(self) -> int:
-        """Characters of the conversation."""
-        return sum(len(message.text) for message in self.messages)
+        """Characters of the conversation, and of what the client was told."""
+        return len(json.dumps(self.told)) + sum(len(message.text) for message in self.messages)
 
 
 class Responses:
@@ -48,7 +53,7 @@ class Responses:
 
     Args:
         most: that are kept.
-        most_chars: of their conversations together, what several have in common counted with each.
+        most_chars: that they have together, what several have in common counted with each.
     """
 
     def __init__(self, most: int = 1000, most_chars: int = 2**26) -> None:
@@ -129,6 +134,10 @@ class ResponseAnswer(Answering):
             self.ratio = before.ratio if self.ratio is None else self.ratio
         if request.instructions is None:
             return [self.messages]
+        if self.context is not None:
+            raise UnsupportedError(
+                "instructions cannot follow a context. Give them as `system` when the context is made (POST /v1/contexts)."
+            )
         return [[Message(role="system", content=request.instructions), *self.messages]]
 
     async def whole(self) -> dict[str, Any]:
@@ -169,12 +178,13 @@ class ResponseAnswer(Answering):
             yield event(f"response.{response['status']}", response=response)
         except Exception as error:  # noqa: BLE001 - the status has been sent: the error goes into the stream
             told_error = self.server.failed(error, described(error)[1])["error"]
-            failed = {"code": told_error["code"], "message": told_error["message"]}
+            code = FAILURES.get(told_error["type"], "server_error")
+            failed = {"code": code, "message": told_error["message"]}
             yield event("response.failed", response={**self._response("failed"), "error": failed})
 
     def usage(self) -> dict[str, Any]:
         """Tokens as this API calls them."""
-        told = super().usage()
+        told = self.counts()
         return {
             "input_tokens": told["prompt_tokens"],
             "input_tokens_details": {**told["prompt_tokens_details"], "cache_write_tokens": 0},

@@ -1,4 +1,4 @@
-"""OpenAI's routes: models, chat, completions, responses."""
+"""OpenAI's older routes: models, chat, completions."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from starlette.background import BackgroundTask
 
 from activation_beacon.server.answers import Answers
 from activation_beacon.server.failures import NotFoundError
-from activation_beacon.server.responses import ResponseAnswer, Responses
-from activation_beacon.server.schema import ChatRequest, CompletionRequest, ResponseRequest
+from activation_beacon.server.responses import ResponseAnswer
+from activation_beacon.server.schema import ChatRequest, CompletionRequest
 from activation_beacon.server.state import Server
 from activation_beacon.server.work import unless_gone
 
@@ -59,35 +59,18 @@ def openai_routes(server: Server, started: int) -> APIRouter:
     @router.post("/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, on a context or of its own."""
-        return await _answered(Answers(server, body), request)
+        return await answered(Answers(server, body), request)
 
     @router.post("/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Go on with a text."""
-        return await _answered(Answers(server, body), request)
-
-    responses = Responses()
-
-    @router.post("/responses")
-    async def respond(body: ResponseRequest, request: Request) -> Response:
-        """Answer a conversation, which may go on from an earlier response."""
-        return await _answered(ResponseAnswer(server, body, responses), request)
-
-    @router.get("/responses/{response_id}")
-    async def response(response_id: str) -> dict[str, Any]:
-        """A response that is still kept."""
-        return responses.get(response_id).told
-
-    @router.delete("/responses/{response_id}")
-    async def delete_response(response_id: str) -> dict[str, Any]:
-        """Let go of a response."""
-        responses.delete(response_id)
-        return {"id": response_id, "object": "response", "deleted": True}
+        return await answered(Answers(server, body), request)
 
     return router
 
 
-async def _answered(answers: Answers | ResponseAnswer, request: Request) -> Response:
+async def answered(answers: Answers | ResponseAnswer, request: Request) -> Response:
+    """The reply to a request for answers, whole or as a stream."""
     await unless_gone(request, answers.begin())
     request.state.beacon = answers
     if answers.request.stream:

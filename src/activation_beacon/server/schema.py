@@ -401,7 +401,9 @@ class ResponseRequest(AnswerRequest):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     include: list[Text] | None = None
     store: bool | None = True
-    metadata: dict[Text, Text] | None = None
+    metadata: dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]] | None = Field(
+        None, max_length=16
+    )
     user: Text | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
