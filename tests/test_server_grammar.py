@@ -201,7 +201,10 @@ HOSTILE = {
     "likewise": ({"type": "string", "minLength": "é" * 60}, "minLength must be int"),
     "large": ({"enum": ["x" * 100 + str(number) for number in range(10_000)]}, "it has more than 1,000,000 characters"),
     "without end": ({"$ref": "#"}, ""),
-    "too many ways": ({"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(3000)}}, ""),
+    "too many ways": (
+        {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(3000)}},
+        "",
+    ),
 }
 
 
