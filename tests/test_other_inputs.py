@@ -126,7 +126,13 @@ def test_compress_takes_no_pictures(seeing, num_words):
         UnsupportedError, match=r"^(pixel_values|\w*token_type_ids) cannot go with a text that is compre"
     ):
         model.compress(picture_prompt(family, num_words))
+    arrays = {name: value.numpy() for name, value in picture_prompt(family, num_words).items()}
+    with pytest.raises(
+        UnsupportedError, match=r"^(pixel_values|\w*token_type_ids) cannot go with a text that is compre"
+    ):
+        model.compress(arrays)
     words = {"input_ids": random_ids(40), "attention_mask": torch.ones(1, 40), "token_type_ids": torch.zeros(1, 40)}
+    words |= {"special_tokens_mask": torch.zeros(1, 40), "offset_mapping": torch.zeros(1, 40, 2)}  # as tokenizers tell
     assert model.compress(words, ratio=4).tokens_seen == 40
 
 

@@ -57,7 +57,7 @@ def allowed(matcher, size):
 
 def test_what_may_come_next_by_hand(grammars, model):
     tokenizer, size = byte_tokenizer(), model.get_input_embeddings().weight.shape[0]
-    matcher = grammars.of_schema({"enum": ["ab", "ac", "d"]}).matcher()
+    matcher = grammars.of_schema({"enum": ["ab", "ac", "d"]})
     token = {char: tokenizer(char, add_special_tokens=False)["input_ids"][0] for char in '"abcd'}
     for char, following in (('"', "ad"), ("a", "bc"), ("c", '"')):
         assert token[char] in allowed(matcher, size)
@@ -205,6 +205,10 @@ HOSTILE = {
     "what made it panic": ({"type": "string", "pattern": ["xSECRET" + "é" * 60]}, "pattern must be str"),
     "likewise": ({"type": "string", "minLength": "é" * 60}, "minLength must be int"),
     "large": ({"enum": ["x" * 100 + str(number) for number in range(10_000)]}, "it has more than 1,000,000 characters"),
+    "references that lead nowhere": (
+        {"anyOf": [{"$ref": f"#/x{number}"} for number in range(30_000)]},
+        "30,000 references",
+    ),
     "without end": ({"$ref": "#"}, ""),
     "too many ways": (
         {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(3000)}},
@@ -237,13 +241,13 @@ def test_deep_but_honest_schemas_are_served(grammars):
         {"const": {"pattern": 3, "minLength": "x", "$ref": 7}},
         {"type": "object", "properties": {"self": {"$ref": "#"}}},
     ):
-        assert grammars.of_schema(schema).matcher()
+        assert grammars.of_schema(schema)
 
 
 def test_the_layout_is_not_the_clients(grammars, model):
     schema = {"x-guidance": {"whitespace_pattern": "a*"}, "type": "object"}
     size = model.get_input_embeddings().weight.shape[0]
-    matcher = grammars.of_schema(schema).matcher()
+    matcher = grammars.of_schema(schema)
     token = {char: byte_tokenizer()(char, add_special_tokens=False)["input_ids"][0] for char in "{a"}
     matcher.add(token["{"])
     assert token["a"] not in allowed(matcher, size)
@@ -266,7 +270,7 @@ def test_a_grammar_that_gives_up_leaves_no_answer_in_the_log(server, caplog):
 
 def test_an_end_that_the_tokenizer_has_not_is_left_out():
     grammar = Grammars(byte_tokenizer(), 300, [256, 299]).of_schema({"const": 1})
-    assert allowed(grammar.matcher(), 300) == [byte_tokenizer()("1", add_special_tokens=False)["input_ids"][0]]
+    assert allowed(grammar, 300) == [byte_tokenizer()("1", add_special_tokens=False)["input_ids"][0]]
 
 
 def test_a_tokenizer_that_cannot_be_read_is_told_once_and_again(monkeypatch):
@@ -299,7 +303,7 @@ def test_without_an_end_there_is_no_format(model):
 
 
 def test_a_token_that_is_not_allowed_is_refused(grammars):
-    matcher = grammars.of_schema(PERSON).matcher()
+    matcher = grammars.of_schema(PERSON)
     assert not matcher.allows(7)
     with pytest.raises(InputError, match=r"^The JSON schema cannot be kept to: .* Change it, or leave it out\.$"):
         matcher.add(7)

@@ -4,14 +4,13 @@ import contextlib
 import copy
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import LogitsProcessor
 
 from activation_beacon.errors import InputError, UnsupportedError, reason
-from activation_beacon.json_schema import schema_text
+from activation_beacon.json_schema import refused, schema_text
 from activation_beacon.row_ends import end_ids
 
 # B batch · T tokens · V vocabulary
@@ -27,22 +26,25 @@ class Grammars:
     Args:
         tokenizer: of the base model.
         num_tokens: V, logits that a token is chosen among.
-        ends: tokens that end an answer; the tokenizer's own where the model names none.
+        ends: tokens that end an answer.
 
     Attributes:
-        ends: those.
+        ends: those that the tokenizer has; its own where the model names none of them.
     """
 
     def __init__(self, tokenizer: Any, num_tokens: int, ends: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._num_tokens = num_tokens
         own = getattr(tokenizer, "eos_token_id", None)
-        self.ends = sorted(ends) or ([] if own is None else [own])
+        known = [token for token in sorted(ends) if token < min(num_tokens, len(tokenizer))]
+        self.ends = known or ([] if own is None else [own])
         self._lock = threading.Lock()
         self._known: Any = None
 
-    def of_schema(self, schema: Mapping[str, Any]) -> "Grammar":
-        """The grammar of what a JSON schema allows; what takes time is done here, not while an answer is written.
+    def of_schema(self, schema: Mapping[str, Any]) -> "Matcher":
+        """What a JSON schema allows: follows an answer that has not begun, and is copied for each.
+
+        What takes time is done here, not while an answer is written.
 
         Raises:
             UnsupportedError: if llguidance is not installed, or cannot read this tokenizer.
@@ -54,14 +56,14 @@ class Grammars:
         with _telling("served"):
             grammar = LLMatcher.grammar_from_json_schema(text, overrides=LAYOUT)
             if wrong := LLMatcher.validate_grammar(grammar, known):
-                raise _refused("served", wrong)
+                raise refused(_short(wrong))
             first = Matcher(LLMatcher(known, grammar, log_level=0), self._num_tokens)
         trial, scores = first.copy(), torch.zeros(self._num_tokens)
         for _ in range(TRIED):
             if trial.is_finished:
                 break
             trial.add(int(trial.masked(scores).argmax()))
-        return Grammar(first)
+        return first
 
     def _vocabulary(self) -> Any:
         """What llguidance knows of the tokenizer; found out once, in a second or so."""
@@ -82,32 +84,18 @@ class Grammars:
             raise UnsupportedError(
                 "Answers in JSON need llguidance, which is not installed here: pip install llguidance."
             ) from error
-        ends = [token for token in self.ends if token < len(self._tokenizer)]
-        if not ends or not getattr(self._tokenizer, "is_fast", False):
+        if not self.ends or not getattr(self._tokenizer, "is_fast", False):
             raise UnsupportedError(
                 "Answers in JSON need a fast tokenizer and a token that ends an answer; this model has not both. Leave the format out."
             )
         try:
-            return from_tokenizer(self._tokenizer, n_vocab=max(self._num_tokens, len(self._tokenizer)), eos_token=ends)
+            return from_tokenizer(
+                self._tokenizer, n_vocab=max(self._num_tokens, len(self._tokenizer)), eos_token=self.ends
+            )
         except Exception as error:
             raise UnsupportedError(
                 f"llguidance cannot read the model's tokenizer, so it answers in no format: {reason(error)}. Leave the format out."
             ) from error
-
-
-@dataclass(frozen=True)
-class Grammar:
-    """What an answer may be.
-
-    Attributes:
-        first: follows an answer that has not begun.
-    """
-
-    first: "Matcher"
-
-    def matcher(self) -> "Matcher":
-        """Follows one answer."""
-        return self.first.copy()
 
 
 class Matcher:
@@ -157,7 +145,7 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise _refused("kept to", self._matcher.get_error())
+            raise refused(_short(self._matcher.get_error()), "kept to")
 
 
 @contextlib.contextmanager
@@ -168,17 +156,16 @@ def _telling(what: str) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        raise _refused(what, str(error)) from error
+        raise refused(_short(str(error)), what) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise _refused(what, "llguidance has failed on it") from error
+        raise refused("llguidance has failed on it", what) from error
 
 
-def _refused(what: str, told: str) -> InputError:
+def _short(told: str) -> str:
     """In one line, without what llguidance adds for its makers: states, options, and the answer so far."""
-    short = " ".join(told.split("<state>")[0].split(" Enable '")[0].split())[:300].rstrip(". ")
-    return InputError(f"The JSON schema cannot be {what}: {short}. Change it, or leave it out.")
+    return " ".join(told.split("<state>")[0].split(" Enable '")[0].split())[:300].rstrip(". ")
 
 
 class SchemaLogitsProcessor(LogitsProcessor):
@@ -197,18 +184,17 @@ class SchemaLogitsProcessor(LogitsProcessor):
     def __init__(self, model: Any, tokenizer: Any, schema: Mapping[str, Any]) -> None:
         ends = end_ids(model.generation_config.eos_token_id)
         grammars = Grammars(tokenizer, model.get_input_embeddings().weight.shape[0], ends)
-        self._grammar = grammars.of_schema(schema)
+        self._first = grammars.of_schema(schema)
         self._ends = grammars.ends
         self._start: int | None = None
-        self._followed: dict[
-            tuple[int, ...], Matcher | None
-        ] = {}  # by what has been written; None where it is not allowed
+        # By what has been written; None where it is not allowed.
+        self._followed: dict[tuple[int, ...], Matcher | None] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (B, V) of what may follow ids (B, T), minus infinity for everything else."""
         if self._start is None:
             self._start = input_ids.shape[1]
-            self._followed = {(): self._grammar.matcher()}
+            self._followed = {(): self._first}
         written = [tuple(row) for row in input_ids[:, self._start :].tolist()]
         self._followed = {row: self._after(row) for row in set(written)}
         return torch.stack([self._masked(row, each) for row, each in zip(written, scores, strict=True)])

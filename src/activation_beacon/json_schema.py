@@ -22,10 +22,9 @@ KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions"), (dict,)),
     "type": (str, list),
 }
-NAMED = frozenset(
-    {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
-)  # schemas by any name
-VALUES = frozenset({"enum", "const", "default", "examples"})  # no schemas
+# What holds schemas by any name, and what holds no schemas.
+NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+VALUES = frozenset({"enum", "const", "default", "examples"})
 
 
 def schema_text(schema: Mapping[str, Any]) -> str:
@@ -34,44 +33,47 @@ def schema_text(schema: Mapping[str, Any]) -> str:
     Raises:
         InputError: if it is too large or too deep, refers too far, or has keywords of a wrong kind.
     """
-    depth = _depth(schema)
-    if depth > MOST_NESTED:
-        raise _refused(f"it is nested more than {MOST_NESTED} deep")
+    depths = _depths(schema)
+    if depths[id(schema)] > MOST_NESTED:
+        raise refused(f"it is nested more than {MOST_NESTED} deep")
+    try:
+        text = json.dumps({name: value for name, value in schema.items() if name != "x-guidance"}, allow_nan=False)
+        json.dumps(schema, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise refused("it has numbers that are not finite, or half of a surrogate pair") from error
+    if len(text) > MOST_CHARS:
+        raise refused(f"it has more than {MOST_CHARS:,} characters")
     references = set()
     for part in _parts(schema):
         for name, kinds in KINDS.items():
             if name in part and (not isinstance(part[name], kinds) or isinstance(part[name], bool)):
-                raise _refused(f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}")
+                raise refused(f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}")
         if "$ref" in part:
             references.add(part["$ref"])
-    if depth + sum(_depth(_target(schema, reference)) for reference in references) > MOST_FOLLOWED:
-        raise _refused(f"what its {len(references):,} references lead to is nested more than {MOST_FOLLOWED} deep")
-    try:
-        text = json.dumps({name: value for name, value in schema.items() if name != "x-guidance"}, allow_nan=False)
-        text.encode()
-        json.dumps(schema, ensure_ascii=False).encode()
-    except ValueError as error:
-        raise _refused("it has numbers that are not finite, or half of a surrogate pair") from error
-    if len(text) > MOST_CHARS:
-        raise _refused(f"it has more than {MOST_CHARS:,} characters")
+    followed = sum(depths.get(id(_target(schema, reference)), 1) for reference in references)
+    if depths[id(schema)] + followed > MOST_FOLLOWED:
+        raise refused(f"what its {len(references):,} references lead to is nested more than {MOST_FOLLOWED} deep")
     return text
 
 
-def _refused(what: str) -> InputError:
-    return InputError(f"The JSON schema cannot be served: {what}. Change it, or leave it out.")
+def refused(told: str, what: str = "served") -> InputError:
+    """The error of a schema that cannot be served, or kept to."""
+    return InputError(f"The JSON schema cannot be {what}: {told}. Change it, or leave it out.")
 
 
-def _depth(value: Any) -> int:
-    """Lists and objects within one another, as far as it matters."""
-    depth, level = 0, [value]
-    while level and depth <= MOST_FOLLOWED:
-        level = [child for each in level for child in _children(each)]
-        depth += 1
-    return depth
+def _depths(schema: Mapping[str, Any]) -> dict[int, int]:
+    """For each list and object of a schema, by its `id`, how many are within one another in it, itself included."""
+    found: list[Any] = [schema]
+    for each in found:  # it grows: whatever holds something stands before it
+        found += _children(each)
+    depths: dict[int, int] = {}
+    for each in reversed(found):
+        depths[id(each)] = 1 + max((depths[id(child)] for child in _children(each)), default=0)
+    return depths
 
 
 def _children(value: Any) -> list[Any]:
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    inner = value.values() if isinstance(value, Mapping) else value
     return [child for child in inner if isinstance(child, Mapping | list)]
 
 

@@ -34,7 +34,7 @@ from activation_beacon.errors import AttachError, ConfigError, InputError, Misma
 from activation_beacon.fingerprint import fingerprint
 from activation_beacon.forward import Progress, read
 from activation_beacon.model_forward import BeaconForward
-from activation_beacon.other_inputs import refuse_other_inputs, without_kinds_of_text
+from activation_beacon.other_inputs import OF_TOKENIZERS, refuse_other_inputs, without_kinds_of_text
 from activation_beacon.persistence import save_adapter
 from activation_beacon.plan import Ratio, RatioPolicy, TextPlanner
 from activation_beacon.projection import PassState
@@ -89,9 +89,8 @@ class BeaconModel(BeaconForward):
         """
         self._refuse_disabled()
         if isinstance(input_ids, Mapping):
-            refuse_other_inputs(
-                without_kinds_of_text({name: v for name, v in input_ids.items() if name != "input_ids"})
-            )
+            told = {name: value for name, value in input_ids.items() if name not in {"input_ids", *OF_TOKENIZERS}}
+            refuse_other_inputs(without_kinds_of_text(told))
         if not isinstance(input_ids, torch.Tensor):
             input_ids, own_mask = as_batch(input_ids)
             attention_mask = own_mask if attention_mask is None else attention_mask

@@ -14,6 +14,17 @@ from activation_beacon.errors import UnsupportedError
 # B batch · T tokens · A axes of positions, which are equal in a text
 
 KINDS_OF_TOKENS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")  # 0 for those of a text
+# What tokenizers tell of a text beside its ids; nobody reads it here.
+OF_TOKENIZERS = frozenset(
+    {
+        "special_tokens_mask",
+        "offset_mapping",
+        "length",
+        "overflowing_tokens",
+        "overflow_to_sample_mapping",
+        "num_truncated_tokens",
+    }
+)
 # What a pass is given by us, or follows from the cache.
 OURS = frozenset(
     {
@@ -34,7 +45,7 @@ def without_kinds_of_text(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in inputs.items()
-        if not (name in KINDS_OF_TOKENS and isinstance(value, torch.Tensor) and not bool(value.any()))
+        if not (name in KINDS_OF_TOKENS and hasattr(value, "any") and not bool(value.any()))
     }
 
 
@@ -48,7 +59,7 @@ def _holds_tensors(value: Any) -> bool:
         return any(_holds_tensors(each) for each in value.values())
     if isinstance(value, list | tuple):
         return any(_holds_tensors(each) for each in value)
-    return isinstance(value, torch.Tensor)
+    return isinstance(value, torch.Tensor) or (hasattr(value, "__array__") and value.ndim > 0)  # numpy's, too
 
 
 def refuse_other_inputs(inputs: Mapping[str, Any]) -> None:

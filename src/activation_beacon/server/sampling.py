@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from activation_beacon.grammar import Grammar
+from activation_beacon.grammar import Matcher
 
 # V vocabulary
 
@@ -26,7 +26,7 @@ class Sampling:
         logit_bias: added to the logits of tokens.
         stop: texts that end an answer and are not part of it.
         num_likeliest: how many of the likeliest tokens are reported beside each one; None for no probabilities at all.
-        grammar: that the answer keeps to, whatever else is asked for; None for any.
+        grammar: what the answer keeps to, whatever else is asked for; None for any text.
     """
 
     max_tokens: int
@@ -39,7 +39,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     num_likeliest: int | None = None
-    grammar: Grammar | None = None
+    grammar: Matcher | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, number: int = 0) -> None:
         self.sampling = sampling
         self.written: Counter[int] = Counter()
-        self.matcher = None if sampling.grammar is None else sampling.grammar.matcher()
+        self.matcher = None if sampling.grammar is None else sampling.grammar.copy()
         self.generator = torch.Generator()
         if sampling.seed is None:
             self.generator.seed()

@@ -144,15 +144,20 @@ class StreamOptions(BaseModel):
 ANY_OBJECT = {"type": "object"}  # the schema of OpenAI's "json_object"
 
 
-class JsonSchema(BaseModel):
-    """A schema and what it is called. It is always kept to, `strict` or not."""
+class Named(BaseModel):
+    """What a schema is called. It is always kept to, `strict` or not."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: Text | None = None
     description: Text | None = None
-    definition: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
+
+
+class JsonSchema(Named):
+    """A schema and what it is called."""
+
+    definition: dict[str, Any] = Field(alias="schema")
 
 
 class ResponseFormat(BaseModel):
@@ -354,16 +359,11 @@ class CompletionRequest(_Request):
         return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
 
 
-class TextFormat(BaseModel):
+class TextFormat(Named):
     """What an answer of the Responses API is to be."""
 
-    model_config = ConfigDict(extra="forbid")
-
     type: Literal["text", "json_object", "json_schema"] = "text"
-    name: Text | None = None
-    description: Text | None = None
     definition: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
 
     @model_validator(mode="after")
     def _check_schema(self) -> Self:
