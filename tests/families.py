@@ -111,8 +111,42 @@ EXPERTS = {
     "n_routed_experts": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
     "moe_intermediate_size": 16,
 }  # fmt: skip
+RECURRENT, CONV = "linear_attention", "conv"
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "num_hidden_layers": 4, "layer_types": [RECURRENT, FULL, RECURRENT, FULL],
+}  # fmt: skip
+DELTA_EXPERTS = {
+    "num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+MAMBA = {
+    "num_hidden_layers": 4, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_chunk_size": 16,
+}  # fmt: skip
+SHORT_CONV = {"num_hidden_layers": 4, "layer_types": [CONV, FULL, FULL, CONV], "conv_L_cache": 3}
+# Some of whose layers carry a state in the place of keys and values.
+ALL_RECURRENT: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {**LATENT, **EXPERTS, **DELTA, "num_local_experts": 2, "head_dim": 8},
+    "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {
+        **MAMBA, "layer_types": [RECURRENT, FULL, FULL, RECURRENT], "num_local_experts": 2, "num_experts_per_tok": 2,
+        "shared_intermediate_size": 16, "position_embedding_type": None,
+    },
+    "kimi_linear": {
+        **LATENT, **EXPERTS, **DELTA, "num_experts": 2, "q_lora_rank": None, "linear_head_dim": 8, "linear_num_heads": 4,
+    },
+    "lfm2": SHORT_CONV,
+    "lfm2_moe": {
+        **SHORT_CONV, "num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_dense_layers": 1,
+    },
+    "lfm3": SHORT_CONV,
+    "olmo_hybrid": DELTA,
+    "qwen3_5_moe_text": {**DELTA, **DELTA_EXPERTS},
+    "qwen3_5_text": DELTA,
+    "qwen3_next": {**DELTA, **DELTA_EXPERTS, "decoder_sparse_step": 1},
+}  # fmt: skip
 # Further families, with what they have besides SIZES. As many experts as are chosen, as above.
 ALL_FURTHER: dict[str, dict[str, Any]] = {
+    **ALL_RECURRENT,
     "afmoe": {"sliding_window": 20, "layer_types": IN_TURN, "num_experts": 2, "num_experts_per_tok": 2},
     "apertus": {"rope_parameters": LLAMA3},
     "arcee": {},
@@ -167,6 +201,7 @@ ALL_FURTHER: dict[str, dict[str, Any]] = {
     "youtu": LATENT,
 }  # fmt: skip
 FURTHER = {name: own for name, own in ALL_FURTHER.items() if name in CONFIG_MAPPING}  # an older transformers has fewer
+WITH_STATES = tuple(name for name in ALL_RECURRENT if name in FURTHER)
 
 PICTURE, VIDEO = 90, 91  # token ids in whose place pictures are put
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
@@ -267,7 +302,8 @@ def randomize(parameters: Any, seed: int) -> None:
             parameter.copy_(0.3 * noise)
         else:
             gain = 1.6 if any(key in name for key in ("q_proj", "k_proj", "qkv", ".q.", ".k.")) else 1.0
-            fan_in = parameter.shape[-1] if parameter.dim() == 2 else parameter.shape[-2]  # experts stand transposed
+            is_transposed = parameter.dim() > 2 and parameter.shape[-2] > 1  # experts; filters of one channel are not
+            fan_in = parameter.shape[-2 if is_transposed else -1]
             parameter.copy_(noise * gain / math.sqrt(fan_in))
 
 

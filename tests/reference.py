@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 # N slots of all passes · T raw tokens · S held entries · K kv heads · D head dim · M model dim · V vocabulary
@@ -133,14 +133,17 @@ class Result:
 
     Attributes:
         logits: (T, V) of the raw tokens, each from the pass that read it last.
-        keys, values: for each layer (K, S, D), what attention makes of all that a cache holds at the end: sinks, beacons and tail.
+        keys, values: for each layer (K, S, D), what attention makes of all that a cache holds at the end: sinks, beacons and tail;
+            None of layers that carry a state.
         unrotated_keys: the keys before rotary embedding.
+        states: for each layer that carries a state, what that is after the last token, and after the last closed chunk.
     """
 
     logits: torch.Tensor
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-    unrotated_keys: list[torch.Tensor]
+    keys: list[torch.Tensor | None]
+    values: list[torch.Tensor | None]
+    unrotated_keys: list[torch.Tensor | None]
+    states: dict[int, list[list[torch.Tensor]]]
 
 
 class TwoBranches(nn.Module):
@@ -178,6 +181,10 @@ class Reference:
         self.decoder = self.model.get_decoder()
         self.branches: list[TwoBranches] = []
         for index, layer in enumerate(self.decoder.layers):
+            if is_recurrent(self.config, index):
+                mixer = next(getattr(layer, name) for name in RECURRENT_NAMES if getattr(layer, name, None) is not None)
+                mixer.forward = functools.partial(self.carry, index, mixer, mixer.forward)
+                continue
             attention = next(getattr(layer, name) for name in ("self_attn", "attention") if hasattr(layer, name))
             attention.reference = self
             attention.reference_layer = index
@@ -214,6 +221,7 @@ class Reference:
         self.read_at = torch.tensor(layout.read_at)
         self.held_at = torch.tensor([-1 if at is None else at for at in layout.held_at])
         self.collected: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.states: dict[int, list[list[torch.Tensor]]] = {}
         self.masks: dict[int | None, torch.Tensor] = {}
         logits = self.model(
             inputs_embeds=torch.stack(slots)[None], position_ids=self.read_at[None], use_cache=False
@@ -229,11 +237,39 @@ class Reference:
         order = [slot for _, slot in memory]
         keys, values, unrotated = [], [], []
         for index in range(len(self.decoder.layers)):
+            if index not in self.collected:
+                for each in (keys, values, unrotated):
+                    each.append(None)
+                continue
             read, held, plain, value = self.collected[index]
             keys.append(torch.cat((held[:, order], read[:, tail]), dim=1))
             values.append(value[:, order + tail])
             unrotated.append(plain[:, order + tail])
-        return Result(logits[raw_slots], keys, values, unrotated)
+        return Result(logits[raw_slots], keys, values, unrotated, self.states)
+
+    # --- states ---
+
+    def carry(self, index: int, mixer: nn.Module, forward: Any, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        """A layer that carries a state: over all tokens; and over those up to a chunk's end with the chunk's beacons behind them."""
+        chunk = torch.tensor(self.layout.chunk)
+        is_beacon = torch.tensor([token is None for token in self.layout.token])
+        output = torch.zeros_like(hidden_states)
+        output[:, ~is_beacon] = forward(hidden_states[:, ~is_beacon])
+        for number in chunk[is_beacon].unique():
+            before, own = ~is_beacon & (chunk <= number), is_beacon & (chunk == number)
+            rows = torch.cat((hidden_states[:, before], hidden_states[:, own]), dim=1)
+            output[:, own] = forward(rows)[:, -int(own.sum()) :]
+        name = next(
+            name for name in ("cache_params", "past_key_values") if name in inspect.signature(forward).parameters
+        )
+        self.states[index] = []
+        for last in (chunk.max(), chunk.max() - 1):
+            cache, tokens = DynamicCache(config=self.config), ~is_beacon & (chunk <= last)
+            if tokens.any():
+                forward(hidden_states[:, tokens], **{name: cache})
+            held = (*cache.layers[index].conv_states.values(), *cache.layers[index].recurrent_states.values())
+            self.states[index].append([state for state in held if state is not None])
+        return output
 
     # --- attention ---
 
@@ -265,22 +301,23 @@ class Reference:
     def _moved(self, attention: nn.Module, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (1, K, N, D) without rotation, and rotated for the positions where they are held."""
         index, config = attention.reference_layer, self.config
-        if is_latent(attention):
-            return self._moved_in_part(attention, key)
         if has_no_positions(config, index):
             return key, key
-        takes_type = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
+        if is_latent(attention):
+            return self._moved_in_part(attention, key)
+        rotary = next(getattr(self.decoder, name) for name in ("rotary_emb", "pos_emb") if hasattr(self.decoder, name))
+        takes_type = "layer_type" in inspect.signature(rotary.forward).parameters
         layer_type = (config.layer_types[index],) if takes_type else ()
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         if config.model_type.startswith("gemma4"):
             rotate = functools.partial(rotated_one_by_one, rotate)
         if config.model_type in ROTATED_IN_PART:
             rotate = functools.partial(rotated_in_part, rotate)
-        axes = (3, 1, -1) if hasattr(self.decoder.rotary_emb, "mrope_section") else (1, -1)
-        cos, sin = self.decoder.rotary_emb(key, self.read_at.expand(axes), *layer_type)
+        axes = (3, 1, -1) if hasattr(rotary, "mrope_section") else (1, -1)
+        cos, sin = rotary(key, self.read_at.expand(axes), *layer_type)
         size = cos.square() + sin.square()  # the square of the attention scaling, 1 where there is none
         plain = rotate(key, key, cos / size, -sin / size)[1]
-        cos, sin = self.decoder.rotary_emb(key, self.held_at.clamp(min=0).expand(axes), *layer_type)
+        cos, sin = rotary(key, self.held_at.clamp(min=0).expand(axes), *layer_type)
         return plain, rotate(plain, plain, cos, sin)[1]
 
     def _moved_in_part(self, attention: nn.Module, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -323,8 +360,15 @@ def is_latent(attention: nn.Module) -> bool:
     return hasattr(attention, "kv_a_proj_with_mqa")
 
 
+def is_recurrent(config: Any, index: int) -> bool:
+    """Whether a layer carries a state in the place of keys and values."""
+    return (getattr(config, "layer_types", None) or {index: ""})[index] in ("linear_attention", "conv")
+
+
 def has_no_positions(config: Any, index: int) -> bool:
     """Whether a layer does not rotate its keys, as its family's code in transformers has it."""
+    if config.model_type in ("kimi_linear", "granitemoehybrid"):
+        return True
     if config.model_type == "smollm3":
         return not config.no_rope_layers[index]
     return config.model_type in WITHOUT_POSITIONS and config.layer_types[index] == "full_attention"
@@ -343,6 +387,7 @@ def rotated_one_by_one(
     return rotate(query, cos, sin), rotate(key, cos, sin)
 
 
+RECURRENT_NAMES = ("linear_attn", "conv", "mamba", "self_attn")
 WINDOWS_IN_MASKS = ("phimoe", "qwen2_moe")  # whose attention is not told of them
 ROTATED_IN_PART = ("phi", "persimmon", "stablelm")
 # Families whose layers have rotary embeddings where they have a window, and only there.

@@ -5,16 +5,11 @@ import torch
 from torch import nn
 
 from activation_beacon import BeaconConfig, attach
-from activation_beacon.adapt import (
-    CAUSAL_FAMILIES,
-    TESTED_FAMILIES,
-    WINDOWED,
-    WINDOWED_BY_TYPE,
-    check_keys_move,
-    find_decoder,
-)
+from activation_beacon.adapt import find_decoder
 from activation_beacon.errors import BeaconError, ConfigError, UnsupportedModelError
-from families import ALL_FURTHER, FAMILIES, MULTIMODAL, ONE_SETTING, TESTED, tiny
+from activation_beacon.families import CAUSAL_FAMILIES, TESTED_FAMILIES, WINDOWED, WINDOWED_BY_TYPE
+from activation_beacon.trials import check_keys_move, check_states_go_on
+from families import ALL_FURTHER, FAMILIES, FULL, MULTIMODAL, ONE_SETTING, RECURRENT, TESTED, WITH_STATES, tiny
 
 QKV = ("q", "k", "v")
 
@@ -41,8 +36,12 @@ def test_every_layer_of_every_family_is_found(family):
 def test_the_shape_of_entries_is_that_of_the_models_own_cache(family):
     model = tiny(family)
     cache = model(torch.tensor([[3, 4]]), use_cache=True).past_key_values
-    for shape, layer in zip(find_decoder(model, QKV).entry_shapes, cache.layers, strict=True):
-        assert shape == tuple((each.shape[1], each.shape[3]) for each in (layer.keys, layer.values))
+    for site, layer in zip(find_decoder(model, QKV).layers, cache.layers, strict=True):
+        if site.is_recurrent:
+            states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            assert site.state_shapes == tuple(None if state is None else state.shape[1:] for state in states)
+        else:
+            assert site.entry_shapes == tuple((each.shape[1], each.shape[3]) for each in (layer.keys, layer.values))
 
 
 def test_the_shape_of_entries_is_not_guessed():
@@ -88,8 +87,41 @@ def test_fused_projections_come_as_a_whole():
 def test_families_that_are_not_known_by_name_are_put_to_the_test(family):
     model = tiny(family)
     site = find_decoder(model, QKV)
-    assert len(site.layers) == 3
+    assert len(site.layers) == len(model.get_decoder().layers)
     check_keys_move(model, site, tolerance=1e-4)
+    if family in WITH_STATES:
+        assert site.is_recurrent
+        check_states_go_on(model, site, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "reason"),
+    [
+        (
+            "jamba",
+            {"attn_layer_period": 2, "attn_layer_offset": 1},
+            r"a text read in two pieces misses the same read in one by \d+%",
+        ),
+        (
+            "falcon_h1",
+            {},
+            "its layers are of type hybrid, which keep neither keys and values for every token nor a state",
+        ),
+        ("minimax", {"layer_types": [RECURRENT, FULL, RECURRENT]}, "a trial pass with an ordinary cache failed"),
+        (
+            "recurrent_gemma",
+            {},
+            "layer 0 carries a state, by no module called linear_attn or conv or mamba or self_attn that takes",
+        ),
+    ],
+)
+def test_states_that_cannot_be_gone_on_from_are_refused(family, settings, reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        find_decoder(tiny(family, **settings), QKV)
+
+
+def test_attention_may_do_without_positions_beside_states():
+    assert find_decoder(tiny("kimi_linear"), QKV).ropes == (None,) * 4
 
 
 def test_a_family_that_fails_the_test_is_refused_by_name():
@@ -122,7 +154,7 @@ OBSTACLES = {
     ),
     "linear layers": (
         {"layer_types": ["linear_attention", "full_attention", "chunked_attention"]},
-        "its layers are of type chunked_attention, linear_attention, which keep no keys and values for every token",
+        "its layers are of type chunked_attention, which keep neither keys and values for every token nor a state",
     ),
     "dynamic scaling": (
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -153,7 +185,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(name):
     [
         ("gpt2", "its decoder has no list of layers called `layers`"),
         ("opt", "it has no rotary position embedding"),
-        ("mamba", "its layers are of type linear_attention|it is recurrent"),
+        ("mamba", "all of its layers are recurrent"),
     ],
 )
 def test_other_architectures_are_refused(family, reason):

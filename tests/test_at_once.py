@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from activation_beacon import BeaconConfig, at_once
-from activation_beacon.adapt import AT_ONCE
 from activation_beacon.at_once import chunks_at_once
 from activation_beacon.errors import ConfigError, InputError, RatioError, UnsupportedError
+from activation_beacon.sites import AT_ONCE
 from families import EAGER_ONLY, FAMILIES, ONE_SETTING, VOCABULARY, random_ids, with_beacons
 
 CHUNK = 16

@@ -1,15 +1,16 @@
 """One more token of several texts in one pass: each text goes on as it would alone."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
 from activation_beacon import BeaconConfig
-from activation_beacon.adapt import understands_rows_apart
 from activation_beacon.errors import CapacityError, InputError
 from activation_beacon.ragged import OwnEntries
-from families import FAMILIES, ONE_SETTING, random_ids, with_beacons
+from activation_beacon.sites import understands_rows_apart
+from families import FAMILIES, ONE_SETTING, WITH_STATES, random_ids, with_beacons
 
 CHUNK = 16
 CONFIG = BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8), num_sinks=3)
@@ -23,7 +24,7 @@ def contexts_of(model):
 
 
 def entries(context):
-    return [tensor for layer in context.layers for tensor in layer.entries()]
+    return [tensor for layer in context.layers for _, tensor in layer.dense().named_tensors()]
 
 
 def assert_same(ours, alone, tolerance=2e-5):
@@ -36,8 +37,9 @@ def assert_same(ours, alone, tolerance=2e-5):
 @pytest.mark.parametrize("family", [*FAMILIES, *ONE_SETTING])
 @torch.no_grad()
 def test_each_context_goes_on_as_alone_across_chunks(family):
-    model = with_beacons(family, CONFIG, attention="eager" if family == "gpt_oss" else "sdpa")
-    assert understands_rows_apart(model, model._beacon.site) == (family != "gpt_oss")
+    config = dataclasses.replace(CONFIG, placement="append") if family in WITH_STATES else CONFIG
+    model = with_beacons(family, config, attention="eager" if family == "gpt_oss" else "sdpa")
+    assert understands_rows_apart(model, model._beacon.site) == (family not in ("gpt_oss", *WITH_STATES))
     ours, alone = contexts_of(model), contexts_of(model)
     new = random_ids(2 * CHUNK + 3, batch=len(LENGTHS), seed=4)
     for tokens in new.T:

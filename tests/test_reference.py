@@ -20,6 +20,7 @@ from families import (
 from reference import Reference, is_latent, lay_out
 
 TOLERANCE = 1e-4
+ROUNDING = {"bailing_hybrid": 5e-4}  # its base alone, read in two pieces, differs by 2e-4 from the same read in one
 CHUNK = 32
 PROMPT, STEPS = (
     84,
@@ -44,30 +45,37 @@ def reference_of(family, model, seed=0, **overrides):
     )
 
 
-def check_cache(cache, expected, attention=()):
+def check_cache(cache, expected, attention=(), tolerance=TOLERANCE):
     """Compare what is held, and what attention makes of it where that is something else."""
-    assert cache.cache_length == expected.keys[0].shape[1]
+    assert cache.cache_length == next(keys for keys in expected.keys if keys is not None).shape[1]
     for index, (layer, *wanted) in enumerate(zip(cache.layers, expected.keys, expected.values, strict=True)):
+        if index in expected.states:
+            for state, due in zip((layer.state, layer.settled), expected.states[index], strict=True):
+                tensors = [tensor for _, tensor in state.named_tensors()]
+                assert len(tensors) == len(due)
+                for tensor, one in zip(tensors, due, strict=True):
+                    close(tensor, one, tolerance)
+            continue
         held = (layer.keys, layer.values)
         if attention and is_latent(attention[index]):
             held = attention[index].expand_kv(*held)
-        close(held[0][0], wanted[0])
-        close(held[1][0], wanted[1])
+        close(held[0][0], wanted[0], tolerance)
+        close(held[1][0], wanted[1], tolerance)
 
 
 @torch.no_grad()
-def check_every_step(model, reference, ratio, *, prompt=PROMPT, steps=STEPS, seed=0):
+def check_every_step(model, reference, ratio, *, prompt=PROMPT, steps=STEPS, seed=0, tolerance=TOLERANCE):
     """Decode greedily, and compare logits and all that is held after each token."""
     text = random_ids(prompt, seed)
     attention = [layer.attention for layer in model._beacon.site.layers]
     cache = model.compress(text[:, :-1], ratio=ratio)
-    check_cache(cache, reference(text[:, :-1], ratio), attention)
+    check_cache(cache, reference(text[:, :-1], ratio), attention, tolerance)
     closed_before = len(cache.ratios)
     for _ in range(steps):
         logits = model(text[:, -1:], past_key_values=cache).logits[0, -1]
         expected = reference(text, ratio)
-        close(logits, expected.logits[-1])
-        check_cache(cache, expected, attention)
+        close(logits, expected.logits[-1], tolerance)
+        check_cache(cache, expected, attention, tolerance)
         text = torch.cat((text, logits.argmax().view(1, 1)), dim=1)
     assert len(cache.ratios) == closed_before + 1
     assert cache.tokens_seen == prompt + steps - 1
@@ -200,7 +208,7 @@ def test_mixed_ratios_at_every_step_in_eager_attention(family, num_sinks):
 def test_further_families_at_every_step(family, attention):
     config = BeaconConfig(chunk_size=CHUNK, num_sinks=4, anchored=True, placement="append", exact_ids=(10, 40))
     model = with_beacons(family, config, attention=attention)
-    check_every_step(model, reference_of(family, model), 4, seed=2)
+    check_every_step(model, reference_of(family, model), 4, seed=2, tolerance=ROUNDING.get(family, TOLERANCE))
 
 
 @pytest.mark.parametrize("family", ["llama-yarn", "llama-llama3", "llama-biases", "llama-deep", "mistral-full"])

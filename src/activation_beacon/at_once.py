@@ -18,7 +18,6 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from activation_beacon.adapt import AT_ONCE, DecoderSite
 from activation_beacon.causal import TOLD_WITH_GRADIENTS, LowerRight
 from activation_beacon.chunk_inputs import ReadingModel, anchor_slots, anchors_of_all, interleave
 from activation_beacon.config import BeaconConfig
@@ -26,6 +25,7 @@ from activation_beacon.constants import sent
 from activation_beacon.errors import UnsupportedError
 from activation_beacon.plan import ChunkLayout, GroupLayout
 from activation_beacon.rope import KeyMover
+from activation_beacon.sites import AT_ONCE, DecoderSite
 
 # B batch · T tokens of a text · N slots of all chunks and the tail · H query heads · K kv heads · D head dim · M model dim
 
@@ -66,6 +66,7 @@ class Chunks:
         self.kept_slots = sent(group.kept_slots, device)  # (entries held at the end,)
         self.position_ids = sent(positions, device)[None]  # (1, N)
         self.raw_slots = sent(raw, device)  # (T,)
+        self.runs = (*group.runs, (tail_length, 0))
         self.beacon_slots = sent(group.beacon_slots, device)
         # (n,) or (B, n) of all chunks
         self.anchor_slots = sent(anchors_of_all(anchors, group), device) if layouts else self.beacon_slots
@@ -212,6 +213,7 @@ def read_at_once(
         beacon_slots=chunks.beacon_slots,
         beacon_anchor_slots=chunks.anchor_slots,
         beacon_chunks=chunks,
+        beacon_runs=chunks.runs,
     )
     return output.last_hidden_state.index_select(1, chunks.raw_slots)
 

@@ -196,6 +196,7 @@ class Attached(Host):
         return BeaconCache(
             self._beacon.config if local_tokens is None else self._config_with(local_tokens),
             num_layers=len(self._beacon.site.layers),
+            num_states=self._beacon.site.num_states,
             batch_size=batch_size,
             policy=self._beacon.policy if ratio is None else self.ratio_policy(ratio),
             base_fingerprint=self.base_fingerprint,
@@ -226,7 +227,7 @@ class Attached(Host):
             MismatchError: with both values.
         """
         self.check_context(context)
-        keys, weight = context.layers[0].keys, self.get_input_embeddings().weight
+        keys, weight = context.dense_keys, self.get_input_embeddings().weight
         if keys is None or torch.is_autocast_enabled(weight.device.type):
             return
         if (keys.device.type, keys.dtype) != (weight.device.type, weight.dtype):

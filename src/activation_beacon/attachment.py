@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from activation_beacon.adapt import DecoderSite
 from activation_beacon.config import BeaconConfig
 from activation_beacon.dense import dense_weight, packed_buffers
 from activation_beacon.errors import AttachError, ConfigError
@@ -25,6 +24,8 @@ from activation_beacon.projection import (
     replace_beacon_rows,
     take_beacon_slots,
 )
+from activation_beacon.recurrent import hand_on_tokens, read_beacons
+from activation_beacon.sites import DecoderSite
 
 
 def new_token() -> str:
@@ -67,6 +68,10 @@ def _put_branches(attachment: Attachment, dtype: torch.dtype) -> None:
     for index, layer in enumerate(attachment.site.layers):
         layer.attention.beacon_state = layer.told.beacon_state = attachment.state  # type: ignore[assignment]
         attachment.handles.append(layer.told.register_forward_pre_hook(take_beacon_slots, with_kwargs=True))
+        if layer.is_recurrent:
+            layer.attention.beacon_num_states = layer.num_states  # type: ignore[assignment]
+            attachment.handles.append(layer.attention.register_forward_pre_hook(hand_on_tokens, with_kwargs=True))
+            attachment.handles.append(layer.attention.register_forward_hook(read_beacons, with_kwargs=True))
         attachment.handles.append(layer.told.register_forward_hook(forget_beacon_slots, always_call=True))
         for site in layer.projections:
             weight = dense_weight(site.linear, dtype, f"{site.name} of layer {index}")
@@ -88,6 +93,7 @@ def take_off(model: Any, attachment: Attachment) -> None:
     for layer in attachment.site.layers:
         for module in (layer.attention, layer.told):
             vars(module).pop("beacon_state", None)
+            vars(module).pop("beacon_num_states", None)
         for site in layer.projections:
             site.linear._modules.pop("beacon", None)
     model._parameters.pop("beacon_embedding", None)
@@ -122,6 +128,19 @@ def with_base(config: BeaconConfig, base_model: PreTrainedModel, base_print: str
     return dataclasses.replace(
         config, base_model=name, base_revision=revision, base_fingerprint=config.base_fingerprint or base_print
     )
+
+
+def check_placement(config: BeaconConfig, site: DecoderSite) -> None:
+    """Refuse beacons among the tokens of a chunk where layers carry a state: it is there at the chunk's end.
+
+    Raises:
+        ConfigError: with the way out.
+    """
+    if site.is_recurrent and config.placement != "append":
+        raise ConfigError(
+            f"placement must be 'append' for a base with recurrent layers, whose state beacons read at the end of a chunk; got "
+            f"{config.placement!r}. Use BeaconConfig(placement='append')."
+        )
 
 
 def check_chunk_fits(config: BeaconConfig, site: DecoderSite) -> None:

@@ -39,6 +39,11 @@ class NewTokens:
         """N."""
         return self.ids.shape[1]
 
+    @property
+    def ends_in_padding(self) -> bool:
+        """Whether some row does."""
+        return any(start + count < self.columns for start, count in zip(self.starts, self.counts, strict=True))
+
     def right_aligned(self) -> torch.Tensor:
         """Ids (B, max count), padding first."""
         ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]

@@ -9,6 +9,7 @@ shares them at no cost.
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from activation_beacon.errors import (
 )
 from activation_beacon.files import read_context_file, write_context_file
 from activation_beacon.plan import RatioPolicy, Row
+from activation_beacon.recurrent import StateLayer
 from activation_beacon.sizes import bytes_text
 
 # B batch · S slots · N tokens seen · L layers
@@ -61,6 +63,7 @@ class BeaconCache(Cache):
         config: BeaconConfig,
         *,
         num_layers: int,
+        num_states: Mapping[int, int] | None = None,
         batch_size: int = 1,
         policy: RatioPolicy | None = None,
         base_fingerprint: str = "",
@@ -68,7 +71,10 @@ class BeaconCache(Cache):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(layers=[])
-        self.layers: list[BeaconLayer] = [BeaconLayer() for _ in range(num_layers)]
+        states = num_states or {}  # of each kind, of the layers that carry some
+        self.layers: list[Any] = [
+            StateLayer(states[index]) if index in states else BeaconLayer() for index in range(num_layers)
+        ]
         self.config = config
         self.rows: tuple[Row, ...] = (Row(config.chunk_size),) * batch_size
         self.policies: tuple[RatioPolicy, ...] = (policy or RatioPolicy(),) * batch_size
@@ -102,6 +108,21 @@ class BeaconCache(Cache):
     def num_slots(self) -> int:
         """Slots of the batch: the longest row's entries (padding included in shorter ones)."""
         return max(row.cache_length for row in self.rows)
+
+    @property
+    def slots_held(self) -> int:
+        """Slots that its layers have filled, as the first of them says that has any."""
+        return next((layer.get_seq_length() for layer in self.layers if not layer.is_recurrent), 0)
+
+    @property
+    def dense_keys(self) -> torch.Tensor | None:
+        """Keys (B, K, S, D) of the first layer that has any, those that are not quantised; None before the first token."""
+        return next((layer.keys for layer in self.layers if layer.keys is not None), None)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers carry states in the place of keys and values: these can be forked, and not be taken back."""
+        return any(layer.is_recurrent for layer in self.layers)
 
     @property
     def is_ragged(self) -> bool:
@@ -151,23 +172,26 @@ class BeaconCache(Cache):
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all keys and values held."""
+        """Bytes of all keys and values held, and of states."""
         return sum(layer.num_bytes for layer in self.layers)
 
     @property
     def uncompressed_bytes(self) -> int:
         """Bytes that the keys and values of all tokens seen would take uncompressed, in the same dtype."""
-        per_entry = 0
+        per_entry = num_states = 0
         for layer in self.layers:
-            if layer.keys is not None and layer.values is not None:
+            if layer.is_recurrent:
+                num_states += layer.state.num_bytes
+            elif layer.keys is not None and layer.values is not None:
                 heads_and_dims = layer.keys.shape[1] * (layer.keys.shape[3] + layer.values.shape[3])
                 per_entry += heads_and_dims * layer.keys.element_size()
-        return per_entry * sum(row.tokens_seen for row in self.rows)
+        return num_states + per_entry * sum(row.tokens_seen for row in self.rows)
 
     def __str__(self) -> str:
         lines = [f"BeaconCache: {_row_text(row)}" for row in self.rows]
         held, full = self.cache_bytes, self.uncompressed_bytes
-        saved = f", {bytes_text(full - held)} saved of {bytes_text(full)} ({full / held:.1f}x)" if held else ""
+        is_smaller = 0 < held <= full  # of a short text, states may be more than what is saved
+        saved = f", {bytes_text(full - held)} saved of {bytes_text(full)} ({full / held:.1f}x)" if is_smaller else ""
         return "\n".join([*lines, f"{bytes_text(held)} held{saved}"])
 
     def __repr__(self) -> str:
@@ -177,7 +201,8 @@ class BeaconCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots held, as transformers counts."""
-        return self.layers[layer_idx].get_seq_length()
+        layer = self.layers[layer_idx]
+        return self.slots_held if layer.is_recurrent else layer.get_seq_length()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Select the rows that beam search goes on with: `beam_idx` (B,)."""
@@ -211,16 +236,16 @@ class BeaconCache(Cache):
 
     def _trim(self) -> None:
         """Drop slots and columns that are padding in every row, as when the longest row has gone."""
-        surplus = self.layers[0].get_seq_length() - self.num_slots
+        surplus = self.slots_held - self.num_slots
         if surplus > 0:
-            self.layers = [layer.dense().map(lambda tensor: tensor[:, :, surplus:]) for layer in self.layers]
+            self.layers = [layer.map_slots(lambda tensor: tensor[:, :, surplus:]) for layer in self.layers]
         self.token_ids = self.token_ids[:, self.token_ids.shape[1] - max(row.tokens_seen for row in self.rows) :]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last `-tokens_to_remove` tokens back; they must still be in the tail.
 
         Raises:
-            UnsupportedError: if a row's tail is shorter than that: closed chunks cannot be opened again.
+            UnsupportedError: if a row's tail is shorter than that: closed chunks cannot be opened again; and of recurrent layers.
             InputError: for a positive number, which has meant different things to different releases of transformers.
         """
         if tokens_to_remove > 0:
@@ -230,6 +255,10 @@ class BeaconCache(Cache):
         count = -tokens_to_remove
         if count == 0:
             return
+        if self.is_recurrent:
+            raise UnsupportedError(
+                f"crop({-count}) cannot take tokens back from recurrent layers, which carry states. Keep a fork() to go back to."
+            )
         if count > min(row.tail_length for row in self.rows):
             raise UnsupportedError(f"crop({-count}) reaches into closed chunks. Keep a fork() to go back to.")
         self.truncate(self.num_slots - count)
@@ -237,14 +266,14 @@ class BeaconCache(Cache):
         self.rows = tuple(row.after_reading(-count) for row in self.rows)
 
     def take_back(self, counts: Sequence[int]) -> None:
-        """Take back so many tokens of each row; they must still be in its tail."""
+        """Take back so many tokens of each row; they must still be in its tail, and no layer be recurrent."""
         rows = tuple(row.after_reading(-count) for row, count in zip(self.rows, counts, strict=True))
 
         def cut(tensor: torch.Tensor, longest: int, dim: int) -> torch.Tensor:
             return take(tensor, range(len(rows)), [tensor.shape[dim] - count for count in counts], longest, dim=dim)
 
         num_slots = max(row.cache_length for row in rows)
-        layers = [layer.dense().map(lambda tensor: cut(tensor, num_slots, 2)) for layer in self.layers]
+        layers = [layer.map_slots(lambda tensor: cut(tensor, num_slots, 2)) for layer in self.layers]
         self.token_ids = cut(self.token_ids, max(row.tokens_seen for row in rows), 1)
         self.layers, self.rows = layers, rows
 
@@ -313,7 +342,7 @@ class BeaconCache(Cache):
         """
         layers = []
         for layer, device in zip(self.layers, devices, strict=True):
-            held = device if layer.keys is None else layer.keys.device
+            held = next((tensor.device for _, tensor in layer.named_tensors()), device)
             is_elsewhere = held != device and held.type == device.type
             layers.append(layer.map(functools.partial(torch.Tensor.to, device=device)) if is_elsewhere else layer)
         self.layers = layers
@@ -340,7 +369,7 @@ class BeaconCache(Cache):
     @property
     def quantized_bits(self) -> int | None:
         """Bits that the memory is held in; None where it is dense."""
-        stored = self.layers[0].stored if self.layers else None
+        stored = next((layer.stored for layer in self.layers if not layer.is_recurrent), None)
         return None if stored is None else stored[0].bits
 
     @classmethod
@@ -356,16 +385,13 @@ class BeaconCache(Cache):
         first = contexts[0]
         for context in contexts[1:]:
             first.check_same_origin(context)
-        stacked = first._like(_stacked([context.token_ids for context in contexts], dim=1))
+        if any(context.num_slots == 0 for context in contexts):
+            raise InputError("An empty context cannot be stacked. Compress a text into it first.")
+        stacked = first._like(_stacked([context.token_ids for context in contexts]))
         for name in PER_ROW:
             setattr(stacked, name, tuple(value for context in contexts for value in getattr(context, name)))
-        dense = [[layer.dense() for layer in context.layers] for context in contexts]
-        stacked.layers = [
-            BeaconLayer.of(
-                _stacked([part.keys for part in parts], dim=2), _stacked([part.values for part in parts], dim=2)
-            )
-            for parts in zip(*dense, strict=True)
-        ]
+        layers = zip(*(context.layers for context in contexts), strict=True)
+        stacked.layers = [parts[0].stack(parts) for parts in layers]
         return stacked
 
     concatenate = stack
@@ -380,11 +406,9 @@ class BeaconCache(Cache):
         ids = self.token_ids[index : index + 1, self.token_ids.shape[1] - row.tokens_seen :]
         single = self._like(ids)
         single._select_rows([index])
+        single.layers = [layer.map(lambda t: t[index : index + 1]) for layer in self.layers]
         if self.is_ragged:
-            cut = [layer.dense().map(lambda t: t[index : index + 1, :, slots - length :]) for layer in self.layers]
-        else:
-            cut = [layer.map(lambda t: t[index : index + 1]) for layer in self.layers]
-        single.layers = cut
+            single.layers = [layer.map_slots(lambda t: t[:, :, slots - length :]) for layer in single.layers]
         return single
 
     def check_same_origin(self, other: "BeaconCache") -> None:
@@ -457,14 +481,21 @@ class BeaconCache(Cache):
             **({"context_lengths": self.context_lengths} if any(self.context_lengths) else {}),
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "num_layers": len(self.layers),
+            **({"num_states": list(self._num_states.items())} if self.is_recurrent else {}),
             "quantized_bits": self.quantized_bits,
         }
+
+    @property
+    def _num_states(self) -> dict[int, int]:
+        """Of each layer that carries states, how many of a kind."""
+        return {index: layer.number_of_states for index, layer in enumerate(self.layers) if layer.is_recurrent}
 
     @classmethod
     def _of(cls, header: ContextHeader, tensors: Mapping[str, torch.Tensor]) -> "BeaconCache":
         context = cls(
             header.config,
             num_layers=header.num_layers,
+            num_states=header.num_states,
             base_fingerprint=header.base_fingerprint,
             adapter_fingerprint=header.adapter_fingerprint,
         )
@@ -476,7 +507,10 @@ class BeaconCache(Cache):
         for index in range(header.num_layers):
             prefix = f"layers.{index}."
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            context.layers[index] = BeaconLayer.of_named(own, header.quantized_bits)
+            if index in header.num_states:
+                context.layers[index] = StateLayer.of_named(own, header.num_states[index])
+            else:
+                context.layers[index] = BeaconLayer.of_named(own, header.quantized_bits)
         context._check_contents(len(tensors))
         return context
 
@@ -491,18 +525,23 @@ class BeaconCache(Cache):
         for layer in self.layers:
             shapes = [tuple(tensor.shape) for _, tensor in layer.named_tensors()]
             num_tensors -= len(shapes)
-            if not (layer.is_consistent and layer.get_seq_length() == self.num_slots) or any(
-                shape[0] != self.batch_size for shape in shapes
-            ):
+            is_due = layer.is_recurrent or layer.get_seq_length() == self.num_slots
+            if not (layer.is_consistent and is_due) or any(shape[0] != self.batch_size for shape in shapes):
                 raise FileFormatError(f"a layer holds {shapes} where {self.num_slots} entries a row are due")
         if num_tensors != 1:
             raise FileFormatError(f"{num_tensors - 1} tensors belong to no layer")
 
     def _check_fits(self, model: Any) -> None:
-        """Refuse what no context of this model can hold: other layers, heads, dims or ids."""
-        shapes, size = model._beacon.site.entry_shapes, model.get_input_embeddings().weight.shape[0]
+        """Refuse what no context of this model can hold: other layers, heads, dims, states or ids."""
+        site, size = model._beacon.site, model.get_input_embeddings().weight.shape[0]
+        shapes = site.entry_shapes
         if len(self.layers) != len(shapes):
             raise FileFormatError(f"num_layers must be the model's {len(shapes)}; got {len(self.layers)}")
+        if self._num_states != site.num_states:
+            raise FileFormatError(f"num_states must be the model's {site.num_states}; got {self._num_states}")
+        for index in site.num_states:
+            if not self.layers[index].is_of(site.layers[index].state_shapes):
+                raise FileFormatError(f"layer {index} must have states {site.layers[index].state_shapes} as the model")
         for index, (layer, due) in enumerate(zip(self.layers, shapes, strict=True)):
             for tensor, wanted in zip((layer.keys, layer.values), due or (None, None), strict=True):
                 found = None if tensor is None else (tensor.shape[1], tensor.shape[3])
@@ -521,14 +560,15 @@ class BeaconCache(Cache):
     def emptied(self) -> "BeaconCache":
         """A cache of the same makers and settings that has read nothing."""
         other = self._like(self.token_ids[:, :0])
+        other.layers = [layer.emptied() for layer in self.layers]
         other.rows = tuple(Row(row.chunk_size) for row in self.rows)
         return other
 
     def _like(self, token_ids: torch.Tensor) -> "BeaconCache":
-        """A cache of the same rows and makers, without entries yet."""
+        """A cache of the same rows and makers, without layers yet."""
         other = BeaconCache(
             self.config,
-            num_layers=len(self.layers),
+            num_layers=0,
             batch_size=self.batch_size,
             base_fingerprint=self.base_fingerprint,
             adapter_fingerprint=self.adapter_fingerprint,
@@ -546,17 +586,14 @@ class BeaconCache(Cache):
 
     def memory_ends(self, rows: Sequence[int]) -> list[int]:
         """Slot after the memory of each of `rows`."""
-        slots = self.layers[0].get_seq_length()
+        slots = self.slots_held
         return [slots - self.rows[row].tail_length for row in rows]
 
 
-def _stacked(tensors: Sequence[torch.Tensor | None], *, dim: int) -> torch.Tensor:
-    present = [tensor for tensor in tensors if tensor is not None]
-    if len(present) < len(tensors):
-        raise InputError("An empty context cannot be stacked. Compress a text into it first.")
-    starts = [sum(tensor.shape[0] for tensor in present[:index]) for index in range(len(present))]
-    parts = [(range(start, start + tensor.shape[0]), tensor) for start, tensor in zip(starts, present, strict=True)]
-    return merge(parts, dim=dim)
+def _stacked(ids: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Ids (B, N) of several batches as those of one, rows aligned at the right."""
+    starts = itertools.accumulate((each.shape[0] for each in ids), initial=0)
+    return merge([(range(start, start + each.shape[0]), each) for start, each in zip(starts, ids, strict=False)], dim=1)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,14 @@ def memory_view(cache: BeaconCache, members: Sequence[int], length: int, rows: C
     num_held, num_repeated = (0, 0) if rows is None else (rows.num_held, rows.num_repeated)
     ends = [end + num_held for end in cache.memory_ends(members)]
     held = lent(cache, members, ends, length + num_held)
-    return Cache(layers=[ChunkLayer(each, length, num_held=num_held, num_repeated=num_repeated) for each in held])
+    return Cache(
+        layers=[
+            layer.at_chunk(is_first=not length)
+            if layer.is_recurrent
+            else ChunkLayer(each, length, num_held=num_held, num_repeated=num_repeated)
+            for layer, each in zip(cache.layers, held, strict=True)
+        ]
+    )
 
 
 def lent(

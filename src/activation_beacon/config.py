@@ -11,6 +11,7 @@ from activation_beacon.errors import ConfigError
 
 FORMAT_VERSION = 1
 FINGERPRINT_DIGITS = 16
+RECURRENT = frozenset({"linear_attention", "conv"})  # types of a base's layers that carry a state
 PROJECTIONS = ("q", "k", "v", "o")
 PLACEMENTS = ("interleave", "append")
 

@@ -13,6 +13,7 @@ from activation_beacon.errors import FileFormatError
 from activation_beacon.plan import ClosedChunk, RatioPolicy, Row, as_policy
 
 BITS = (8, 4)  # that entries can be held in
+MOST_STATES = 100  # of a kind, in a layer
 MOST_LAYERS = 10_000  # a number that would fill the memory before any tensor is looked at is no number of layers
 KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
 
@@ -26,6 +27,7 @@ class ContextHeader:
     policies: tuple[RatioPolicy, ...]
     context_lengths: tuple[int, ...]
     num_layers: int
+    num_states: dict[int, int]
     quantized_bits: int | None
     base_fingerprint: str
     adapter_fingerprint: str
@@ -53,6 +55,7 @@ class ContextHeader:
             policies=tuple(_policy(policy, config) for policy in policies),
             context_lengths=tuple(_int("a length of a context", length) for length in lengths),
             num_layers=_int("num_layers", values.get("num_layers"), 1, MOST_LAYERS),
+            num_states=dict(map(_states, _field(values, "num_states", list) if "num_states" in values else [])),
             quantized_bits=_bits(values.get("quantized_bits")),
             base_fingerprint=_field(values, "base_fingerprint", str),
             adapter_fingerprint=_field(values, "adapter_fingerprint", str),
@@ -78,6 +81,12 @@ def _bits(value: object) -> int | None:
     if value is None or (type(value) is int and value in BITS):
         return value
     raise FileFormatError(f"quantized_bits must be 8, 4 or null; got {reprlib.repr(value)}")
+
+
+def _states(values: object) -> tuple[int, int]:
+    if not isinstance(values, list) or len(values) != 2:
+        raise FileFormatError(f"num_states must be of layers and their numbers; got {reprlib.repr(values)}")
+    return _int("a layer with states", values[0], 0, MOST_LAYERS), _int("num_states", values[1], 1, MOST_STATES)
 
 
 def _policy(values: object, config: BeaconConfig) -> RatioPolicy:

@@ -1,5 +1,6 @@
 """Keys and values of one layer: held, quantised, lent to a pass, cut and joined. Knows nothing of what they stand for."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -136,6 +137,8 @@ class BeaconLayer(DynamicLayer):
     Without gradients, what decoding appends goes into room behind them; a text that is read leaves no room.
     """
 
+    is_recurrent = False
+
     def __init__(self) -> None:
         super().__init__()
         self.room: Room | None = None
@@ -224,9 +227,35 @@ class BeaconLayer(DynamicLayer):
             return BeaconLayer()
         return BeaconLayer.of(self.keys, self.values, self.stored)
 
+    def begun(self) -> "BeaconLayer":
+        """The layer for a pass over what follows: itself, to be appended to."""
+        return self
+
+    def emptied(self) -> "BeaconLayer":
+        """A layer of the kind without entries."""
+        return BeaconLayer()
+
     def dense(self) -> "BeaconLayer":
         """The same entries with nothing quantised."""
         return self if self.stored is None else BeaconLayer.of(*self.entries())
+
+    def map_slots(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "BeaconLayer":
+        """The same change made to keys and values (B, K, S, D) of all slots; it may select slots."""
+        return self.dense().map(change)
+
+    def cut(self, num_slots: int, *, is_settled: bool) -> "BeaconLayer":
+        """The first slots, whether or not they end with a closed chunk."""
+        del is_settled
+        return self.map_slots(lambda tensor: tensor[:, :, :num_slots])
+
+    @staticmethod
+    def stack(layers: Sequence["BeaconLayer"]) -> "BeaconLayer":
+        """One layer of a batch out of those of several texts, rows aligned at the right."""
+        entries = [layer.entries() for layer in layers]
+        starts = itertools.accumulate((keys.shape[0] for keys, _ in entries), initial=0)
+        rows = [range(start, start + keys.shape[0]) for start, (keys, _) in zip(starts, entries, strict=False)]
+        keys, values = (merge(list(zip(rows, parts, strict=True)), dim=2) for parts in zip(*entries, strict=True))
+        return BeaconLayer.of(keys, values)
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "BeaconLayer":
         """The same change made to every tensor."""
@@ -298,6 +327,8 @@ class ChunkLayer(DynamicLayer):
     Attributes:
         ends_pass: whether nothing is wanted of the pass beyond this layer's keys and values.
     """
+
+    is_recurrent = False
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ the tail. Every pass calls the base's own forward on a cache; no modeling code i
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,20 +14,20 @@ from transformers import Cache
 from transformers.utils import ModelOutput
 
 from activation_beacon import grouped
-from activation_beacon.adapt import DecoderSite, can_end_early, understands_told_masks
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import FEWEST_IN_SPANS, TOLD_WITH_GRADIENTS, LowerRight, Spans, without_cudnn
 from activation_beacon.chunk_inputs import ReadingModel, anchor_slots, anchors_of_all, interleave
 from activation_beacon.chunk_memory import joined_layer, lent, memory_view
 from activation_beacon.constants import constant, sent
-from activation_beacon.entries import ChunkLayer, PassEnded, take
+from activation_beacon.entries import PassEnded, take
 from activation_beacon.grouped import ByChunk, GroupLayer
 from activation_beacon.plan import ChunkLayout, GroupLayout, Row, RowReading, TextPlanner, closing_rounds
 from activation_beacon.readout import Readout, Wanted
 from activation_beacon.recorded import recorded_step
 from activation_beacon.resuming import ChunkRows
 from activation_beacon.rope import KeyMover
+from activation_beacon.sites import DecoderSite, can_end_early, understands_told_masks
 
 # B batch · N new tokens (columns) · T slots of a pass · S cache slots · M model dim · V vocabulary
 
@@ -59,6 +60,8 @@ def read(
         TextPlanner(cache.config, policy, site.max_positions).plan(row, count)
         for row, policy, count in zip(cache.rows, cache.policies, new.counts, strict=True)
     ]
+    if site.is_recurrent and not _are_alike(cache, readings):
+        return _read_in_turn(model, site, cache, new, wanted, progress)
     reader = _Reader(model, site, cache, new, wanted, readings)
     if not any(reading.closings for reading in readings):
         if not reader.replay_step():
@@ -69,6 +72,36 @@ def read(
     reader.read_tail()
     cache.adopt(reader.cache)
     return reader.readout
+
+
+def _are_alike(cache: BeaconCache, readings: Sequence[RowReading]) -> bool:
+    """Whether the rows of a batch are read in passes without padding, which would leave a trace in states.
+
+    Padding before the first token leaves none: states are zero then.
+    """
+    is_begun = cache.num_slots > 0 or any(reading.closings for reading in readings)
+    passes = {(reading.restart, reading.closings, reading.stop - reading.raw_start) for reading in readings}
+    return len(passes) == 1 or not is_begun
+
+
+def _read_in_turn(
+    model: ReadingModel,
+    site: DecoderSite,
+    cache: BeaconCache,
+    new: NewTokens,
+    wanted: Wanted,
+    progress: Progress | None,
+) -> Readout:
+    """`read`, row by row."""
+    rows, readouts = [], []
+    for index, (start, count) in enumerate(zip(new.starts, new.counts, strict=True)):
+        row, own = slice(index, index + 1), cache.row(index)
+        labels = None if wanted.labels is None else wanted.labels[row]
+        tokens, of_row = NewTokens(new.ids[row], [start], [count]), dataclasses.replace(wanted, labels=labels)
+        readouts.append(read(model, site, own, tokens, of_row, progress=progress))
+        rows.append(own)
+    cache.adopt(BeaconCache.stack(rows))
+    return Readout.of_rows(readouts, wanted, new, [row.tokens_seen for row in cache.rows])
 
 
 class _Reader:
@@ -146,8 +179,12 @@ class _Reader:
         mover = KeyMover(self.site.ropes, constant(group.shifts, device))
         mask = ByChunk.on(device)
         layers = [
-            GroupLayer(held, length, group, mover, index, mask, self.site.layers[index].attended)
-            for index, held in enumerate(lent(cache, members, cache.memory_ends(members), length))
+            cache.layers[index].at_chunk(is_first=not length)
+            if site.is_recurrent
+            else GroupLayer(held, length, group, mover, index, mask, site.attended)
+            for index, (site, held) in enumerate(
+                zip(self.site.layers, lent(cache, members, cache.memory_ends(members), length), strict=True)
+            )
         ]
         layers[-1].ends_pass = can_end_early(self.model.get_decoder(), self.site)
         self._call_base(
@@ -160,8 +197,10 @@ class _Reader:
             use_cache=True,
             beacon_slots=constant(group.beacon_slots, device),
             beacon_anchor_slots=anchors_of_all(anchor_slots, group),
+            beacon_runs=group.runs,
         )
-        self._keep(members, layers, ((layer.keys, layer.values) for layer in layers), group.layouts)
+        kept = (None if layer.is_recurrent else (layer.keys, layer.values) for layer in layers)
+        self._keep(members, layers, kept, group.layouts)
 
     def _rows_and_readings(self) -> Any:
         return zip(self.cache.rows, self.readings, strict=True)
@@ -199,6 +238,7 @@ class _Reader:
                 "attention_mask": self._mask(lengths, slots),
                 "beacon_slots": constant(layout.beacon_slots, ids.device),
                 "beacon_anchor_slots": anchor_slots,
+                "beacon_runs": GroupLayout((layout,)).runs,
             }
         else:
             inputs = {
@@ -214,10 +254,13 @@ class _Reader:
             self.readout.collect(output, members, starts, cache.config.chunk_size)
         self._keep(members, memory.layers, self._kept(memory.layers, layout), (layout,))
 
-    def _kept(self, passed: Sequence[ChunkLayer], layout: ChunkLayout) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys, moved, and values (B, K, n, D) that a chunk leaves behind in each layer."""
+    def _kept(self, passed: Sequence[Any], layout: ChunkLayout) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
+        """Keys, moved, and values (B, K, n, D) that a chunk leaves behind in each layer; None of those that carry a state."""
         mover = KeyMover(self.site.ropes, constant(layout.shifts, self.ids.device))
         for index, layer in enumerate(passed):
+            if self.site.layers[index].is_recurrent:
+                yield None
+                continue
             keys, values = layer.chunk()
             kept = constant(layout.kept_slots, keys.device)
             yield mover.move_entries(keys.index_select(2, kept), values.index_select(2, kept), index)
@@ -227,7 +270,7 @@ class _Reader:
     ) -> ChunkRows | None:
         """What is left to compute of a chunk whose first tokens stand in the tail; None where all of it is."""
         config = self.cache.config
-        if config.placement != "append" or not self._understands_masks():
+        if config.placement != "append" or self.site.is_recurrent or not self._understands_masks():
             return None
         num_held = min(config.chunk_size, *(self.cache.rows[row].tail_length for row in members))
         repeated = anchor_slots if config.anchored else anchor_slots[:0]
@@ -238,17 +281,21 @@ class _Reader:
     def _keep(
         self,
         members: tuple[int, ...],
-        passed: Sequence[ChunkLayer],
-        kept: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        passed: Sequence[Any],
+        kept: Iterable[tuple[torch.Tensor, torch.Tensor] | None],
         layouts: Sequence[ChunkLayout],
     ) -> None:
         """Append what chunks leave behind, for each layer (B, K, n, D), to the memory of their rows, and drop the rest."""
         cache = self.cache
         others = [row for row in range(cache.batch_size) if row not in members]
         longest_other = max((cache.rows[row].cache_length for row in others), default=0)
-        for index, (chunk, (keys, values)) in enumerate(zip(passed, kept, strict=True)):
+        for index, (chunk, entries) in enumerate(zip(passed, kept, strict=True)):
+            if entries is None:
+                assert not others, "rows that differ are read in turn"
+                cache.layers[index] = chunk.closed()
+                continue
             chunk.forget()
-            cache.layers[index] = joined_layer(cache.layers[index], chunk, keys, values, members, others, longest_other)
+            cache.layers[index] = joined_layer(cache.layers[index], chunk, *entries, members, others, longest_other)
             chunk.held = None  # what was held is free before the next layer's is joined
         for layout in layouts:
             cache.rows = tuple(row.after_closing(layout) if b in members else row for b, row in enumerate(cache.rows))
@@ -258,7 +305,7 @@ class _Reader:
     def replay_step(self) -> bool:
         """Append one token to each row by a recorded step, if steps are to be recorded and this is one."""
         cache, wanted = self.cache, self.wanted
-        is_step = self.new.columns == 1 and cache.layers[0].get_seq_length() > 0
+        is_step = self.new.columns == 1 and cache.slots_held > 0
         is_plain = wanted.first_column == 0 and not wanted.needs_all and not any(wanted.options.values())
         if not (self.model.cuda_graphs and is_step and is_plain):
             return False
@@ -275,7 +322,7 @@ class _Reader:
         cache, readings = self.cache, self.readings
         counts = [reading.stop - reading.raw_start for reading in readings]
         starts = [reading.raw_start for reading in readings]
-        num_slots, width = cache.layers[0].get_seq_length(), max(counts)
+        num_slots, width = cache.slots_held, max(counts)
         lengths = [row.cache_length for row in cache.rows]
         left = num_slots == 0  # nothing held: padding may stand before the new tokens, as tokenizers put it
         offsets = [width - count if left else 0 for count in counts]
@@ -287,6 +334,8 @@ class _Reader:
             mask = self._mask(lengths, slots, counts)
         else:
             mask = _tail_mask(num_slots, lengths, counts, width, left, ids.device)
+        held = cache.layers
+        cache.layers = [layer.begun() for layer in held]
         try:
             output = self._call_base(
                 wanted,
@@ -307,7 +356,8 @@ class _Reader:
                     shape = (len(counts), self.new.columns - self.wanted.first_column, output.logits.shape[-1])
                     self.readout.logits = output.logits.new_zeros(shape)
             self._settle(lengths, counts, num_slots, left)
-        except BaseException:  # nothing of the cache but its slots has changed
+        except BaseException:  # nothing of what was held but its slots has changed
+            cache.layers = held
             cache.truncate(num_slots)
             raise
 
@@ -319,7 +369,7 @@ class _Reader:
             ends = [num_slots + count for count in counts]
             longest = max(length + count for length, count in zip(lengths, counts, strict=True))
             cache.layers = [
-                layer.dense().map(lambda tensor: take(tensor, range(len(ends)), ends, longest, dim=2))
+                layer.map_slots(lambda tensor: take(tensor, range(len(ends)), ends, longest, dim=2))
                 for layer in cache.layers
             ]
         cache.token_ids, cache.rows = self.ids, rows

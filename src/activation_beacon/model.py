@@ -1,6 +1,7 @@
 """The face: attach beacons to a decoder, compress, ask, detach."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import logging
@@ -20,6 +21,7 @@ from activation_beacon.attachment import (
     base_weights,
     check_chunk_fits,
     check_in_memory,
+    check_placement,
     first_embedding,
     put_on,
     take_off,
@@ -212,6 +214,7 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
         ConfigError: if a chunk does not fit its positions, or `exact_ids` names no tokens, or others than its own.
         MismatchError: if the config names the fingerprint of another base model, unless this one is quantised: then a warning.
     """
+    is_named = config is not None
     config = config or BeaconConfig()
     if config.exact_ids == "digits":
         raise ConfigError(
@@ -226,11 +229,14 @@ def attach(base_model: PreTrainedModel, config: BeaconConfig | None = None) -> A
         )
     check_in_memory(base_model)
     site = find_decoder(base_model, config.projections)
+    if site.is_recurrent and not is_named:
+        config = dataclasses.replace(config, placement="append")
     num_ids = base_model.get_input_embeddings().weight.shape[0]
     if config.exact and max(config.exact) >= num_ids:
         raise ConfigError(
             f"exact_ids names {max(config.exact)}, but the base model has {num_ids} tokens. Use digit_ids of its own tokenizer."
         )
+    check_placement(config, site)
     check_chunk_fits(config, site)
     base_print, has_packed_weights = fingerprint(base_weights(base_model)), is_quantised(base_model)
     _check_base(config, base_print, has_packed_weights=has_packed_weights)

@@ -98,7 +98,7 @@ class BeaconForward(BeaconGeneration):
         keep_cache = cache is not None or self._keeps_cache(use_cache)
         cache = self._opened(cache, input_ids)
         new = self._new_tokens(input_ids, attention_mask)
-        is_short = cache.num_slots == 0 and max(new.counts) <= cache.config.untouched_length
+        is_short = _can_be_read_by_the_base(cache, new, keep_cache=keep_cache)
         if labels is not None and (keep_cache or not is_short):
             self._check_labels(labels)
         if keep_cache or not is_short:
@@ -211,7 +211,7 @@ class BeaconForward(BeaconGeneration):
                 _note_read(cache, new)
         except BaseException:
             if cache is not None:
-                cache.truncate(0)
+                cache.layers = [layer.emptied() for layer in cache.layers]
             raise
         return _as_ours(output, loss, nll)
 
@@ -248,6 +248,12 @@ class BeaconForward(BeaconGeneration):
         return BeaconOutput(loss=loss, logits=readout.logits, past_key_values=past, nll=readout.nll, **fields)
 
 
+def _can_be_read_by_the_base(cache: BeaconCache, new: NewTokens, *, keep_cache: bool) -> bool:
+    """Whether a text closes no chunk, and the base leaves nothing in the cache that is not of it, as padding in states."""
+    is_clean = not (keep_cache and cache.is_recurrent and new.ends_in_padding)
+    return cache.num_slots == 0 and max(new.counts) <= cache.config.untouched_length and is_clean
+
+
 def _note_read(cache: BeaconCache, new: NewTokens) -> None:
     """Enter into an empty cache what the base has just read into it, rows aligned at the right: all of it or nothing."""
     rows = tuple(row.after_reading(count) for row, count in zip(cache.rows, new.counts, strict=True))
@@ -255,7 +261,7 @@ def _note_read(cache: BeaconCache, new: NewTokens) -> None:
     if len(set(new.counts)) > 1 or new.counts[0] < new.columns:
         ends = [start + count for start, count in zip(new.starts, new.counts, strict=True)]
         cut = functools.partial(take, rows=range(len(ends)), ends=ends, length=max(new.counts), dim=2)
-        cache.layers = [layer.map(cut) for layer in cache.layers]
+        cache.layers = [layer.map_slots(cut) for layer in cache.layers]
     cache.token_ids, cache.rows = token_ids, rows
 
 

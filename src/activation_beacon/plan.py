@@ -318,6 +318,11 @@ class GroupLayout:
         return self._slots("kept_slots")
 
     @functools.cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Of each chunk whose beacons stand at its end, its tokens and its beacons."""
+        return tuple((len(layout.raw_slots), len(layout.beacon_slots)) for layout in self.layouts)
+
+    @functools.cached_property
     def shifts(self) -> tuple[int, ...]:
         """For each kept entry, the position it is moved to less the one it was read at."""
         return tuple(shift for layout in self.layouts for shift in layout.shifts)

@@ -15,7 +15,6 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from activation_beacon.adapt import DecoderSite, LayerSite, understands_rows_apart
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import ToldEntries, without_cudnn
@@ -25,6 +24,7 @@ from activation_beacon.entries import BeaconLayer
 from activation_beacon.forward import read
 from activation_beacon.plan import TextPlanner
 from activation_beacon.readout import Wanted
+from activation_beacon.sites import DecoderSite, LayerSite, understands_rows_apart
 
 # B rows · H query heads · K kv heads · S entries of a row · D head dim · V vocabulary
 

@@ -57,6 +57,17 @@ class Readout:
             shape = (len(seen), max(new.columns - 1, 0))
             self.nll = torch.full(shape, torch.nan, dtype=torch.float32, device=new.ids.device)
 
+    @classmethod
+    def of_rows(cls, readouts: Sequence["Readout"], wanted: Wanted, new: NewTokens, seen: Sequence[int]) -> "Readout":
+        """What came of the readings of a batch's rows, one by one."""
+        whole = cls(wanted, new, seen)
+        whole.last = readouts[-1].last
+        if wanted.labels is not None:
+            whole.nll = torch.cat([readout.nll for readout in readouts if readout.nll is not None])
+        if wanted.first_column is not None:
+            whole.logits = torch.cat([readout.logits for readout in readouts if readout.logits is not None])
+        return whole
+
     def first_wanted(self, members: Sequence[int], starts: Sequence[int], size: int) -> list[int] | None:
         """Tokens of a chunk, which begins at each member's own of `starts`, whose logits are wanted in some row; None for none."""
         first = self._first_column()

@@ -17,12 +17,12 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from activation_beacon.adapt import DecoderSite, LayerSite, understands_rows_apart
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import ToldEntries, without_cudnn
 from activation_beacon.chunk_inputs import ReadingModel
 from activation_beacon.errors import UnsupportedError, reason
 from activation_beacon.room import MOST_PARTS, Room
+from activation_beacon.sites import DecoderSite, LayerSite, understands_rows_apart
 
 # B batch · H query heads · K kv heads · C slots of the room · D head dim · V vocabulary
 

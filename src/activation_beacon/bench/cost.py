@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from activation_beacon.config import BeaconConfig, Placement
+from activation_beacon.config import RECURRENT, BeaconConfig, Placement
 from activation_beacon.errors import ConfigError, UnsupportedError
 from activation_beacon.plan import ROWS_TOGETHER_ON_CUDA, chunks_closed
 
@@ -48,11 +48,13 @@ class ModelShape:
         """The shape of a transformers config.
 
         Raises:
-            UnsupportedError: for latent attention, whose products are not those that are counted.
+            UnsupportedError: for latent attention and recurrent layers, whose products are not those that are counted.
         """
-        if getattr(config, "kv_lora_rank", None):
+        is_latent = getattr(config, "kv_lora_rank", None)
+        if is_latent or RECURRENT.intersection(getattr(config, "layer_types", None) or ()):
+            what = "latent attention" if is_latent else "recurrent layers"
             raise UnsupportedError(
-                f"The operations of latent attention ({config.model_type}) are not counted here, so it cannot be planned for or "
+                f"The operations of {what} ({config.model_type}) are not counted here, so it cannot be planned for or "
                 "measured beside its bound. Time model.compress and model.generate yourself."
             )
         heads = config.num_attention_heads

@@ -108,6 +108,7 @@ def run_jobs(
     """
     for ratio in wanted.ratios:
         check_ratio(model, ratio)
+    from activation_beacon.evaluation.methods import check_can_hold
     from activation_beacon.evaluation.results import Results
     from activation_beacon.evaluation.runner import Plan, draw_samples, planned_ways, run_task
     from activation_beacon.processes import processes
@@ -120,6 +121,8 @@ def run_jobs(
         planned = [(job.make(loaded), Plan(job.methods, wanted.ratios, wanted.lengths, wanted.limit)) for job in jobs]
         for task, plan in planned:
             list(planned_ways(task, plan))  # what is not known is refused before a folder is made
+            for method in plan.methods:
+                check_can_hold(loaded.model, method)
         drawn = [draw_samples(loaded.model, task, plan) for task, plan in planned]
         if group.is_first:
             warn_untrained(loaded.config)

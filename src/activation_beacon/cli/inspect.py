@@ -48,7 +48,7 @@ def inspect(
 def _context(path: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     context = read_context(path)
     rows = [context.row(index) for index in range(context.batch_size)]
-    keys = context.layers[0].keys  # those that are not quantised; their dtype is that of all
+    keys = context.dense_keys  # their dtype is that of all
     dtype = "none" if keys is None else str(keys.dtype).removeprefix("torch.")
     file_bytes = path.stat().st_size
     values = {

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from activation_beacon.row_ends import end_ids
 
@@ -119,15 +120,34 @@ class BeaconContext(Context):
 
 
 def copied(cache: Any) -> Any:
-    """A cache of transformers that goes on by itself; tensors are shared, since layers replace rather than change them."""
+    """A cache of transformers that goes on by itself; keys and values are shared, since layers replace rather than change them."""
     other = copy.copy(cache)
-    other.layers = [copy.copy(layer) for layer in cache.layers]
+    other.layers = [copy.deepcopy(layer) if has_states(layer) else copy.copy(layer) for layer in cache.layers]
     return other
 
 
+def has_states(layer: Any) -> bool:
+    """Whether a layer of a cache of transformers has states in the place of keys and values; these are written over."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
 def base_cache_bytes(cache: Any) -> int:
-    """Bytes of all keys and values of a cache of transformers."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    """Bytes of all keys and values of a cache of transformers, and of states."""
+    tensors: list[Any] = []
+    for layer in cache.layers:
+        if has_states(layer):
+            tensors += [*layer.conv_states.values(), *layer.recurrent_states.values()]
+        else:
+            tensors += [layer.keys, layer.values]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def positions_on(cache: Any, row: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The argument that has the base read ids (1, N) behind what a cache holds: not all (Bamba) ask the cache."""
+    if cache is None:
+        return {}
+    first = cache.get_seq_length()
+    return {"position_ids": torch.arange(first, first + row.shape[1], device=row.device)[None]}
 
 
 @torch.no_grad()
@@ -135,7 +155,7 @@ def base_read(model: Any, cache: Any, ids: Sequence[int]) -> tuple[Any, torch.Te
     """The base model's cache after reading `ids` on it, and the logits (V,) of what comes next."""
     row = torch.tensor([list(ids)], device=model.device)
     with model.beacon_disabled():
-        output = model(row, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(row, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions_on(cache, row))
     return output.past_key_values, output.logits[0, -1]
 
 

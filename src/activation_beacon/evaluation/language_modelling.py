@@ -17,7 +17,7 @@ from torch import nn
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import InputError
-from activation_beacon.evaluation.contexts import base_cache_bytes
+from activation_beacon.evaluation.contexts import base_cache_bytes, positions_on
 from activation_beacon.evaluation.metrics import Estimate, gap_closed, mean
 from activation_beacon.evaluation.names import LOCAL_TOKENS
 from activation_beacon.plan import Ratio, TextPlanner, entries_held
@@ -190,7 +190,8 @@ def _base_losses(model: Any, ids: Sequence[int]) -> Losses:
     parts, cache = [], None
     with model.beacon_disabled():
         for start in range(0, len(ids), PIECE):
-            output = model(row[:, start : start + PIECE], past_key_values=cache, use_cache=True)
+            piece = row[:, start : start + PIECE]
+            output = model(piece, past_key_values=cache, use_cache=True, **positions_on(cache, piece))
             cache = output.past_key_values
             targets = row[0, start + 1 : start + PIECE + 1]
             losses = nn.functional.cross_entropy(output.logits[0, : len(targets)].float(), targets, reduction="none")

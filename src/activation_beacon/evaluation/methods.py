@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from activation_beacon.entries import Quantized
-from activation_beacon.errors import InputError
+from activation_beacon.errors import InputError, UnsupportedError
 from activation_beacon.evaluation.contexts import (
     PIECE,
     BaseContext,
@@ -20,6 +20,7 @@ from activation_beacon.evaluation.contexts import (
     Context,
     base_cache_bytes,
     base_read,
+    has_states,
     timed,
 )
 from activation_beacon.evaluation.names import LOCAL_TOKENS
@@ -84,6 +85,18 @@ def check_method(name: str) -> Method:
     return METHODS[name]
 
 
+def check_can_hold(model: Any, name: str) -> None:
+    """Refuse a method that a base has no use for.
+
+    Raises:
+        UnsupportedError: where keys and values are to be dropped, and some layers carry a state.
+    """
+    if name == "streaming-llm" and model._beacon.site.is_recurrent:
+        raise UnsupportedError(
+            f"The method {name} drops keys and values, and {type(model).__name__} has layers that carry a state. Leave it out."
+        )
+
+
 def beacon_entries(model: Any, num_tokens: int, ratio: int) -> int:
     """Cache entries that beacons hold of a text at a ratio."""
     return entries_held(model.beacon_config, num_tokens, ratio)
@@ -109,6 +122,7 @@ def _head_tail(model: Any, ids: list[int], _opening: int, ratio: int) -> Context
 
 def _streaming(model: Any, ids: list[int], _opening: int, ratio: int) -> Context:
     """First tokens and last ones, read on a sliding window; keys are moved to their places in the cache (StreamingLLM)."""
+    check_can_hold(model, "streaming-llm")
     count = beacon_entries(model, len(ids), ratio)
     cache: Any = DynamicCache()
     for start in range(0, len(ids), PIECE):
@@ -137,13 +151,14 @@ def _quantized(bits: int) -> Read:
     def read(model: Any, ids: list[int], _opening: int, _ratio: Any) -> Context:
         """The full cache as it is after a way through `bits` bits; its bytes are those of the codes and scales."""
         full = BaseContext.of(model, ids)
-        octets = 0
+        saved = 0
         for layer in full.cache.layers:
-            keys, values = Quantized.of(layer.keys, bits), Quantized.of(layer.values, bits)
-            octets += keys.num_bytes + values.num_bytes
-            layer.keys, layer.values = keys.dense(), values.dense()
+            if not has_states(layer):
+                keys, values = Quantized.of(layer.keys, bits), Quantized.of(layer.values, bits)
+                saved += layer.keys.nbytes + layer.values.nbytes - keys.num_bytes - values.num_bytes
+                layer.keys, layer.values = keys.dense(), values.dense()
         assert base_cache_bytes(full.cache) == full.cache_bytes
-        full.cache_bytes = octets
+        full.cache_bytes -= saved
         return full
 
     return read

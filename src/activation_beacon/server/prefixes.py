@@ -18,12 +18,15 @@ def common_length(one: torch.Tensor, other: torch.Tensor) -> int:
 def reusable_length(cache: BeaconCache, ids: torch.Tensor) -> int:
     """Tokens of a text (N,) that a cache of one row can stand for; at least one is always left to be read.
 
-    The tail can be cut anywhere. Behind a closed chunk the cut is at a chunk's end: beacons cannot be taken apart.
+    The tail can be cut anywhere. Behind a closed chunk the cut is at a chunk's end: beacons cannot be taken apart. States stand
+    after the last token, and after the last closed chunk.
     """
     row = cache.rows[0]
     common = common_length(cache.token_ids[0], ids[:-1])
     num_closed = chunks_closed(len(ids), row.chunk_size, cache.config.local_tokens)
     num_chunks = min(len(row.chunks), common // row.chunk_size, num_closed)
+    if cache.is_recurrent and (num_chunks < len(row.chunks) or common < row.tokens_seen):
+        return num_chunks * row.chunk_size if num_chunks == len(row.chunks) else 0
     return common if num_chunks == len(row.chunks) else num_chunks * row.chunk_size
 
 
@@ -34,7 +37,8 @@ def opening(cache: BeaconCache, num_tokens: int) -> BeaconCache:
     num_sinks = row.num_sinks if chunks else 0
     kept = Row(row.chunk_size, num_tokens, num_sinks, chunks)
     short = cache.fork()
-    short.layers = [layer.dense().map(lambda tensor: tensor[:, :, : kept.cache_length]) for layer in cache.layers]
+    is_settled = num_tokens < row.tokens_seen
+    short.layers = [layer.cut(kept.cache_length, is_settled=is_settled) for layer in cache.layers]
     short.rows = (kept,)
     short.token_ids = cache.token_ids[:, :num_tokens]
     return short

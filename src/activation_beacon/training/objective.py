@@ -170,7 +170,8 @@ def check_at_once(model: Any) -> None:
     ids = torch.arange(2 * size + 8, device=weight.device)[None] % min(97, weight.shape[0])
     cache = BeaconCache(
         config,
-        num_layers=len(model.new_cache().layers),
+        num_layers=len(model._beacon.site.layers),
+        num_states=model._beacon.site.num_states,
         policy=as_policy(config, ratio),
         base_fingerprint=model.base_fingerprint,
         adapter_fingerprint=model.adapter_fingerprint,

@@ -1,0 +1,179 @@
+"""A decoder put to the test: a few tokens are read, and what layers keep of them must be what is thought of them here.
+
+A moved key must equal the key that the model itself makes at the new position, and a state must go on where it was left.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from activation_beacon.families import unsupported
+from activation_beacon.recurrent import StateLayer
+from activation_beacon.sites import DecoderSite
+
+MOVED_BY = 7  # positions, in the trial of moved keys
+STILL = 1e-3  # of their size, by which keys that are not rotated may differ there
+READ_FIRST, READ_THEN = 5, 3  # tokens, in the trial of states
+
+
+def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, tolerance: float = 2e-2) -> DecoderSite:
+    """Compare moved keys with the model's own at the new position, in every layer.
+
+    A token that stands alone attends to itself wherever it stands, so that its keys differ by their rotation only.
+
+    Returns:
+        The site, as the trial has found it: layers whose keys are the same at both positions have no rotary embedding in it
+        (Cohere 2 has some), and layers that keep from their attention what they are told are told themselves (Nemotron's).
+
+    Raises:
+        UnsupportedModelError: naming the layer whose keys differ by more than `tolerance`, relative to their size; or if
+            neither attention modules nor layers are handed the keyword argument that tells where the beacons are.
+    """
+    (here, told), (there, _) = (_lone_token_entries(model, site, position) for position in (0, MOVED_BY))
+    layers = [dataclasses.replace(layer, told=module) for layer, module in zip(site.layers, told, strict=True)]
+    for index, (rope, before, after) in enumerate(zip(site.ropes, here, there, strict=True)):
+        if layers[index].is_recurrent:
+            continue
+        if rope is not None and _difference(before, after) <= STILL:
+            layers[index] = dataclasses.replace(layers[index], rope=None)
+            continue
+        try:
+            moved = before
+            if rope is not None:
+                moved = rope.move_entries(*before, rope.rotation(torch.tensor([MOVED_BY], device=before[0].device)))
+        except (RuntimeError, TypeError, AttributeError) as failure:
+            raise unsupported(model, f"the keys of layer {index} cannot be moved by rotation ({failure})") from failure
+        error = _difference(moved, after)
+        if not error <= tolerance:
+            raise unsupported(model, f"moving the keys of layer {index} by rotation misses its own keys by {error:.0%}")
+    return dataclasses.replace(site, layers=tuple(layers))
+
+
+def _difference(entries: tuple[torch.Tensor, torch.Tensor], others: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """By which keys, or values if it is more, differ from others, relative to their size."""
+    pairs = zip(entries, others, strict=True)
+    return torch.stack([(one - two).norm() / two.norm().clamp(min=1e-30) for one, two in pairs]).max()
+
+
+@torch.no_grad()
+def _lone_token_entries(
+    model: PreTrainedModel, site: DecoderSite, position: int
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[nn.Module]]:
+    """Keys and values that each layer keeps of a token by itself, and the module in each that keyword arguments reach."""
+    embedding = model.get_input_embeddings().weight
+    reached: set[nn.Module] = set()
+    device = embedding.device
+
+    def note(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if kwargs.pop("beacon_slots", None) is not None:
+            reached.add(attention)
+        return args, kwargs
+
+    def note_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del args
+        if kwargs.get("beacon_slots") is not None:
+            reached.add(layer)
+
+    layers = model.get_decoder().layers[: len(site.layers)]
+    token = torch.linspace(-1, 1, embedding.shape[-1], dtype=model.dtype, device=device)[None, None]
+    cache = _trial_cache(site)
+    was_training = model.training
+    model.eval()
+    handles = [layer.attention.register_forward_pre_hook(note, with_kwargs=True) for layer in site.layers]
+    handles += [layer.register_forward_pre_hook(note_layer, with_kwargs=True) for layer in layers]
+    try:
+        model.get_decoder()(
+            inputs_embeds=token,
+            position_ids=torch.tensor([[position]], device=device),
+            past_key_values=cache,
+            use_cache=True,
+            beacon_slots=torch.zeros(1, dtype=torch.long, device=device),
+        )
+        entries = [
+            (torch.zeros(0), torch.zeros(0)) if layer.is_recurrent else (held.keys.float(), held.values.float())
+            for layer, held in zip(site.layers, cache.layers, strict=False)
+        ]
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise unsupported(model, f"a trial pass with an ordinary cache failed ({error})") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    told = [
+        one.attention if one.attention in reached else layer for one, layer in zip(site.layers, layers, strict=True)
+    ]
+    if not reached.issuperset(told):
+        raise unsupported(model, "it does not hand keyword arguments (`beacon_slots`) down to its layers")
+    if len(cache.layers) != model.config.get_text_config(decoder=True).num_hidden_layers:
+        raise unsupported(model, "not every layer keeps keys of its own")
+    return entries, told
+
+
+@torch.no_grad()
+def check_states_go_on(model: PreTrainedModel, site: DecoderSite, *, tolerance: float = 2e-2) -> DecoderSite:
+    """Compare a text that is read in two pieces with the same read in one.
+
+    Returns:
+        The site with the shapes of its states.
+
+    Raises:
+        UnsupportedError: if they differ by more than `tolerance`, relative to their size, or if a module cannot be called as it
+            has to be.
+    """
+    embedding = model.get_input_embeddings().weight
+    count = READ_FIRST + READ_THEN
+    ids = torch.arange(count, device=embedding.device)[None] % embedding.shape[0]
+    positions = torch.arange(count, device=embedding.device)[None]
+    strange: list[nn.Module] = []
+
+    def note(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not isinstance(output, torch.Tensor) or len(args) > 1 or not (args or "hidden_states" in kwargs):
+            strange.append(mixer)
+
+    def read(cache: Cache, start: int, stop: int) -> torch.Tensor:
+        output = model.get_decoder()(
+            input_ids=ids[:, start:stop], position_ids=positions[:, start:stop], past_key_values=cache, use_cache=True
+        )
+        return output.last_hidden_state[:, -READ_THEN:].float()
+
+    was_training = model.training
+    model.eval()
+    handles = [
+        layer.attention.register_forward_hook(note, with_kwargs=True) for layer in site.layers if layer.is_recurrent
+    ]
+    try:
+        whole, pieces = _trial_cache(site), _trial_cache(site)
+        expected = read(whole, 0, count)
+        read(pieces, 0, READ_FIRST)
+        measured = read(pieces, READ_FIRST, count)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise unsupported(model, f"a trial pass on states failed ({error})") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    if strange:
+        raise unsupported(model, f"{type(strange[0]).__name__} is not called with hidden states for hidden states")
+    missed_by = (measured - expected).norm() / expected.norm()
+    if not missed_by <= tolerance:
+        raise unsupported(model, f"a text read in two pieces misses the same read in one by {missed_by:.0%}")
+    layers = tuple(
+        dataclasses.replace(layer, state_shapes=held.state.shapes) if layer.is_recurrent else layer
+        for layer, held in zip(site.layers, pieces.layers, strict=True)
+    )
+    return dataclasses.replace(site, layers=layers)
+
+
+def _trial_cache(site: DecoderSite) -> Cache:
+    """A cache for a pass of the base alone."""
+    if not site.is_recurrent:
+        return DynamicCache()
+    return Cache(layers=[StateLayer(n) if (n := layer.num_states) else DynamicLayer() for layer in site.layers])
