@@ -199,7 +199,7 @@ def _refuse_known_obstacles(model: PreTrainedModel, config: Any) -> None:
     if getattr(model, "_is_stateful", False) and not layer_types - RECURRENT:
         raise unsupported(
             model,
-            "all of its layers are recurrent (linear attention or state space): no keys and values grow with the text",
+            "it is recurrent (linear attention or state space), and no layer of it is said to hold keys and values",
         )
     if "dynamic" in _rope_types(config):
         raise unsupported(

@@ -522,12 +522,16 @@ class BeaconCache(Cache):
             raise FileFormatError(f"ids are {shape} of {dtype} where {(self.batch_size, longest)} integers are due")
         if longest and int(self.token_ids.min()) < 0:
             raise FileFormatError(f"ids must be 0 or more; got {int(self.token_ids.min())}")
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             shapes = [tuple(tensor.shape) for _, tensor in layer.named_tensors()]
             num_tensors -= len(shapes)
             is_due = layer.is_recurrent or layer.get_seq_length() == self.num_slots
             if not (layer.is_consistent and is_due) or any(shape[0] != self.batch_size for shape in shapes):
                 raise FileFormatError(f"a layer holds {shapes} where {self.num_slots} entries a row are due")
+            if layer.is_recurrent and self.num_slots and not any(layer.state.shapes):
+                raise FileFormatError(f"layer {index} has no state")
+            if layer.is_recurrent and any(row.chunks for row in self.rows) and not any(layer.settled.shapes):
+                raise FileFormatError(f"layer {index} has no state at the end of its chunks")
         if num_tensors != 1:
             raise FileFormatError(f"{num_tensors - 1} tensors belong to no layer")
 
