@@ -351,7 +351,7 @@ def of_another_shape_at_the_chunks_end(context):
         (of_another_shape_at_the_chunks_end, r"a layer holds .* where 20 entries a row are due"),
         (lambda context: context.layers.__setitem__(0, StateLayer(1)), "layer 0 has no state"),
         (
-            lambda context: context.layers.__setitem__(1, context.layers[0].copy()),
+            lambda context: context.layers.__setitem__(1, context.layers[0].map(torch.clone)),
             r"num_states must be the model's \{0: 1, .*\}; got \{0: 1, 1: 1",
         ),
     ],

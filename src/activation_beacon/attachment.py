@@ -139,7 +139,7 @@ def check_placement(config: BeaconConfig, site: DecoderSite) -> None:
     if site.is_recurrent and config.placement != "append":
         raise ConfigError(
             f"placement must be 'append' for a base with recurrent layers, whose state beacons read at the end of a chunk; got "
-            f"{config.placement!r}. Use BeaconConfig(placement='append')."
+            f"{config.placement!r}. Use BeaconConfig(placement='append'), or --placement append."
         )
 
 

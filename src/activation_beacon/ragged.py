@@ -3,7 +3,7 @@
 The rows of one tensor need padding to one length, and copies when one of them joins, leaves or closes a chunk. Here caches
 stay apart: projections, MLPs and the head are computed for all rows together, since they read the same weights; attention is
 computed row by row, to the row's own entries where these stand. As in `causal`, a mask says so: it passes through the base's
-own forward and is understood where attention is computed.
+own forward and is understood where attention is computed. States are of one size, and are put together for the pass.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from activation_beacon.entries import BeaconLayer
 from activation_beacon.forward import read
 from activation_beacon.plan import TextPlanner
 from activation_beacon.readout import Wanted
+from activation_beacon.recurrent import StateLayer
 from activation_beacon.sites import DecoderSite, LayerSite, understands_rows_apart
 
 # B rows · H query heads · K kv heads · S entries of a row · D head dim · V vocabulary
@@ -55,6 +56,8 @@ class RowsLayer(DynamicLayer):
         mask: told of the rows' entries when the layer is reached.
         site: which layer it is.
     """
+
+    is_recurrent = False
 
     def __init__(self, rows: Sequence[BeaconLayer], mask: OwnEntries, site: LayerSite) -> None:
         super().__init__()
@@ -105,7 +108,7 @@ def read_next(model: ReadingModel, site: DecoderSite, caches: Sequence[BeaconCac
     before = {row: caches[row].fork() for row in apart}
     num_slots = {row: caches[row].num_slots for row in together}  # what they are cut to again: no fork for each token
     logits: dict[int, torch.Tensor] = {}
-    seen: list[torch.Tensor] = []
+    after: list[tuple[torch.Tensor, list[Any]]] = []
     try:
         for row in apart:
             new = NewTokens(ids[row, None, None], [0], [1])
@@ -114,7 +117,7 @@ def read_next(model: ReadingModel, site: DecoderSite, caches: Sequence[BeaconCac
             logits[row] = readout.logits[0, -1]
         if together:
             tokens = ids.index_select(0, constant(tuple(together), ids.device))[:, None]
-            rows, seen = _append(model, site, [caches[row] for row in together], tokens)
+            rows, after = _append(model, site, [caches[row] for row in together], tokens)
             logits |= dict(zip(together, rows, strict=True))
         stacked = torch.stack([logits[row] for row in range(len(caches))])
     except BaseException:
@@ -123,8 +126,9 @@ def read_next(model: ReadingModel, site: DecoderSite, caches: Sequence[BeaconCac
         for row, count in num_slots.items():
             caches[row].truncate(count)
         raise
-    for row, token_ids in zip(together, seen, strict=True):
-        caches[row].token_ids, caches[row].rows = token_ids, (caches[row].rows[0].after_reading(1),)
+    for row, (token_ids, layers) in zip(together, after, strict=True):
+        caches[row].token_ids, caches[row].layers = token_ids, layers
+        caches[row].rows = (caches[row].rows[0].after_reading(1),)
     return stacked
 
 
@@ -136,15 +140,17 @@ def _can_append(site: DecoderSite, cache: BeaconCache) -> bool:
 
 def _append(
     model: ReadingModel, site: DecoderSite, caches: Sequence[BeaconCache], ids: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Read ids (B, 1) that close no chunk in one pass; logits (B, V), and the ids (1, T) that each cache has seen then.
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, list[Any]]]]:
+    """Read ids (B, 1) that close no chunk in one pass; logits (B, V), and for each cache the ids (1, T) seen then, and its layers.
 
-    The caches have the new entries; that they have read something is not noted yet.
+    The caches have the new entries; that they have read something is not noted yet, nor in states.
     """
     mask = OwnEntries.on(ids.device)
     lengths = [cache.num_slots for cache in caches]
+    held = [[cache.layers[index] for cache in caches] for index in range(len(site.layers))]
     layers = [
-        RowsLayer([cache.layers[index] for cache in caches], mask, layer) for index, layer in enumerate(site.layers)
+        StateLayer.stack(rows) if layer.is_recurrent else RowsLayer(rows, mask, layer)
+        for rows, layer in zip(held, site.layers, strict=True)
     ]
     is_compressed = any(row.chunks for cache in caches for row in cache.rows)
     with model.fast_products(len(caches)) if is_compressed else nullcontext(), without_cudnn(ids.device):
@@ -160,4 +166,11 @@ def _append(
         torch.cat((cache.token_ids.to(token.device), token), dim=1)
         for cache, token in zip(caches, ids.split(1), strict=True)
     ]
-    return output.logits[:, -1], token_ids
+    after = [
+        [
+            layer.of_row(row, rows[row]) if layer.is_recurrent else rows[row]
+            for layer, rows in zip(layers, held, strict=True)
+        ]
+        for row in range(len(caches))
+    ]
+    return output.logits[:, -1], list(zip(token_ids, after, strict=True))

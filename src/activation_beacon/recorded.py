@@ -254,6 +254,7 @@ def _can_be_recorded(model: ReadingModel, site: DecoderSite, cache: BeaconCache)
     device = cache.token_ids.device
     return (
         device.type in RECORDERS
+        and not site.is_recurrent  # states have other addresses after each step
         and understands_rows_apart(model, site)
         and not model.training
         and not torch.is_grad_enabled()

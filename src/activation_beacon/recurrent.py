@@ -206,6 +206,10 @@ class StateLayer(LinearAttentionLayer):
         """One layer of a batch out of those of several texts."""
         return StateLayer.of(stacked([layer.state for layer in layers]), stacked([layer.settled for layer in layers]))
 
+    def of_row(self, row: int, before: "StateLayer") -> "StateLayer":
+        """The layer of one text of a batch, after a pass that was begun on `before`."""
+        return StateLayer.of(self.state.map(lambda tensor: tensor[row : row + 1]), before.settled)
+
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors by the names that they have in a file."""
         yield from self.state.named_tensors()

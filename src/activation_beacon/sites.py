@@ -151,8 +151,8 @@ def understands_told_masks(model: Any, site: DecoderSite) -> bool:
 
 
 def understands_rows_apart(model: Any, site: DecoderSite) -> bool:
-    """Whether a `ragged.OwnEntries` may stand for the mask of a pass, likewise; it knows windows, and not of states."""
-    return site.is_known and not site.is_recurrent and _attends_by_torch(model)
+    """Whether a `ragged.OwnEntries` may stand for the mask of a pass, likewise; it knows windows."""
+    return site.is_known and _attends_by_torch(model)
 
 
 def _attends_by_torch(model: Any) -> bool:
