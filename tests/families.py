@@ -139,6 +139,11 @@ ALL_RECURRENT: dict[str, dict[str, Any]] = {
         **SHORT_CONV, "num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_dense_layers": 1,
     },
     "lfm3": SHORT_CONV,
+    "nemotron_h": {
+        "layers_block_type": [RECURRENT, FULL, "mlp", RECURRENT, "moe"], "num_hidden_layers": 5, "mamba_num_heads": 8,
+        "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 16, "n_routed_experts": 2,
+        "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16,
+    },
     "olmo_hybrid": DELTA,
     "qwen3_5_moe_text": {**DELTA, **DELTA_EXPERTS},
     "qwen3_5_text": DELTA,
@@ -201,7 +206,6 @@ ALL_FURTHER: dict[str, dict[str, Any]] = {
     "youtu": LATENT,
 }  # fmt: skip
 FURTHER = {name: own for name, own in ALL_FURTHER.items() if name in CONFIG_MAPPING}  # an older transformers has fewer
-WITH_STATES = tuple(name for name in ALL_RECURRENT if name in FURTHER)
 
 PICTURE, VIDEO = 90, 91  # token ids in whose place pictures are put
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
@@ -258,6 +262,15 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope_parameters": MROPE, "sliding_window": 24, "use_sliding_window": True, "layer_types": IN_TURN},
         {"vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}, **QWEN_TOKENS},
     ),
+    "lfm2_vl": (
+        {"model_type": "lfm2", **SHORT_CONV},
+        {"vision_config": {"model_type": "siglip2_vision_model", "num_patches": 16, **VISION}, "image_token_id": PICTURE},
+    ),
+    "qwen3_5": ({"rope_parameters": MROPE, **DELTA}, {"vision_config": {**QWEN_VISION, "num_position_embeddings": 16}, **QWEN_TOKENS}),
+    "qwen3_5_moe": (
+        {"rope_parameters": MROPE, **DELTA, **DELTA_EXPERTS},
+        {"vision_config": {**QWEN_VISION, "num_position_embeddings": 16}, **QWEN_TOKENS},
+    ),
     "qwen3_vl": (
         {"rope_parameters": MROPE},
         {"vision_config": {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}, **QWEN_TOKENS},
@@ -268,6 +281,7 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 ONE_SETTING = (*FURTHER, *MULTIMODAL)  # families that are tested at one setting
+WITH_STATES = (*(name for name in ALL_RECURRENT if name in FURTHER), "lfm2_vl", "qwen3_5", "qwen3_5_moe")
 EAGER_ONLY = frozenset({"gpt_oss"})
 
 

@@ -185,7 +185,11 @@ class Reference:
                 mixer = next(getattr(layer, name) for name in RECURRENT_NAMES if getattr(layer, name, None) is not None)
                 mixer.forward = functools.partial(self.carry, index, mixer, mixer.forward)
                 continue
-            attention = next(getattr(layer, name) for name in ("self_attn", "attention") if hasattr(layer, name))
+            if _layer_type(self.config, index) in ("mlp", "moe"):
+                continue
+            attention = next(
+                getattr(layer, name) for name in ("self_attn", "attention", "mixer") if hasattr(layer, name)
+            )
             attention.reference = self
             attention.reference_layer = index
             for letter, names in PROJECTION_NAMES.items():
@@ -362,12 +366,16 @@ def is_latent(attention: nn.Module) -> bool:
 
 def is_recurrent(config: Any, index: int) -> bool:
     """Whether a layer carries a state in the place of keys and values."""
-    return (getattr(config, "layer_types", None) or {index: ""})[index] in ("linear_attention", "conv")
+    return _layer_type(config, index) in ("linear_attention", "conv")
+
+
+def _layer_type(config: Any, index: int) -> str:
+    return (getattr(config, "layer_types", None) or {index: ""})[index]
 
 
 def has_no_positions(config: Any, index: int) -> bool:
     """Whether a layer does not rotate its keys, as its family's code in transformers has it."""
-    if config.model_type in ("kimi_linear", "granitemoehybrid"):
+    if config.model_type in ("kimi_linear", "granitemoehybrid", "nemotron_h"):
         return True
     if config.model_type == "smollm3":
         return not config.no_rope_layers[index]
@@ -387,7 +395,7 @@ def rotated_one_by_one(
     return rotate(query, cos, sin), rotate(key, cos, sin)
 
 
-RECURRENT_NAMES = ("linear_attn", "conv", "mamba", "self_attn")
+RECURRENT_NAMES = ("linear_attn", "conv", "mamba", "mixer", "self_attn")
 WINDOWS_IN_MASKS = ("phimoe", "qwen2_moe")  # whose attention is not told of them
 ROTATED_IN_PART = ("phi", "persimmon", "stablelm")
 # Families whose layers have rotary embeddings where they have a window, and only there.

@@ -41,7 +41,7 @@ def test_each_context_goes_on_as_alone_across_chunks(family):
     model = with_beacons(family, config, attention="eager" if family == "gpt_oss" else "sdpa")
     assert understands_rows_apart(model, model._beacon.site) == (family != "gpt_oss")
     ours, alone = contexts_of(model), contexts_of(model)
-    new = random_ids(2 * CHUNK + 3, batch=len(LENGTHS), seed=4)
+    new = random_ids(CHUNK + 3, batch=len(LENGTHS), seed=4)  # each closes a chunk at another step
     for tokens in new.T:
         logits = model.read_next(ours, tokens)
         expected = [

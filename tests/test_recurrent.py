@@ -347,9 +347,12 @@ def of_another_shape_at_the_chunks_end(context):
     ("damage", "reason"),
     [
         (cut_state, r"layer 0 must have states .* as the model"),
-        (without_settled, "layer 0 has no state at the end of its chunks"),
+        (without_settled, r"layer 0 must have states .* as the model; got \(None, None\)"),
         (of_another_shape_at_the_chunks_end, r"a layer holds .* where 20 entries a row are due"),
-        (lambda context: context.layers.__setitem__(0, StateLayer(1)), "layer 0 has no state"),
+        (
+            lambda context: context.layers.__setitem__(0, StateLayer(1)),
+            r"layer 0 must have states .* as the model; got \(None, None\)",
+        ),
         (
             lambda context: context.layers.__setitem__(1, context.layers[0].map(torch.clone)),
             r"num_states must be the model's \{0: 1, .*\}; got \{0: 1, 1: 1",

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from activation_beacon.config import RECURRENT
+from activation_beacon.config import FEED_FORWARD, RECURRENT
 from activation_beacon.dense import is_linear
 from activation_beacon.families import (
     CAUSAL_FAMILIES,
@@ -37,7 +37,8 @@ from activation_beacon.trials import check_keys_move, check_states_go_on
 
 ROTARY_NAMES = ("rotary_emb", "pos_emb")
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
-RECURRENT_NAMES = ("linear_attn", "conv", "mamba", "self_attn")
+MIXER = "mixer"  # whatever a layer has, where it has but one part
+RECURRENT_NAMES = ("linear_attn", "conv", "mamba", MIXER, "self_attn")
 LATENT_QUERIES = "q_a_proj"  # the first of two projections, where queries have a latent too
 
 
@@ -79,15 +80,22 @@ def find_decoder(model: PreTrainedModel, projections: Sequence[str]) -> DecoderS
 
 
 def _num_states(config: Any) -> dict[int, int]:
-    """Of each layer that transformers keeps a state for, how many of a kind."""
+    """Of each layer that transformers keeps a state for, or nothing, how many states of a kind."""
     if not _recurrent_types(config):
         return {}
-    layers = DynamicCache(config=config).layers
-    return {index: layer.number_of_states for index, layer in enumerate(layers) if hasattr(layer, "number_of_states")}
+    found = {}
+    for index, (layer, kind) in enumerate(zip(DynamicCache(config=config).layers, config.layer_types, strict=True)):
+        if kind in FEED_FORWARD:
+            found[index] = 0
+        elif hasattr(layer, "number_of_states"):
+            found[index] = layer.number_of_states
+    return found
 
 
 def _recurrent_site(model: PreTrainedModel, layer: nn.Module, index: int, num_states: int) -> LayerSite:
     mixer = next((found for name in RECURRENT_NAMES if (found := getattr(layer, name, None)) is not None), None)
+    if num_states == 0:
+        return LayerSite(mixer or layer, layer, (), None, num_states=0)
     if mixer is None or not hasattr(mixer, "layer_idx") or not takes_cache(type(mixer)):
         raise unsupported(
             model,
@@ -104,7 +112,8 @@ def _layer_site(
     rotary: nn.Module | None,
     projections: Sequence[str],
 ) -> LayerSite:
-    attention = next((getattr(layer, name) for name in ATTENTION_NAMES if hasattr(layer, name)), None)
+    names = (*ATTENTION_NAMES, MIXER) if _recurrent_types(config) else ATTENTION_NAMES
+    attention = next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
     if attention is None:
         raise unsupported(model, f"layer {index} has no attention module called {' or '.join(ATTENTION_NAMES)}")
     sites = tuple(_projection_sites(attention, projections))
@@ -191,12 +200,13 @@ def _refuse_known_obstacles(model: PreTrainedModel, config: Any) -> None:
             model, "its layers choose what they attend to, by keys of their own that are kept apart (sparse attention)"
         )
     layer_types = set(getattr(config, "layer_types", None) or ())
-    if strange := sorted(layer_types - {FULL_ATTENTION, "sliding_attention"} - RECURRENT):
+    others = FEED_FORWARD if layer_types & RECURRENT else frozenset()
+    if strange := sorted(layer_types - {FULL_ATTENTION, "sliding_attention"} - RECURRENT - others):
         raise unsupported(
             model,
             f"its layers are of type {', '.join(strange)}, which keep neither keys and values for every token nor a state",
         )
-    if getattr(model, "_is_stateful", False) and not layer_types - RECURRENT:
+    if getattr(model, "_is_stateful", False) and not layer_types - RECURRENT - others:
         raise unsupported(
             model,
             "it is recurrent (linear attention or state space), and no layer of it is said to hold keys and values",

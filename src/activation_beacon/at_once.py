@@ -190,7 +190,8 @@ def read_at_once(
         UnsupportedError: of an unknown family whose attention is not told of a window that its configuration names, beyond it; and
             with gradient checkpointing, where layers keep what they are told and could not be computed again.
     """
-    if any(layer.told is not layer.attention and _is_checkpointed(layer.told) for layer in site.layers):
+    told = [layer for layer in site.layers if layer.num_states != 0]  # others make nothing of it
+    if any(layer.told is not layer.attention and _is_checkpointed(layer.told) for layer in told):
         raise UnsupportedError(
             f"Layers of {type(model).__name__} do not hand keyword arguments on to their attention, and cannot be computed again "
             "in the backward pass. Leave gradient checkpointing off; shorter texts save memory, too."

@@ -68,7 +68,7 @@ def _put_branches(attachment: Attachment, dtype: torch.dtype) -> None:
     for index, layer in enumerate(attachment.site.layers):
         layer.attention.beacon_state = layer.told.beacon_state = attachment.state  # type: ignore[assignment]
         attachment.handles.append(layer.told.register_forward_pre_hook(take_beacon_slots, with_kwargs=True))
-        if layer.is_recurrent:
+        if layer.num_states:
             layer.attention.beacon_num_states = layer.num_states  # type: ignore[assignment]
             attachment.handles.append(layer.attention.register_forward_pre_hook(hand_on_tokens, with_kwargs=True))
             attachment.handles.append(layer.attention.register_forward_hook(read_beacons, with_kwargs=True))

@@ -522,16 +522,12 @@ class BeaconCache(Cache):
             raise FileFormatError(f"ids are {shape} of {dtype} where {(self.batch_size, longest)} integers are due")
         if longest and int(self.token_ids.min()) < 0:
             raise FileFormatError(f"ids must be 0 or more; got {int(self.token_ids.min())}")
-        for index, layer in enumerate(self.layers):
+        for layer in self.layers:
             shapes = [tuple(tensor.shape) for _, tensor in layer.named_tensors()]
             num_tensors -= len(shapes)
             is_due = layer.is_recurrent or layer.get_seq_length() == self.num_slots
             if not (layer.is_consistent and is_due) or any(shape[0] != self.batch_size for shape in shapes):
                 raise FileFormatError(f"a layer holds {shapes} where {self.num_slots} entries a row are due")
-            if layer.is_recurrent and self.num_slots and not any(layer.state.shapes):
-                raise FileFormatError(f"layer {index} has no state")
-            if layer.is_recurrent and any(row.chunks for row in self.rows) and not any(layer.settled.shapes):
-                raise FileFormatError(f"layer {index} has no state at the end of its chunks")
         if num_tensors != 1:
             raise FileFormatError(f"{num_tensors - 1} tensors belong to no layer")
 
@@ -543,9 +539,12 @@ class BeaconCache(Cache):
             raise FileFormatError(f"num_layers must be the model's {len(shapes)}; got {len(self.layers)}")
         if self._num_states != site.num_states:
             raise FileFormatError(f"num_states must be the model's {site.num_states}; got {self._num_states}")
+        has_read, has_closed = self.num_slots > 0, any(row.chunks for row in self.rows)
         for index in site.num_states:
-            if not self.layers[index].is_of(site.layers[index].state_shapes):
-                raise FileFormatError(f"layer {index} must have states {site.layers[index].state_shapes} as the model")
+            layer, due = self.layers[index], site.layers[index].state_shapes
+            for state, is_due in ((layer.state, has_read), (layer.settled, has_closed)):
+                if state.shapes != due and (is_due or any(state.shapes)):
+                    raise FileFormatError(f"layer {index} must have states {due} as the model; got {state.shapes}")
         for index, (layer, due) in enumerate(zip(self.layers, shapes, strict=True)):
             for tensor, wanted in zip((layer.keys, layer.values), due or (None, None), strict=True):
                 found = None if tensor is None else (tensor.shape[1], tensor.shape[3])

@@ -86,7 +86,7 @@ def _bits(value: object) -> int | None:
 def _states(values: object) -> tuple[int, int]:
     if not isinstance(values, list) or len(values) != 2:
         raise FileFormatError(f"num_states must be of layers and their numbers; got {reprlib.repr(values)}")
-    return _int("a layer with states", values[0], 0, MOST_LAYERS), _int("num_states", values[1], 1, MOST_STATES)
+    return _int("a layer with states", values[0], 0, MOST_LAYERS), _int("num_states", values[1], 0, MOST_STATES)
 
 
 def _policy(values: object, config: BeaconConfig) -> RatioPolicy:

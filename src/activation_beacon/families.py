@@ -16,9 +16,9 @@ CAUSAL_FAMILIES = frozenset(
         "ernie4_5_moe", "exaone4", "gemma", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite",
         "glm4v_moe_text", "glm4v_text", "gpt_neox", "granitemoe", "granitemoehybrid", "helium", "hyperclovax", "kimi_linear", "lfm2",
         "lfm2_moe", "lfm3", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral4", "mixtral", "nanochat", "nemotron",
-        "olmo", "olmo3", "olmo_hybrid", "olmoe", "persimmon", "phi", "phimoe", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text",
-        "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl_moe_text", "qwen3_vl_text", "seed_oss", "stablelm",
-        "starcoder2", "youtu",
+        "nemotron_h", "olmo", "olmo3", "olmo_hybrid", "olmoe", "persimmon", "phi", "phimoe", "qwen2_5_vl_text", "qwen2_moe",
+        "qwen2_vl_text", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl_moe_text", "qwen3_vl_text",
+        "seed_oss", "stablelm", "starcoder2", "youtu",
     }
 )  # fmt: skip
 # All layers have the configuration's window, if it names one.

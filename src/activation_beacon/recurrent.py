@@ -228,10 +228,6 @@ class StateLayer(LinearAttentionLayer):
         are_floats = all(tensor.is_floating_point() and tensor.dim() > 1 for tensor in tensors)
         return are_floats and (not any(self.settled.shapes) or self.settled.shapes == self.state.shapes)
 
-    def is_of(self, shapes: Shapes) -> bool:
-        """Whether its tensors have these shapes, rows apart, where there are any."""
-        return all(state.shapes == shapes or not any(state.shapes) for state in (self.state, self.settled))
-
     @property
     def num_bytes(self) -> int:
         """Bytes of both states."""

@@ -47,7 +47,7 @@ class LayerSite:
         projections: those in it that get a beacon branch.
         rope: how its keys are rotated; None: not at all.
         window: entries that a slot sees, itself included; None for all before it, and in families that are not known.
-        num_states: states of a kind that it carries in the place of keys and values; 0 for attention.
+        num_states: states of a kind that it carries in the place of keys and values; None for attention, 0 where it keeps nothing.
         state_shapes: theirs, rows apart; None where they are not known.
     """
 
@@ -56,13 +56,13 @@ class LayerSite:
     projections: tuple[ProjectionSite, ...]
     rope: Rope | None
     window: int | None = None
-    num_states: int = 0
+    num_states: int | None = None
     state_shapes: Shapes | None = None
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether it carries a state."""
-        return self.num_states > 0
+        """Whether it keeps a state, or nothing, in the place of keys and values."""
+        return self.num_states is not None
 
     @property
     def device(self) -> torch.device:
@@ -111,8 +111,8 @@ class DecoderSite:
 
     @property
     def num_states(self) -> dict[int, int]:
-        """Of each layer that carries states, how many of a kind."""
-        return {index: layer.num_states for index, layer in enumerate(self.layers) if layer.is_recurrent}
+        """Of each layer without keys and values, how many states of a kind it carries."""
+        return {index: n for index, layer in enumerate(self.layers) if (n := layer.num_states) is not None}
 
     @property
     def is_recurrent(self) -> bool:

@@ -145,7 +145,7 @@ def check_states_go_on(model: PreTrainedModel, site: DecoderSite, *, tolerance: 
     was_training = model.training
     model.eval()
     handles = [
-        layer.attention.register_forward_hook(note, with_kwargs=True) for layer in site.layers if layer.is_recurrent
+        layer.attention.register_forward_hook(note, with_kwargs=True) for layer in site.layers if layer.num_states
     ]
     try:
         whole, pieces = _trial_cache(site), _trial_cache(site)
@@ -176,4 +176,6 @@ def _trial_cache(site: DecoderSite) -> Cache:
     """A cache for a pass of the base alone."""
     if not site.is_recurrent:
         return DynamicCache()
-    return Cache(layers=[StateLayer(n) if (n := layer.num_states) else DynamicLayer() for layer in site.layers])
+    return Cache(
+        layers=[DynamicLayer() if layer.num_states is None else StateLayer(layer.num_states) for layer in site.layers]
+    )

@@ -20,7 +20,6 @@ from activation_beacon.evaluation.contexts import (
     Context,
     base_cache_bytes,
     base_read,
-    has_states,
     timed,
 )
 from activation_beacon.evaluation.names import LOCAL_TOKENS
@@ -153,7 +152,7 @@ def _quantized(bits: int) -> Read:
         full = BaseContext.of(model, ids)
         saved = 0
         for layer in full.cache.layers:
-            if not has_states(layer):
+            if getattr(layer, "keys", None) is not None:  # others have states, or nothing
                 keys, values = Quantized.of(layer.keys, bits), Quantized.of(layer.values, bits)
                 saved += layer.keys.nbytes + layer.values.nbytes - keys.num_bytes - values.num_bytes
                 layer.keys, layer.values = keys.dense(), values.dense()
