@@ -293,10 +293,10 @@ def tiny(family: str, seed: int = 0, *, attention: str = "eager", **overrides: A
         overrides: fields of the family's config, of its text model's where it has one.
     """
     if family in MULTIMODAL:
-        own, others = MULTIMODAL[family]
-        config = CONFIG_MAPPING[family](text_config={**SIZES, **own, **overrides}, **copy.deepcopy(others))
+        own, others = copy.deepcopy(MULTIMODAL[family])  # configs change what they are given
+        config = CONFIG_MAPPING[family](text_config={**SIZES, **own, **overrides}, **others)
     else:
-        model_type, own = FAMILIES.get(family, (family, FURTHER.get(family, {})))
+        model_type, own = copy.deepcopy(FAMILIES.get(family, (family, FURTHER.get(family, {}))))
         config = CONFIG_MAPPING[model_type](**{**SIZES, **own, **overrides})
     auto_class: Any = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
     model = auto_class.from_config(config, attn_implementation=attention, dtype=torch.float32)

@@ -113,7 +113,7 @@ def test_families_that_are_not_known_by_name_are_put_to_the_test(family):
         (
             "recurrent_gemma",
             {},
-            "layer 0 carries a state, by no module called linear_attn or conv or mamba or self_attn that takes|it is recurrent",
+            "layer 0 carries a state, by no module called linear_attn or conv or mamba or mixer or self_attn that|it is recurrent",
         ),
     ],
 )
