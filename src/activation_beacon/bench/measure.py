@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 from activation_beacon import attach, detach
 from activation_beacon.bench.timing import Run, keep_pages, now, random_ids, timed
 from activation_beacon.causal import without_cudnn
-from activation_beacon.entries import BeaconLayer
+from activation_beacon.config import RECURRENT
 from activation_beacon.grouped import rows_together
 from activation_beacon.matmul import training_products
 
@@ -81,10 +81,15 @@ def run(model: Any, cell: Cell, num_new: int) -> Run:
     if cell.ratio is None:
         with model.beacon_disabled():
             if not cell.is_tuned:
-                return timed(model, DynamicCache(), ids, num_new)
-            layers = [BeaconLayer() for _ in model.new_cache().layers]
-            return timed(_tuned(model), Cache(layers=layers), ids, num_new)
+                return timed(model, _base_cache(model.config), ids, num_new)
+            return timed(_tuned(model), Cache(layers=model.new_cache().layers), ids, num_new)
     return timed(model, model.new_cache(cell.batch_size, ratio=cell.ratio), ids, num_new)
+
+
+def _base_cache(config: Any) -> DynamicCache:
+    """An empty cache of transformers, which has to know of layers that carry states."""
+    types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+    return DynamicCache(config=config) if RECURRENT.intersection(types) else DynamicCache()
 
 
 def _tuned(model: Any) -> Callable[..., Any]:
@@ -167,7 +172,7 @@ def idle_pairs(model: Any, length: int, num_new: int, repeats: int) -> list[tupl
     for number in range(repeats + 1):
         with_beacons = runs_of(model, model.new_cache) if number % 2 else []
         bare = detach(model)
-        alone = runs_of(bare, DynamicCache)
+        alone = runs_of(bare, functools.partial(_base_cache, bare.config))
         model = attach(bare, config)
         if number:  # the first repeat does not count
             pairs += zip(alone, with_beacons or runs_of(model, model.new_cache), strict=True)

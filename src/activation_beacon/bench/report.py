@@ -25,7 +25,8 @@ class Row:
 
     Ratios, above 1 where full attention is worse, are medians over repeats of full attention's value to this one's in the
     same repeat; None where full attention was not run. `total_speedup_of_tuned` compares with tuned full attention
-    (`measure`). Bounds are what operations (reading, total) and bytes (writing) give; None for kvpress.
+    (`measure`). Bounds are what operations (reading, total) and bytes (writing) give; None for kvpress, and
+    where operations are not counted.
     """
 
     length: int
@@ -63,9 +64,9 @@ class Row:
 
 
 def summary(
-    runs: Mapping[Cell, Run], shape: ModelShape, *, num_new: int, config: BeaconConfig, element_bytes: int
+    runs: Mapping[Cell, Run], shape: ModelShape | None, *, num_new: int, config: BeaconConfig, element_bytes: int
 ) -> list[Row]:
-    """One row for each text and way, in the order of the runs."""
+    """One row for each text and way, in the order of the runs; without bounds where no shape is given."""
     groups: dict[Cell, dict[int, Run]] = {}
     for cell, run in runs.items():
         groups.setdefault(cell._replace(repeat=0), {})[cell.repeat] = run
@@ -75,7 +76,7 @@ def summary(
             groups.get(cell._replace(ratio=None, press=None, is_tuned=is_tuned), {}) for is_tuned in (False, True)
         )
         bounds: Mapping[str, float] = {}
-        if cell.press is None:
+        if cell.press is None and shape is not None:
             how = Compression.of(config, cell.ratio)
             bounds = _bounds(shape, cell.length, how, num_new, cell.batch_size, element_bytes)
         rows.append(_row(cell, groups[cell], full, tuned, bounds))

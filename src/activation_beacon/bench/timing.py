@@ -25,7 +25,7 @@ class Run:
         step_s: median seconds of writing one token more.
         slowest_step_s: of those, the slowest: the one that closes a chunk, if one does.
         total_s: reading and writing.
-        cache_bytes: keys and values held at the end.
+        cache_bytes: keys and values held at the end, and states.
         peak_bytes: held at most; by torch on a GPU, by the whole process on a CPU; None where it cannot be told.
         by: what ran it, if not this package.
     """
@@ -54,7 +54,7 @@ def timed(model: Any, cache: Any, ids: torch.Tensor, num_new: int) -> Run:
 
     Args:
         model: called as a causal language model of transformers is.
-        cache: with `layers` that hold `keys` and `values`.
+        cache: with `layers` that hold `keys` and `values`, or states.
         ids: (B, T).
         num_new: tokens to be written after the first.
     """
@@ -72,9 +72,22 @@ def timed(model: Any, cache: Any, ids: torch.Tensor, num_new: int) -> Run:
         step_s=statistics.median(steps),
         slowest_step_s=max(steps),
         total_s=times[-1] - start,
-        cache_bytes=sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
+        cache_bytes=sum(map(_layer_bytes, cache.layers)),
         peak_bytes=_peak(ids.device),
     )
+
+
+def _layer_bytes(layer: Any) -> int:
+    """Bytes of a layer's keys and values, or of its states."""
+    if hasattr(layer, "num_bytes"):  # one of ours, which may hold two states
+        return layer.num_bytes
+    states = (getattr(layer, name, {}) for name in ("conv_states", "recurrent_states"))
+    tensors = [
+        getattr(layer, "keys", None),
+        getattr(layer, "values", None),
+        *(each for kind in states for each in kind.values()),
+    ]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def now(device: torch.device) -> float:

@@ -11,11 +11,12 @@ from activation_beacon.cli import options
 from activation_beacon.cli.bench import BenchDtype, usual_dtype
 from activation_beacon.cli.console import notice, seconds_text
 from activation_beacon.cli.models import load_model, usable_device
-from activation_beacon.errors import CapacityError, InputError
+from activation_beacon.errors import CapacityError, InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from activation_beacon.bench.cost import ModelShape
     from activation_beacon.bench.peers import TimedPeers
     from activation_beacon.bench.records import Records
 
@@ -85,7 +86,7 @@ def speed(
 
     For each text: seconds to the first token, for each token more, for the slowest of these, and in total; the cache, and the
     memory held at most. Factors compare with full attention in the same repeat; the bound is what counting operations gives
-    for the total.
+    for the total, where they are known (not of latent attention and recurrent layers).
     Full attention is run as transformers runs it, and again "tuned", with all that helps beacons and is not beacons: a cache that is
     appended to in place; on a CPU float32 products through oneDNN where they are faster; on a GPU no kernels of cuDNN in
     writing, where it makes a plan for each token. "of tuned" compares with the latter.
@@ -93,7 +94,6 @@ def speed(
     The last line is one JSON object.
     """
     from activation_beacon.bench import measure, report
-    from activation_beacon.bench.cost import ModelShape
     from activation_beacon.bench.records import Records
 
     sizes, batches, ways = (
@@ -103,7 +103,7 @@ def speed(
     )
     presses = _presses(peers)
     name, attached = _model(model, base, shape, chunk_size, device, dtype, threads)
-    counted = ModelShape.of(attached.config.get_text_config(decoder=True))
+    counted = _counted(attached)
     if local_tokens is not None:
         attached.local_tokens = local_tokens
     _set_graphs(attached, cuda_graphs)
@@ -136,6 +136,17 @@ def speed(
     if output is not None and rows:
         _draw(output / "speed.png", rows)
     _print_line({**records.setting, "rows": [row.to_dict() for row in rows]})
+
+
+def _counted(model: Any) -> "ModelShape | None":
+    """The shape that bounds are computed of; None, with a note, where its operations are not counted."""
+    from activation_beacon.bench.cost import ModelShape
+
+    try:
+        return ModelShape.of(model.config.get_text_config(decoder=True))
+    except UnsupportedError as error:
+        notice(f"no bounds: {str(error).partition(', so')[0]}.")
+        return None
 
 
 def _set_graphs(model: Any, is_on: bool) -> None:
