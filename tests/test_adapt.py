@@ -107,7 +107,7 @@ def test_families_that_are_not_known_by_name_are_put_to_the_test(family):
         (
             "falcon_h1",
             {},
-            "its layers are of type hybrid, which keep neither keys and values for every token nor a state",
+            "its layers are of type hybrid; beacons need those that keep keys and values of every token, or a state",
         ),
         ("minimax", {"layer_types": [RECURRENT, FULL, RECURRENT]}, "a trial pass with an ordinary cache failed"),
         (
@@ -156,7 +156,7 @@ OBSTACLES = {
     ),
     "linear layers": (
         {"layer_types": ["linear_attention", "full_attention", "chunked_attention"]},
-        "its layers are of type chunked_attention, which keep neither keys and values for every token nor a state",
+        "its layers are of type chunked_attention; beacons need those that keep keys and values of every token, or a state",
     ),
     "dynamic scaling": (
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},

@@ -50,7 +50,7 @@ def test_each_context_goes_on_as_alone_across_chunks(family):
         ]
         torch.testing.assert_close(logits, torch.stack(expected), rtol=0, atol=2e-4)
     for each, other in zip(ours, alone, strict=True):
-        assert_same(each, other)
+        assert_same(each, other, 1e-4 if family in WITH_STATES else 2e-5)
 
 
 @pytest.mark.parametrize(

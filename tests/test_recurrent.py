@@ -248,6 +248,25 @@ def test_prompts_of_a_batch_are_answered_as_each_alone(model):
 
 
 @torch.no_grad()
+def test_rows_that_end_before_others_are_left_without_their_padding(model):
+    """One of them within its first chunk, one behind a closed one; as each is where it is alone."""
+    texts = [random_ids(length, length)[0] for length in (CHUNK + 3, 4, 2 * CHUNK + 9)]
+    width = max(map(len, texts))
+    ids = torch.stack([torch.nn.functional.pad(text, (width - len(text), 0)) for text in texts])
+    mask = torch.stack([(torch.arange(width) >= width - len(text)).long() for text in texts])
+    options = {"beacon_ratio": 4, "max_new_tokens": 7, "do_sample": False, "return_dict_in_generate": True}
+    free = model.generate(ids, attention_mask=mask, **options, eos_token_id=96).sequences[:, width:]
+    ends = [int(free[0, 2]), int(free[1, 0])]  # rows 0 and 1 end there, or before
+    both = model.generate(ids, attention_mask=mask, **options, eos_token_id=ends)
+    counts = []
+    for row, text in enumerate(texts):
+        alone = model.generate(text[None], **options, eos_token_id=ends)
+        counts.append(alone.sequences.shape[1] - len(text))
+        same(both.past_key_values.row(row), alone.past_key_values, atol=5e-5)
+    assert min(counts) < max(counts)
+
+
+@torch.no_grad()
 def test_beams_take_their_states_along(model):
     context, question = model.compress(random_ids(3 * CHUNK + 5), ratio=4), random_ids(5, 2)
     options = {"num_beams": 3, "max_new_tokens": CHUNK, **GREEDY}

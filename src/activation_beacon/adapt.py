@@ -204,7 +204,7 @@ def _refuse_known_obstacles(model: PreTrainedModel, config: Any) -> None:
     if strange := sorted(layer_types - {FULL_ATTENTION, "sliding_attention"} - RECURRENT - others):
         raise unsupported(
             model,
-            f"its layers are of type {', '.join(strange)}, which keep neither keys and values for every token nor a state",
+            f"its layers are of type {', '.join(strange)}; beacons need those that keep keys and values of every token, or a state",
         )
     if getattr(model, "_is_stateful", False) and not layer_types - RECURRENT - others:
         raise unsupported(

@@ -267,6 +267,7 @@ class BeaconCache(Cache):
 
     def take_back(self, counts: Sequence[int]) -> None:
         """Take back so many tokens of each row; they must still be in its tail, and no layer be recurrent."""
+        assert not self.is_recurrent, "states cannot be taken back"
         rows = tuple(row.after_reading(-count) for row, count in zip(self.rows, counts, strict=True))
 
         def cut(tensor: torch.Tensor, longest: int, dim: int) -> torch.Tensor:
@@ -276,6 +277,14 @@ class BeaconCache(Cache):
         layers = [layer.map_slots(lambda tensor: cut(tensor, num_slots, 2)) for layer in self.layers]
         self.token_ids = cut(self.token_ids, max(row.tokens_seen for row in rows), 1)
         self.layers, self.rows = layers, rows
+
+    def without_tail(self) -> "BeaconCache":
+        """The context of one text as it was when its last chunk was closed; one that has read nothing where none has been."""
+        row = self.rows[0]
+        other = self._like(self.token_ids[:, : row.tokens_seen - row.tail_length])
+        other.layers = [layer.cut(row.memory_length, is_settled=True) for layer in self.layers]
+        other.rows = (row.after_reading(-row.tail_length),)
+        return other
 
     def reset(self) -> None:
         """Refused: a new text needs a new cache."""

@@ -6,7 +6,7 @@ go in and come out as text: the cache is shorter.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -124,13 +124,30 @@ class BeaconGeneration(Attached):
         output = super().generate(inputs, **{**kwargs, **ours})
         is_kept = given is not None or getattr(output, "past_key_values", None) is planned
         if is_kept and (option("num_beams") or 1) == 1:  # beams change places
-            ends.take_back_padding(planned)
+            self._take_back(planned, ends.padding(planned))
         if given is not None and planned is not given:
             given.adopt(planned)
             given.is_continued = True
             if getattr(output, "past_key_values", None) is planned:
                 output.past_key_values = given
         return output
+
+    def _take_back(self, cache: BeaconCache, counts: Sequence[int]) -> None:
+        """Take back so many tokens of each row's tail; where layers carry a state, what is left of the tail is read again."""
+        if not any(counts):
+            return
+        if not cache.is_recurrent:
+            cache.take_back(counts)
+            return
+        rows = [cache.row(index) for index in range(cache.batch_size)]
+        for index, count in enumerate(counts):
+            left = rows[index].tail_length - count
+            if count:
+                tail = rows[index].token_ids[:, rows[index].tokens_seen - rows[index].tail_length :]
+                rows[index] = rows[index].without_tail()
+                if left:
+                    self.compress(tail[:, :left], cache=rows[index])
+        cache.adopt(BeaconCache.stack(rows))
 
     def generation_option(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Option:
         """Finds an option of a call of `generate` as transformers does: its arguments, its config, the model's config."""

@@ -30,14 +30,14 @@ class RowEnds(StoppingCriteriaList):
         self.lengths = torch.where(has_ended & (before == 0), self.longest, before)
         return has_ended
 
-    def take_back_padding(self, cache: BeaconCache) -> None:
-        """Leave each row of the cache with the text that was read before it ended, all but its last token, as where it is alone.
+    def padding(self, cache: BeaconCache) -> list[int]:
+        """Tokens to take back of each row, to leave it with the text that was read before it ended, all but its last token.
 
         A row whose padding has closed a chunk keeps it: no chunk can be opened again. Without an end token there is no padding:
         transformers has all rows go on.
         """
         if self.lengths is None or not any(hasattr(criterion, "eos_token_id") for criterion in self):
-            return
+            return [0] * cache.batch_size
         counts = [self.longest - length if length else 0 for length in self.lengths.tolist()]
         for number, (row, count) in enumerate(zip(cache.rows, counts, strict=True)):
             if count > row.tail_length:
@@ -47,5 +47,4 @@ class RowEnds(StoppingCriteriaList):
                     count,
                 )
                 counts[number] = 0
-        if any(counts):
-            cache.take_back(counts)
+        return counts
