@@ -138,7 +138,7 @@ ALL_RECURRENT: dict[str, dict[str, Any]] = {
     "lfm2_moe": {
         **SHORT_CONV, "num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_dense_layers": 1,
     },
-    "lfm3": SHORT_CONV,
+    "lfm3": {**SHORT_CONV, "layer_types": [CONV, SLIDING, FULL, CONV], "sliding_window": 20},
     "nemotron_h": {
         "layers_block_type": [RECURRENT, FULL, "mlp", RECURRENT, "moe"], "num_hidden_layers": 5, "mamba_num_heads": 8,
         "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 16, "n_routed_experts": 2,

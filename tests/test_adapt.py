@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from activation_beacon import BeaconConfig, attach
 from activation_beacon.adapt import find_decoder
@@ -61,6 +62,16 @@ def test_all_known_families_are_tested():
     text_models = {tiny(name).config.get_text_config(decoder=True).model_type for name in MULTIMODAL}
     assert {*ALL_FURTHER, *text_models} - TESTED_FAMILIES == CAUSAL_FAMILIES
     assert WINDOWED | WINDOWED_BY_TYPE <= TESTED_FAMILIES | CAUSAL_FAMILIES
+
+
+@pytest.mark.parametrize("family", sorted(TESTED_FAMILIES | CAUSAL_FAMILIES))
+def test_windows_that_a_family_has_by_default_are_heeded(family):
+    """A model would be taken to see all that its windows hide."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip("an older transformers has it not")
+    config = CONFIG_MAPPING[family]()
+    has_windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    assert not has_windows or family in WINDOWED_BY_TYPE
 
 
 def test_layers_without_positions_are_found():

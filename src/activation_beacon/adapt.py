@@ -1,4 +1,6 @@
-"""Finding the places of a decoder that beacons need. Families of models differ here, and in `families`, and nowhere else.
+"""Finding the places of a decoder that beacons need.
+
+Families of models differ here, in `families`, and in the names by which `recurrent` hands on a cache; nowhere else.
 
 What a family must have: attention modules whose projections are plain linear layers (apart or fused), a cache that holds
 rotated keys, and a rotary embedding that moves them. Some of its layers may carry a state in the place of keys and values
@@ -12,14 +14,18 @@ from typing import Any
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from activation_beacon.config import FEED_FORWARD, RECURRENT
 from activation_beacon.dense import is_linear
 from activation_beacon.families import (
     CAUSAL_FAMILIES,
+    FEED_FORWARD,
     FULL_ATTENTION,
+    RECURRENT,
+    SLIDING_ATTENTION,
     TESTED_FAMILIES,
     WINDOWED,
     WINDOWED_BY_TYPE,
+    is_recurrent,
+    layer_types,
     unsupported,
 )
 from activation_beacon.recurrent import takes_cache
@@ -59,7 +65,7 @@ def find_decoder(model: PreTrainedModel, projections: Sequence[str]) -> DecoderS
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise unsupported(model, "its decoder has no list of layers called `layers`")
     rotary = next((found for name in ROTARY_NAMES if (found := getattr(decoder, name, None)) is not None), None)
-    if rotary is None and not _recurrent_types(config):  # beside states, attention may do without positions
+    if rotary is None and not is_recurrent(config):  # beside states, attention may do without positions
         raise unsupported(
             model, "it has no rotary position embedding (`rotary_emb`), so that stored keys cannot be moved"
         )
@@ -81,7 +87,7 @@ def find_decoder(model: PreTrainedModel, projections: Sequence[str]) -> DecoderS
 
 def _num_states(config: Any) -> dict[int, int]:
     """Of each layer that transformers keeps a state for, or nothing, how many states of a kind."""
-    if not _recurrent_types(config):
+    if not is_recurrent(config):
         return {}
     found = {}
     for index, (layer, kind) in enumerate(zip(DynamicCache(config=config).layers, config.layer_types, strict=True)):
@@ -112,10 +118,10 @@ def _layer_site(
     rotary: nn.Module | None,
     projections: Sequence[str],
 ) -> LayerSite:
-    names = (*ATTENTION_NAMES, MIXER) if _recurrent_types(config) else ATTENTION_NAMES
+    names = (*ATTENTION_NAMES, MIXER) if is_recurrent(config) else ATTENTION_NAMES
     attention = next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
     if attention is None:
-        raise unsupported(model, f"layer {index} has no attention module called {' or '.join(ATTENTION_NAMES)}")
+        raise unsupported(model, f"layer {index} has no attention module called {' or '.join(names)}")
     sites = tuple(_projection_sites(attention, projections))
     found = "".join(site.name for site in sites)
     # Where values are made of keys, the beacon copy of their projection serves both.
@@ -153,8 +159,8 @@ def _layer_rope(
 ) -> Rope | None:
     if rotary is None or not getattr(attention, "use_rope", True):
         return None
-    layer_types = getattr(config, "layer_types", None)
-    layer_type = layer_types[index] if layer_types and hasattr(rotary, f"{layer_types[index]}_inv_freq") else None
+    names = getattr(config, "layer_types", None)
+    layer_type = names[index] if names and hasattr(rotary, f"{names[index]}_inv_freq") else None
     frequencies = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
     if not hasattr(rotary, frequencies):
         raise unsupported(model, f"its rotary embedding has no `{frequencies}`")
@@ -168,8 +174,8 @@ def _layer_rope(
 
 def _window(config: Any, index: int) -> int | None:
     """The window of a layer of a known family; configurations of others may name one that nobody heeds."""
-    layer_types = getattr(config, "layer_types", None)
-    by_type = config.model_type in WINDOWED_BY_TYPE and layer_types and layer_types[index] != FULL_ATTENTION
+    names = getattr(config, "layer_types", None)
+    by_type = config.model_type in WINDOWED_BY_TYPE and names and names[index] == SLIDING_ATTENTION
     is_windowed = config.model_type in WINDOWED or by_type
     return (getattr(config, "sliding_window", None) or None) if is_windowed else None
 
@@ -199,14 +205,14 @@ def _refuse_known_obstacles(model: PreTrainedModel, config: Any) -> None:
         raise unsupported(
             model, "its layers choose what they attend to, by keys of their own that are kept apart (sparse attention)"
         )
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    others = FEED_FORWARD if layer_types & RECURRENT else frozenset()
-    if strange := sorted(layer_types - {FULL_ATTENTION, "sliding_attention"} - RECURRENT - others):
+    types = layer_types(config)
+    keyless = RECURRENT | FEED_FORWARD if is_recurrent(config) else RECURRENT
+    if strange := sorted(types - {FULL_ATTENTION, SLIDING_ATTENTION} - keyless):
         raise unsupported(
             model,
             f"its layers are of type {', '.join(strange)}; beacons need those that keep keys and values of every token, or a state",
         )
-    if getattr(model, "_is_stateful", False) and not layer_types - RECURRENT - others:
+    if getattr(model, "_is_stateful", False) and not types - keyless:
         raise unsupported(
             model,
             "it is recurrent (linear attention or state space), and no layer of it is said to hold keys and values",
@@ -221,7 +227,3 @@ def _refuse_known_obstacles(model: PreTrainedModel, config: Any) -> None:
         raise unsupported(model, "its layers are given embeddings of the token ids, and beacons have none")
     if getattr(config, "num_kv_shared_layers", 0):
         raise unsupported(model, "some of its layers share the keys and values of others")
-
-
-def _recurrent_types(config: Any) -> set[str]:
-    return set(RECURRENT.intersection(getattr(config, "layer_types", None) or ()))

@@ -40,6 +40,11 @@ class NewTokens:
         return self.ids.shape[1]
 
     @property
+    def begins_in_padding(self) -> bool:
+        """Whether some row does."""
+        return any(self.starts)
+
+    @property
     def ends_in_padding(self) -> bool:
         """Whether some row does."""
         return any(start + count < self.columns for start, count in zip(self.starts, self.counts, strict=True))

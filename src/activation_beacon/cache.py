@@ -177,15 +177,15 @@ class BeaconCache(Cache):
 
     @property
     def uncompressed_bytes(self) -> int:
-        """Bytes that the keys and values of all tokens seen would take uncompressed, in the same dtype."""
-        per_entry = num_states = 0
+        """Bytes that keys and values of all tokens seen would take uncompressed, in the same dtype, and states."""
+        per_entry = of_states = 0
         for layer in self.layers:
             if layer.is_recurrent:
-                num_states += layer.state.num_bytes
+                of_states += layer.state.num_bytes
             elif layer.keys is not None and layer.values is not None:
                 heads_and_dims = layer.keys.shape[1] * (layer.keys.shape[3] + layer.values.shape[3])
                 per_entry += heads_and_dims * layer.keys.element_size()
-        return num_states + per_entry * sum(row.tokens_seen for row in self.rows)
+        return of_states + per_entry * sum(row.tokens_seen for row in self.rows)
 
     def __str__(self) -> str:
         lines = [f"BeaconCache: {_row_text(row)}" for row in self.rows]
@@ -282,7 +282,7 @@ class BeaconCache(Cache):
         """The context of one text as it was when its last chunk was closed; one that has read nothing where none has been."""
         row = self.rows[0]
         other = self._like(self.token_ids[:, : row.tokens_seen - row.tail_length])
-        other.layers = [layer.cut(row.memory_length, is_settled=True) for layer in self.layers]
+        other.layers = [layer.at_chunk_end(row.memory_length) for layer in self.layers]
         other.rows = (row.after_reading(-row.tail_length),)
         return other
 

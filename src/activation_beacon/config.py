@@ -11,10 +11,6 @@ from activation_beacon.errors import ConfigError
 
 FORMAT_VERSION = 1
 FINGERPRINT_DIGITS = 16
-RECURRENT = frozenset({"linear_attention", "conv"})  # types of a base's layers that carry a state
-FEED_FORWARD = frozenset(
-    {"mlp", "moe"}
-)  # types of those that are nothing else, where attention and states have layers to themselves
 PROJECTIONS = ("q", "k", "v", "o")
 PLACEMENTS = ("interleave", "append")
 

@@ -243,10 +243,13 @@ class BeaconLayer(DynamicLayer):
         """The same change made to keys and values (B, K, S, D) of all slots; it may select slots."""
         return self.dense().map(change)
 
-    def cut(self, num_slots: int, *, is_settled: bool) -> "BeaconLayer":
-        """The first slots, whether or not they end with a closed chunk."""
-        del is_settled
+    def cut(self, num_slots: int) -> "BeaconLayer":
+        """The first slots."""
         return self.map_slots(lambda tensor: tensor[:, :, :num_slots])
+
+    def at_chunk_end(self, num_slots: int) -> "BeaconLayer":
+        """The first slots, as many as the last closed chunk has left."""
+        return self.cut(num_slots)
 
     @staticmethod
     def stack(layers: Sequence["BeaconLayer"]) -> "BeaconLayer":

@@ -1,6 +1,6 @@
 """What is known of families of decoders by their names, and the error for those that cannot carry beacons."""
 
-from transformers import PreTrainedModel
+from typing import Any
 
 from activation_beacon.errors import UnsupportedModelError
 
@@ -27,13 +27,28 @@ WINDOWED = frozenset({"mistral", "phi3", "ministral3", "mixtral", "phimoe", "qwe
 WINDOWED_BY_TYPE = frozenset(
     {
         "qwen2", "qwen3", "gemma3_text", "smollm3", "gpt_oss", "afmoe", "cohere2", "cwm", "exaone4", "gemma4_text",
-        "gemma4_unified_text", "ministral", "olmo3", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text",
+        "gemma4_unified_text", "lfm3", "ministral", "olmo3", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text",
     }
 )  # fmt: skip
 FULL_ATTENTION = "full_attention"
+SLIDING_ATTENTION = "sliding_attention"
+RECURRENT = frozenset({"linear_attention", "conv"})  # types of layers that carry a state
+FEED_FORWARD = frozenset(
+    {"mlp", "moe"}
+)  # of those that are nothing else, where attention and states have layers to themselves
 
 
-def unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
+def layer_types(config: Any) -> frozenset[str]:
+    """What transformers calls the layers of a text model's configuration; nothing where it has no names for them."""
+    return frozenset(getattr(config, "layer_types", None) or ())
+
+
+def is_recurrent(config: Any) -> bool:
+    """Whether some layers carry a state."""
+    return bool(layer_types(config) & RECURRENT)
+
+
+def unsupported(model: Any, reason: str) -> UnsupportedModelError:
     """The error for a model that cannot carry beacons."""
     families = ", ".join(sorted(TESTED_FAMILIES))
     return UnsupportedModelError(f"{type(model).__name__} cannot carry beacons: {reason}. Tested families: {families}.")

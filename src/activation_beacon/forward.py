@@ -21,6 +21,7 @@ from activation_beacon.chunk_inputs import ReadingModel, anchor_slots, anchors_o
 from activation_beacon.chunk_memory import joined_layer, lent, memory_view
 from activation_beacon.constants import constant, sent
 from activation_beacon.entries import PassEnded, take
+from activation_beacon.errors import UnsupportedError
 from activation_beacon.grouped import ByChunk, GroupLayer
 from activation_beacon.plan import ChunkLayout, GroupLayout, Row, RowReading, TextPlanner, closing_rounds
 from activation_beacon.readout import Readout, Wanted
@@ -60,8 +61,8 @@ def read(
         TextPlanner(cache.config, policy, site.max_positions).plan(row, count)
         for row, policy, count in zip(cache.rows, cache.policies, new.counts, strict=True)
     ]
-    if site.is_recurrent and not _are_alike(cache, readings):
-        return _read_in_turn(model, site, cache, new, wanted, progress)
+    if site.is_recurrent and not _are_alike(site, cache, readings):
+        return _read_in_turn(model, site, cache, new, wanted, readings, progress)
     reader = _Reader(model, site, cache, new, wanted, readings)
     if not any(reading.closings for reading in readings):
         if not reader.replay_step():
@@ -74,14 +75,14 @@ def read(
     return reader.readout
 
 
-def _are_alike(cache: BeaconCache, readings: Sequence[RowReading]) -> bool:
-    """Whether the rows of a batch are read in passes without padding, which would leave a trace in states.
+def _are_alike(site: DecoderSite, cache: BeaconCache, readings: Sequence[RowReading]) -> bool:
+    """Whether the rows of a batch are read in passes without padding that would leave traces in states.
 
-    Padding before the first token leaves none: states are zero then.
+    Before the first token it leaves none in most models: states are zero then, and stay so.
     """
     is_begun = cache.num_slots > 0 or any(reading.closings for reading in readings)
     passes = {(reading.restart, reading.closings, reading.stop - reading.raw_start) for reading in readings}
-    return len(passes) == 1 or not is_begun
+    return len(passes) == 1 or not (is_begun or site.padding_leaves_traces)
 
 
 def _read_in_turn(
@@ -90,18 +91,39 @@ def _read_in_turn(
     cache: BeaconCache,
     new: NewTokens,
     wanted: Wanted,
+    readings: Sequence[RowReading],
     progress: Progress | None,
 ) -> Readout:
-    """`read`, row by row."""
-    rows, readouts = [], []
-    for index, (start, count) in enumerate(zip(new.starts, new.counts, strict=True)):
+    """`read`, row by row.
+
+    Raises:
+        UnsupportedError: where hidden states or attentions are asked for, which come of one pass over all rows.
+    """
+    for option in ("output_hidden_states", "output_attentions"):
+        if wanted.options.get(option):
+            raise UnsupportedError(
+                f"{option} needs rows that are read together; padding would change the states that this model's layers carry. "
+                "Give texts of one length, or one at a time."
+            )
+    rows, readouts, done = [], [], 0
+    for index, (start, count, reading) in enumerate(zip(new.starts, new.counts, readings, strict=True)):
         row, own = slice(index, index + 1), cache.row(index)
         labels = None if wanted.labels is None else wanted.labels[row]
         tokens, of_row = NewTokens(new.ids[row], [start], [count]), dataclasses.replace(wanted, labels=labels)
-        readouts.append(read(model, site, own, tokens, of_row, progress=progress))
+        readouts.append(read(model, site, own, tokens, of_row, progress=_of_all(progress, done, readings)))
         rows.append(own)
+        done += len(reading.closings)
+    seen = [row.tokens_seen for row in cache.rows]
     cache.adopt(BeaconCache.stack(rows))
-    return Readout.of_rows(readouts, wanted, new, [row.tokens_seen for row in cache.rows])
+    return Readout.of_rows(readouts, wanted, new, seen)
+
+
+def _of_all(progress: Progress | None, before: int, readings: Sequence[RowReading]) -> Progress | None:
+    """What one row tells of its chunks, told of those of all rows."""
+    if progress is None:
+        return None
+    total = sum(len(reading.closings) for reading in readings)
+    return lambda done, _of_row: progress(before + done, total)
 
 
 class _Reader:

@@ -98,7 +98,7 @@ class BeaconForward(BeaconGeneration):
         keep_cache = cache is not None or self._keeps_cache(use_cache)
         cache = self._opened(cache, input_ids)
         new = self._new_tokens(input_ids, attention_mask)
-        is_short = _can_be_read_by_the_base(cache, new, keep_cache=keep_cache)
+        is_short = self._is_left_to_the_base(cache, new, keep_cache=keep_cache)
         if labels is not None and (keep_cache or not is_short):
             self._check_labels(labels)
         if keep_cache or not is_short:
@@ -161,6 +161,11 @@ class BeaconForward(BeaconGeneration):
             return True
         return position_ids is not None and not _count_up(position_ids, self._new_tokens(input_ids, attention_mask))
 
+    def _is_left_to_the_base(self, cache: BeaconCache, new: NewTokens, *, keep_cache: bool) -> bool:
+        """Whether a text closes no chunk; and, where its states are kept, has no padding before it that would change these."""
+        has_traces = keep_cache and self._beacon.site.padding_leaves_traces and new.begins_in_padding
+        return cache.num_slots == 0 and max(new.counts) <= cache.config.untouched_length and not has_traces
+
     def _keeps_cache(self, use_cache: bool | None) -> bool:
         if use_cache is None:
             use_cache = getattr(self.config.get_text_config(decoder=True), "use_cache", True)
@@ -183,9 +188,15 @@ class BeaconForward(BeaconGeneration):
         given: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> BeaconOutput:
-        """No chunk is closed: the base's own forward with the caller's own arguments."""
+        """No chunk is closed: the base's own forward with the caller's own arguments.
+
+        Padding behind a text would be read into states. What is kept of it is read apart.
+        """
         if cache is not None:
             _refuse_packed(given["position_ids"], new)
+        apart, cache = (
+            (cache, None) if cache is not None and cache.is_recurrent and new.ends_in_padding else (None, cache)
+        )
         labels = given["labels"]
         is_padded = any(count < new.columns for count in new.counts)
         inputs = dict(given, labels=None if is_padded else labels)
@@ -195,7 +206,7 @@ class BeaconForward(BeaconGeneration):
             inputs["position_ids"] = torch.arange(new.columns, device=input_ids.device).expand(input_ids.shape)
         if labels is not None:
             inputs["logits_to_keep"] = 0
-        if self.training:
+        if self.training or apart is not None:
             inputs["use_cache"] = False
         kwargs = {**kwargs, "return_dict": True}
         num_items = kwargs.pop("num_items_in_batch", None) if labels is None or is_padded else None
@@ -209,6 +220,9 @@ class BeaconForward(BeaconGeneration):
             if cache is not None:
                 self._move_to_origin(cache, new, given["position_ids"])
                 _note_read(cache, new)
+            elif apart is not None:
+                read(self, self._beacon.site, apart, new, Wanted())
+                output.past_key_values = apart
         except BaseException:
             if cache is not None:
                 cache.layers = [layer.emptied() for layer in cache.layers]
@@ -246,12 +260,6 @@ class BeaconForward(BeaconGeneration):
         fields = {name: getattr(readout.last, name, None) for name in ("hidden_states", "attentions")}
         past = cache if keep_cache else None
         return BeaconOutput(loss=loss, logits=readout.logits, past_key_values=past, nll=readout.nll, **fields)
-
-
-def _can_be_read_by_the_base(cache: BeaconCache, new: NewTokens, *, keep_cache: bool) -> bool:
-    """Whether a text closes no chunk, and the base leaves nothing in the cache that is not of it, as padding in states."""
-    is_clean = not (keep_cache and cache.is_recurrent and new.ends_in_padding)
-    return cache.num_slots == 0 and max(new.counts) <= cache.config.untouched_length and is_clean
 
 
 def _note_read(cache: BeaconCache, new: NewTokens) -> None:

@@ -25,8 +25,8 @@ class PassState(threading.local):
     `beacon_slots` (n,) are the slots of the pass that hold beacons, or None, and `anchor_slots` (n,) or (B, n) those of the
     tokens that they begin as; `chunks` says how a pass over several chunks at once is cut into them (`at_once.Chunks`),
     None in ordinary passes; `runs` are the numbers of tokens, and of beacons behind them, of each chunk of the pass, for layers
-    that carry a state, and `hidden` what such a layer is given; `is_by_onednn` says that products may go through it (`matmul`),
-    and `pace` how that goes; `is_disabled` turns the beacons off.
+    that carry a state, `hidden` what such a layer is given, and `before` what it carries; `is_by_onednn` says that products may
+    go through it (`matmul`), and `pace` how that goes; `is_disabled` turns the beacons off.
     """
 
     def __init__(self) -> None:
@@ -35,6 +35,7 @@ class PassState(threading.local):
         self.chunks: Any = None
         self.runs: tuple[tuple[int, int], ...] | None = None
         self.hidden: torch.Tensor | None = None
+        self.before: Any = None
         self.is_by_onednn = False
         self.pace = matmul.Pace()
         self.is_disabled = False
@@ -141,4 +142,4 @@ def take_beacon_slots(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 def forget_beacon_slots(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of an attention module or a layer, called also after an error: leaves nothing behind."""
     state: PassState = module.beacon_state  # type: ignore[assignment]
-    state.beacon_slots = state.anchor_slots = state.chunks = state.runs = state.hidden = None
+    state.beacon_slots = state.anchor_slots = state.chunks = state.runs = state.hidden = state.before = None

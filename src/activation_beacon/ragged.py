@@ -149,7 +149,7 @@ def _append(
     lengths = [cache.num_slots for cache in caches]
     held = [[cache.layers[index] for cache in caches] for index in range(len(site.layers))]
     layers = [
-        StateLayer.stack(rows) if layer.is_recurrent else RowsLayer(rows, mask, layer)
+        StateLayer.begun_together(rows) if layer.is_recurrent else RowsLayer(rows, mask, layer)
         for rows, layer in zip(held, site.layers, strict=True)
     ]
     is_compressed = any(row.chunks for cache in caches for row in cache.rows)

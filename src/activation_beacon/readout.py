@@ -59,9 +59,8 @@ class Readout:
 
     @classmethod
     def of_rows(cls, readouts: Sequence["Readout"], wanted: Wanted, new: NewTokens, seen: Sequence[int]) -> "Readout":
-        """What came of the readings of a batch's rows, one by one."""
+        """What came of the readings of a batch's rows, one by one; there is no last pass of all of them."""
         whole = cls(wanted, new, seen)
-        whole.last = readouts[-1].last
         if wanted.labels is not None:
             whole.nll = torch.cat([readout.nll for readout in readouts if readout.nll is not None])
         if wanted.first_column is not None:

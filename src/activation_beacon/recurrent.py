@@ -77,10 +77,10 @@ class State:
         return sum(tensor.nbytes for _, tensor in self.named_tensors())
 
 
-def stacked(states: Sequence[State]) -> State:
-    """States of several texts as one of a batch; one that is empty is zero, as modules take it to be."""
+def stacked(states: Sequence[State], counts: Sequence[int]) -> State:
+    """States of several batches, of so many texts each, as one; a state that is empty is zero, as modules take it to be."""
 
-    def joined(parts: Sequence[torch.Tensor | None], counts: Sequence[int]) -> torch.Tensor | None:
+    def joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         like = next((part for part in parts if part is not None), None)
         if like is None:
             return None
@@ -90,10 +90,9 @@ def stacked(states: Sequence[State]) -> State:
         ]
         return torch.cat(filled)
 
-    counts = [next((tensor.shape[0] for _, tensor in state.named_tensors()), 1) for state in states]
     return State(
-        tuple(joined(parts, counts) for parts in zip(*(state.conv for state in states), strict=True)),
-        tuple(joined(parts, counts) for parts in zip(*(state.recurrent for state in states), strict=True)),
+        tuple(joined(parts) for parts in zip(*(state.conv for state in states), strict=True)),
+        tuple(joined(parts) for parts in zip(*(state.recurrent for state in states), strict=True)),
     )
 
 
@@ -189,9 +188,13 @@ class StateLayer(LinearAttentionLayer):
         """Itself: it has no slots."""
         return self
 
-    def cut(self, _num_slots: int, *, is_settled: bool) -> "StateLayer":
-        """The layer after the last closed chunk, or as it is."""
-        return StateLayer.of(self.settled, self.settled) if is_settled else self.copy()
+    def cut(self, _num_slots: int) -> "StateLayer":
+        """The layer as it is: it has no slots."""
+        return self.copy()
+
+    def at_chunk_end(self, _num_slots: int) -> "StateLayer":
+        """The layer as it was when the last chunk was closed."""
+        return StateLayer.of(self.settled, self.settled.map(torch.clone))
 
     def with_dtype(self, dtype: torch.dtype) -> "StateLayer":
         """The same in another float dtype, but for sums, which keep the precision that modules make them in."""
@@ -203,11 +206,25 @@ class StateLayer(LinearAttentionLayer):
 
     @staticmethod
     def stack(layers: Sequence["StateLayer"]) -> "StateLayer":
-        """One layer of a batch out of those of several texts."""
-        return StateLayer.of(stacked([layer.state for layer in layers]), stacked([layer.settled for layer in layers]))
+        """One layer of a batch out of those of several, all of which have read something."""
+        counts = [layer.num_rows for layer in layers]
+        return StateLayer.of(
+            stacked([layer.state for layer in layers], counts), stacked([layer.settled for layer in layers], counts)
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Texts whose states it carries; 1 before the first token."""
+        return next((tensor.shape[0] for _, tensor in self.state.named_tensors()), 1)
+
+    @staticmethod
+    def begun_together(layers: Sequence["StateLayer"]) -> "StateLayer":
+        """One layer for a pass over what follows in several texts; those at a chunk's end stay where they are."""
+        state = stacked([layer.state for layer in layers], [layer.num_rows for layer in layers])
+        return StateLayer.of(state, State.empty(len(state.conv)))
 
     def of_row(self, row: int, before: "StateLayer") -> "StateLayer":
-        """The layer of one text of a batch, after a pass that was begun on `before`."""
+        """The layer of one of these texts after the pass: a view."""
         return StateLayer.of(self.state.map(lambda tensor: tensor[row : row + 1]), before.settled)
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -254,14 +271,19 @@ def takes_cache(module: type) -> bool:
 
 
 def hand_on_tokens(mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Forward pre-hook of a recurrent layer's module: of a pass with beacons it is given the first run of tokens."""
+    """Forward pre-hook of a recurrent layer's module: of a pass with beacons it is given the first run of tokens.
+
+    Some modules write over the state in a step of one row, so that gradients cannot be had of it: where these are kept, what the
+    step gives comes of a pass of two.
+    """
     state = mixer.beacon_state
-    if state.runs is None:
-        return None
     given = dict(kwargs)
     if args:
         given["hidden_states"] = args[0]
     assert len(args) <= 1, "whatever follows is given by name"
+    if state.runs is None:
+        _note_step(mixer, given)
+        return None
     state.hidden = given["hidden_states"]
     given["hidden_states"] = state.hidden[:, : state.runs[0][0]]
     given["attention_mask"] = None  # texts of such a pass are of one length
@@ -277,22 +299,45 @@ def read_beacons(
 ) -> torch.Tensor | None:
     """Forward hook of the same: reads what is left of the pass (B, T, M), beacons on a copy of the state."""
     state = mixer.beacon_state
-    if state.runs is None:
-        return None
     hidden, state.hidden = state.hidden, None
+    if hidden is None:
+        return None
     name, index = cache_name(mixer.__class__), mixer.layer_idx
+    if state.runs is None:
+        layer, state.before = state.before, None
+        return _of_one_row(mixer, kwargs, hidden, layer)
     layer = kwargs[name].layers[index]
     outputs, start = [output], 0
 
-    def read(count: int, on: StateLayer) -> None:
+    def read(count: int, on: StateLayer, *, is_last: bool) -> None:
         rows = hidden[:, start : start + count]
-        outputs.append(mixer.forward(**{**kwargs, "hidden_states": rows, name: OneLayerCache(on, index)}))
+        if count == 1 and is_last and torch.is_grad_enabled():
+            outputs.append(_of_one_row(mixer, kwargs, rows, on))
+        else:
+            outputs.append(mixer.forward(**{**kwargs, "hidden_states": rows, name: OneLayerCache(on, index)}))
 
     for number, (num_tokens, num_beacons) in enumerate(state.runs):
         if number:
-            read(num_tokens, layer)
+            read(num_tokens, layer, is_last=number == len(state.runs) - 1)
         start += num_tokens
         if num_beacons:
-            read(num_beacons, layer.begun())
+            read(num_beacons, layer.begun(), is_last=True)
         start += num_beacons
     return torch.cat(outputs, dim=1)
+
+
+def _note_step(mixer: Any, given: dict[str, Any]) -> None:
+    """Note what a step of one row on a state is made of, if gradients are kept, before the module writes over that."""
+    state, cache = mixer.beacon_state, given.get(cache_name(mixer.__class__))
+    if not torch.is_grad_enabled() or cache is None or given["hidden_states"].shape[1] > 1:
+        return
+    layer = cache.layers[mixer.layer_idx]
+    if getattr(layer, "is_recurrent", False) and any(layer.state.shapes):
+        state.hidden, state.before = given["hidden_states"], layer.begun()
+
+
+def _of_one_row(mixer: Any, kwargs: dict[str, Any], row: torch.Tensor, layer: StateLayer) -> torch.Tensor:
+    """What a module makes of one row (B, 1, M) on a state that is not wanted afterwards, gradients included."""
+    name, rows = cache_name(mixer.__class__), torch.cat((row, row), dim=1)
+    cache = OneLayerCache(layer, mixer.layer_idx)
+    return mixer.forward(**{**kwargs, "hidden_states": rows, name: cache})[:, :1]

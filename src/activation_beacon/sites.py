@@ -97,12 +97,14 @@ class DecoderSite:
     Attributes:
         layers: one site for each layer.
         max_positions: positions that the base was made for; None where it has no limit.
+        padding_leaves_traces: whether padding before a text changes states, as where what they are made of has a bias.
         is_known: whether its family is known (`families`): others may add what they like to a causal mask.
     """
 
     layers: tuple[LayerSite, ...]
     max_positions: int | None
     is_known: bool = False
+    padding_leaves_traces: bool = False
 
     @property
     def is_plainly_causal(self) -> bool:

@@ -3,7 +3,9 @@
 A moved key must equal the key that the model itself makes at the new position, and a state must go on where it was left.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,12 +14,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from activation_beacon.families import unsupported
-from activation_beacon.recurrent import StateLayer
+from activation_beacon.projection import PassState
+from activation_beacon.recurrent import Runs, StateLayer, hand_on_tokens, read_beacons
 from activation_beacon.sites import DecoderSite
 
 MOVED_BY = 7  # positions, in the trial of moved keys
 STILL = 1e-3  # of their size, by which keys that are not rotated may differ there
-READ_FIRST, READ_THEN = 5, 3  # tokens, in the trial of states
+READ_FIRST, READ_THEN, PADDING = 5, 3, 4  # tokens, in the trial of states
 
 
 def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, tolerance: float = 2e-2) -> DecoderSite:
@@ -120,10 +123,10 @@ def check_states_go_on(model: PreTrainedModel, site: DecoderSite, *, tolerance: 
     """Compare a text that is read in two pieces with the same read in one.
 
     Returns:
-        The site with the shapes of its states.
+        The site with the shapes of its states, and whether padding before a text leaves traces in them.
 
     Raises:
-        UnsupportedError: if they differ by more than `tolerance`, relative to their size, or if a module cannot be called as it
+        UnsupportedModelError: if they differ by more than `tolerance`, relative to their size, or if a module cannot be called as it
             has to be.
     """
     embedding = model.get_input_embeddings().weight
@@ -133,13 +136,12 @@ def check_states_go_on(model: PreTrainedModel, site: DecoderSite, *, tolerance: 
     strange: list[nn.Module] = []
 
     def note(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not isinstance(output, torch.Tensor) or len(args) > 1 or not (args or "hidden_states" in kwargs):
+        if not isinstance(output, torch.Tensor) or len(args) + ("hidden_states" in kwargs) != 1:
             strange.append(mixer)
 
-    def read(cache: Cache, start: int, stop: int) -> torch.Tensor:
-        output = model.get_decoder()(
-            input_ids=ids[:, start:stop], position_ids=positions[:, start:stop], past_key_values=cache, use_cache=True
-        )
+    def read(cache: Cache, start: int, stop: int, **options: Any) -> torch.Tensor:
+        options = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop], **options}
+        output = model.get_decoder()(**options, past_key_values=cache, use_cache=True)
         return output.last_hidden_state[:, -READ_THEN:].float()
 
     was_training = model.training
@@ -148,10 +150,17 @@ def check_states_go_on(model: PreTrainedModel, site: DecoderSite, *, tolerance: 
         layer.attention.register_forward_hook(note, with_kwargs=True) for layer in site.layers if layer.num_states
     ]
     try:
-        whole, pieces = _trial_cache(site), _trial_cache(site)
-        expected = read(whole, 0, count)
+        pieces = _trial_cache(site)
+        expected = read(_trial_cache(site), 0, count)
         read(pieces, 0, READ_FIRST)
-        measured = read(pieces, READ_FIRST, count)
+        measured = [read(pieces, READ_FIRST, count)]
+        with _in_runs(site, ((READ_FIRST, 0), (READ_THEN, 0))):
+            measured.append(read(_trial_cache(site), 0, count))
+        padding = torch.nn.functional.pad
+        behind_padding = read(
+            _trial_cache(site), 0, count, input_ids=padding(ids, (PADDING, 0)), position_ids=padding(positions, (PADDING, 0)),
+            attention_mask=padding(torch.ones_like(ids), (PADDING, 0)),
+        )  # fmt: skip
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -162,14 +171,35 @@ def check_states_go_on(model: PreTrainedModel, site: DecoderSite, *, tolerance: 
         model.train(was_training)
     if strange:
         raise unsupported(model, f"{type(strange[0]).__name__} is not called with hidden states for hidden states")
-    missed_by = (measured - expected).norm() / expected.norm()
+    missed_by = max((found - expected).norm() / expected.norm() for found in measured)
+    changed_by = (behind_padding - expected).norm() / expected.norm()
     if not missed_by <= tolerance:
         raise unsupported(model, f"a text read in two pieces misses the same read in one by {missed_by:.0%}")
     layers = tuple(
         dataclasses.replace(layer, state_shapes=held.state.shapes) if layer.is_recurrent else layer
         for layer, held in zip(site.layers, pieces.layers, strict=True)
     )
-    return dataclasses.replace(site, layers=layers)
+    return dataclasses.replace(site, layers=layers, padding_leaves_traces=not changed_by <= tolerance)
+
+
+@contextlib.contextmanager
+def _in_runs(site: DecoderSite, runs: Runs) -> Iterator[None]:
+    """Within the block, layers that carry a state read a pass in runs, as one that closes chunks."""
+    state, mixers = PassState(), [layer for layer in site.layers if layer.num_states]
+    state.runs = runs
+    handles = []
+    try:
+        for layer in mixers:
+            layer.attention.beacon_state, layer.attention.beacon_num_states = state, layer.num_states  # type: ignore[assignment]
+            handles.append(layer.attention.register_forward_pre_hook(hand_on_tokens, with_kwargs=True))
+            handles.append(layer.attention.register_forward_hook(read_beacons, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in mixers:
+            for name in ("beacon_state", "beacon_num_states"):
+                vars(layer.attention).pop(name, None)
 
 
 def _trial_cache(site: DecoderSite) -> Cache:

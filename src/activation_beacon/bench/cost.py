@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from activation_beacon.config import RECURRENT, BeaconConfig, Placement
+from activation_beacon.config import BeaconConfig, Placement
 from activation_beacon.errors import ConfigError, UnsupportedError
+from activation_beacon.families import is_recurrent
 from activation_beacon.plan import ROWS_TOGETHER_ON_CUDA, chunks_closed
 
 
@@ -51,7 +52,7 @@ class ModelShape:
             UnsupportedError: for latent attention and recurrent layers, whose products are not those that are counted.
         """
         is_latent = getattr(config, "kv_lora_rank", None)
-        if is_latent or RECURRENT.intersection(getattr(config, "layer_types", None) or ()):
+        if is_latent or is_recurrent(config):
             what = "latent attention" if is_latent else "recurrent layers"
             raise UnsupportedError(
                 f"The operations of {what} ({config.model_type}) are not counted here, so it cannot be planned for or "

@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 from activation_beacon import attach, detach
 from activation_beacon.bench.timing import Run, keep_pages, now, random_ids, timed
 from activation_beacon.causal import without_cudnn
-from activation_beacon.config import RECURRENT
+from activation_beacon.families import is_recurrent
 from activation_beacon.grouped import rows_together
 from activation_beacon.matmul import training_products
 
@@ -88,8 +88,7 @@ def run(model: Any, cell: Cell, num_new: int) -> Run:
 
 def _base_cache(config: Any) -> DynamicCache:
     """An empty cache of transformers, which has to know of layers that carry states."""
-    types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
-    return DynamicCache(config=config) if RECURRENT.intersection(types) else DynamicCache()
+    return DynamicCache(config=config) if is_recurrent(config.get_text_config(decoder=True)) else DynamicCache()
 
 
 def _tuned(model: Any) -> Callable[..., Any]:

@@ -89,7 +89,8 @@ def _suggest_usual_ratio(loaded: Loaded, num_tokens: int) -> None:
         return
     from activation_beacon.plan import entries_held
 
-    held, features = entries_held(loaded.config, num_tokens, USUAL_RATIO), loaded.model._beacon.site.features_per_entry
+    held, site = entries_held(loaded.config, num_tokens, USUAL_RATIO), loaded.model._beacon.site
+    features = None if site.is_recurrent else site.features_per_entry  # states come besides
     size = f"{held:,} entries" if features is None else bytes_text(held * features * loaded.model.dtype.itemsize)
     notice(
         f'"auto" chose ratio {chosen}, the smallest that fits the model\'s positions. --ratio {USUAL_RATIO} would hold '

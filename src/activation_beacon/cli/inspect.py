@@ -75,7 +75,7 @@ def _context(path: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         ]
     lines += [
         ("cache", cache_text(context)),
-        ("saved", bytes_text(context.uncompressed_bytes - context.cache_bytes)),
+        ("saved", bytes_text(max(0, context.uncompressed_bytes - context.cache_bytes))),
         ("file", bytes_text(file_bytes)),
         ("dtype", f"{dtype}{bits}"),
         ("next chunks", "; ".join(dict.fromkeys(map(_policy_text, context.policies)))),

@@ -37,8 +37,11 @@ def opening(cache: BeaconCache, num_tokens: int) -> BeaconCache:
     num_sinks = row.num_sinks if chunks else 0
     kept = Row(row.chunk_size, num_tokens, num_sinks, chunks)
     short = cache.fork()
-    is_settled = num_tokens < row.tokens_seen
-    short.layers = [layer.cut(kept.cache_length, is_settled=is_settled) for layer in cache.layers]
+    is_at_chunk_end = cache.is_recurrent and num_tokens < row.tokens_seen
+    short.layers = [
+        layer.at_chunk_end(kept.cache_length) if is_at_chunk_end else layer.cut(kept.cache_length)
+        for layer in cache.layers
+    ]
     short.rows = (kept,)
     short.token_ids = cache.token_ids[:, :num_tokens]
     return short
