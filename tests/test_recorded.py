@@ -141,9 +141,9 @@ def go_on(model, cache, count, seed=5):
 def test_replayed_steps_are_those_of_passes_across_chunks(family, recordings):
     model = graphed(family)
     cache = model.compress(random_ids(3 * CHUNK + 2), ratio=4)
-    go_on(model, cache, 2 * CHUNK + 5)
-    assert recordings.made == 3  # for the tail, and for each of the two that chunks left
-    assert recordings.replayed == 2 * CHUNK + 5 - 3  # all but the first, which makes room, and those that close a chunk
+    go_on(model, cache, CHUNK + 5)
+    assert recordings.made == 2  # for the tail, and for that which a chunk left
+    assert recordings.replayed == CHUNK + 5 - 2  # all but the first, which makes room, and that which closes a chunk
 
 
 @torch.no_grad()

@@ -483,7 +483,7 @@ def test_progress_is_that_of_all_rows(model):
     assert {total for _, total in told} == {7}
 
 
-@pytest.mark.parametrize("family", WITH_STATES)
+@pytest.mark.parametrize("family", ["bamba", "granitemoehybrid", "nemotron_h", "qwen3_5", "kimi_linear", "lfm2"])
 @pytest.mark.parametrize(("length", "ratio"), [(3 * CHUNK + 1, 2), (2 * CHUNK + 5, CHUNK), (CHUNK + 1, CHUNK)])
 def test_gradients_of_single_rows(family, length, ratio):
     """A tail of one token, or one beacon of a chunk: some modules write over the state in a step of one row."""

@@ -76,11 +76,18 @@ def test_two_processes_that_read_texts_by_two_train_to_the_weights_of_one(alone_
     assert_same(run(2, tmp_path, wrapper=wrapper, stage=BY_TWO), alone_by_two)
 
 
+WAITING = {"stage": {"micro_batch_size": 4}, "of_one_length": True}
+
+
+@pytest.fixture(scope="module")
+def alone_where_others_would_wait(tmp_path_factory):
+    return run(1, tmp_path_factory.mktemp("waiting"), **WAITING)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_a_process_that_waits_through_whole_updates_changes_nothing(tmp_path, wrapper):
-    changes = {"stage": {"micro_batch_size": 4}, "of_one_length": True}
-    assert_same(run(2, tmp_path / "two", wrapper=wrapper, **changes), run(1, tmp_path / "one", **changes))
+def test_a_process_that_waits_through_whole_updates_changes_nothing(alone_where_others_would_wait, tmp_path, wrapper):
+    assert_same(run(2, tmp_path, wrapper=wrapper, **WAITING), alone_where_others_would_wait)
 
 
 def assert_same(got, expected):
@@ -96,8 +103,10 @@ def assert_same(got, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("wrapper", "steps", "then"), [("ddp", 2, 1), ("fsdp", 1, 2)])
-@pytest.mark.parametrize(("stage", "unbroken"), [({}, "alone"), (BY_TWO, "alone_by_two")], ids=["one", "by two"])
+@pytest.mark.parametrize(
+    ("wrapper", "steps", "then", "stage", "unbroken"),
+    [("ddp", 2, 1, BY_TWO, "alone_by_two"), ("fsdp", 1, 2, {}, "alone"), ("fsdp", 1, 1, BY_TWO, "alone_by_two")],
+)
 def test_a_run_of_two_processes_is_resumed_and_may_be_finished_by_one(
     request, tmp_path, wrapper, steps, then, stage, unbroken
 ):

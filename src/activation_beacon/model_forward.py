@@ -188,15 +188,11 @@ class BeaconForward(BeaconGeneration):
         given: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> BeaconOutput:
-        """No chunk is closed: the base's own forward with the caller's own arguments.
-
-        Padding behind a text would be read into states. What is kept of it is read apart.
-        """
+        """No chunk is closed: the base's own forward with the caller's own arguments."""
+        if cache is not None and cache.is_recurrent and new.ends_in_padding:
+            return self._forward_short_beside(input_ids, cache, new, given, kwargs)
         if cache is not None:
             _refuse_packed(given["position_ids"], new)
-        apart, cache = (
-            (cache, None) if cache is not None and cache.is_recurrent and new.ends_in_padding else (None, cache)
-        )
         labels = given["labels"]
         is_padded = any(count < new.columns for count in new.counts)
         inputs = dict(given, labels=None if is_padded else labels)
@@ -206,7 +202,7 @@ class BeaconForward(BeaconGeneration):
             inputs["position_ids"] = torch.arange(new.columns, device=input_ids.device).expand(input_ids.shape)
         if labels is not None:
             inputs["logits_to_keep"] = 0
-        if self.training or apart is not None:
+        if self.training:
             inputs["use_cache"] = False
         kwargs = {**kwargs, "return_dict": True}
         num_items = kwargs.pop("num_items_in_batch", None) if labels is None or is_padded else None
@@ -220,14 +216,26 @@ class BeaconForward(BeaconGeneration):
             if cache is not None:
                 self._move_to_origin(cache, new, given["position_ids"])
                 _note_read(cache, new)
-            elif apart is not None:
-                read(self, self._beacon.site, apart, new, Wanted())
-                output.past_key_values = apart
         except BaseException:
             if cache is not None:
                 cache.layers = [layer.emptied() for layer in cache.layers]
             raise
         return _as_ours(output, loss, nll)
+
+    def _forward_short_beside(
+        self,
+        input_ids: torch.Tensor,
+        cache: BeaconCache,
+        new: NewTokens,
+        given: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> BeaconOutput:
+        """The same, where the base would read padding behind a text into states: what is kept of the text is read by itself."""
+        _refuse_packed(given["position_ids"], new)
+        output = self._forward_short(input_ids, None, new, {**given, "use_cache": False}, kwargs)
+        read(self, self._beacon.site, cache, new, Wanted())
+        output.past_key_values = cache
+        return output
 
     def _move_to_origin(self, cache: BeaconCache, new: NewTokens, position_ids: torch.Tensor | None) -> None:
         """Move what the base has read behind padding to the positions that it holds: each row begins at 0."""
