@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from activation_beacon import BeaconCache, BeaconConfig, attach, detach, load
+from activation_beacon.adapt import find_decoder
 from activation_beacon.at_once import chunks_at_once
 from activation_beacon.bench.cost import ModelShape
 from activation_beacon.errors import ConfigError, FileFormatError, InputError, UnsupportedError
@@ -267,6 +268,8 @@ def test_rows_that_end_before_others_are_left_without_their_padding(model):
         counts.append(alone.sequences.shape[1] - len(text))
         same(both.past_key_values.row(row), alone.past_key_values, atol=5e-5)
     assert min(counts) < max(counts)
+    named = {**options, "beacon_ratio": [4, 4], "max_new_tokens": 2 * CHUNK}  # the prompt's chunks alone
+    assert len(model.generate(ids, attention_mask=mask, **named, eos_token_id=ends).past_key_values.rows) == 3
 
 
 @torch.no_grad()
@@ -422,14 +425,25 @@ def test_batches_are_stacked_with_their_own_states(model):
     assert model(new.repeat(4, 1), past_key_values=both).logits.shape[0] == 4
 
 
-BIASED = {"lfm2": {"conv_bias": True}, "granitemoehybrid": {"mamba_proj_bias": True}, "nemotron_h": {"use_bias": True}}
+BIASED = {
+    "lfm2": {"conv_bias": True},
+    "lfm2_moe": {"conv_bias": True},
+    "granitemoehybrid": {"mamba_proj_bias": True},
+    "bamba": {"mamba_proj_bias": True},
+    "nemotron_h": {"use_bias": True},
+}
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.1])
 @pytest.mark.parametrize("family", BIASED)
 @torch.no_grad()
-def test_padding_that_would_change_a_state_is_not_read(family):
+def test_padding_that_would_change_a_state_is_not_read(family, scale):
     """Zeros in the place of padding become something by a bias. The base itself has that fault."""
-    model = with_beacons(family, CONFIG, attention="sdpa", **BIASED[family])
+    base = tiny(family, attention="sdpa", **BIASED[family])
+    for name, parameter in base.named_parameters():
+        if name.endswith("in_proj.bias"):
+            parameter.mul_(scale)
+    model = attach(base, CONFIG)
     assert model._beacon.site.padding_leaves_traces
     texts = [random_ids(9, 2)[0], random_ids(4, 1)[0]]
     both = model.compress(texts)
@@ -446,8 +460,44 @@ def test_padding_that_would_change_a_state_is_not_read(family):
         assert answers[row].tolist() == model.generate(text[None], max_new_tokens=6, **GREEDY)[0, len(text) :].tolist()
 
 
-def test_most_models_leave_no_trace_of_padding(model):
-    assert not model._beacon.site.padding_leaves_traces
+@pytest.mark.parametrize("family", WITH_STATES)
+def test_most_models_leave_no_trace_of_padding(family):
+    assert not find_decoder(tiny(family), ("q", "k", "v")).padding_leaves_traces
+
+
+@torch.no_grad()
+def test_where_padding_leaves_traces_the_base_gives_what_rows_in_turn_cannot():
+    model = with_beacons("lfm2", CONFIG, attention="sdpa", conv_bias=True)
+    ids, mask = random_ids(10, 1, batch=2), torch.ones(2, 10, dtype=torch.long)
+    mask[1, :5] = 0
+    for given in ({"output_hidden_states": True}, {"logits_to_keep": torch.tensor([2, 9])}):
+        output = model(ids, attention_mask=mask, use_cache=True, **given)
+        with model.beacon_disabled():
+            expected = model(ids, attention_mask=mask, **given)
+        assert torch.equal(output.logits, expected.logits)
+        assert all(map(torch.equal, output.hidden_states or (), expected.hidden_states or ()))
+        same(output.past_key_values.row(1), model.compress(ids[1:, 5:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("has_gradients", [True, False])
+def test_a_pass_that_is_interrupted_leaves_nothing_to_the_next(model, has_gradients):
+    """Ctrl-C comes as no Exception, and torch calls no hooks after it then."""
+    context = model.compress(random_ids(2 * CHUNK + 5), ratio=4)
+    expected = model(random_ids(3, 9), past_key_values=context.fork()).logits
+    mixer = model._beacon.site.layers[0].attention
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for new in (1, CHUNK):
+        handle = mixer.out_proj.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt), torch.set_grad_enabled(has_gradients):
+            model(random_ids(new, 3), past_key_values=context.fork())
+        handle.remove()
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model(random_ids(3, 9), past_key_values=context.fork()).logits, expected, rtol=0, atol=1e-5
+            )
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from activation_beacon.entries import PassEnded, take
 from activation_beacon.errors import UnsupportedError
 from activation_beacon.grouped import ByChunk, GroupLayer
 from activation_beacon.plan import ChunkLayout, GroupLayout, Row, RowReading, TextPlanner, closing_rounds
-from activation_beacon.readout import Readout, Wanted
+from activation_beacon.readout import OF_ONE_PASS, Readout, Wanted
 from activation_beacon.recorded import recorded_step
 from activation_beacon.resuming import ChunkRows
 from activation_beacon.rope import KeyMover
@@ -99,7 +99,7 @@ def _read_in_turn(
     Raises:
         UnsupportedError: where hidden states or attentions are asked for, which come of one pass over all rows.
     """
-    for option in ("output_hidden_states", "output_attentions"):
+    for option in OF_ONE_PASS:
         if wanted.options.get(option):
             raise UnsupportedError(
                 f"{option} needs rows that are read together; padding would change the states that this model's layers carry. "

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, GenerationMixin
 from activation_beacon.attached import Attached
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import InputError, UnsupportedError
+from activation_beacon.forward import read
 from activation_beacon.other_inputs import (
     KINDS_OF_TOKENS,
     OURS,
@@ -23,6 +24,7 @@ from activation_beacon.other_inputs import (
     without_kinds_of_text,
 )
 from activation_beacon.plan import Ratio, Row, TextPlanner, revised
+from activation_beacon.readout import Wanted
 from activation_beacon.row_ends import RowEnds, end_ids
 from activation_beacon.unread import unread
 
@@ -146,7 +148,9 @@ class BeaconGeneration(Attached):
                 tail = rows[index].token_ids[:, rows[index].tokens_seen - rows[index].tail_length :]
                 rows[index] = rows[index].without_tail()
                 if left:
-                    self.compress(tail[:, :left], cache=rows[index])
+                    with torch.no_grad():
+                        new = self._new_tokens(tail[:, :left], None)
+                        read(self, self._beacon.site, rows[index], new, Wanted())
         cache.adopt(BeaconCache.stack(rows))
 
     def generation_option(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Option:

@@ -20,7 +20,7 @@ from activation_beacon.forward import read
 from activation_beacon.generation import BeaconGeneration
 from activation_beacon.other_inputs import other_input, positions_of, refuse_other_inputs, without_kinds_of_text
 from activation_beacon.plan import Ratio, Row, TextPlanner, as_policy
-from activation_beacon.readout import Wanted
+from activation_beacon.readout import OF_ONE_PASS, Wanted
 
 # B batch · N new tokens · T tokens of a text · V vocabulary · M model dim
 
@@ -98,7 +98,8 @@ class BeaconForward(BeaconGeneration):
         keep_cache = cache is not None or self._keeps_cache(use_cache)
         cache = self._opened(cache, input_ids)
         new = self._new_tokens(input_ids, attention_mask)
-        is_short = self._is_left_to_the_base(cache, new, keep_cache=keep_cache)
+        wants_more = isinstance(logits_to_keep, torch.Tensor) or any(map(kwargs.get, OF_ONE_PASS))
+        is_short = self._is_left_to_the_base(cache, new, is_read_in_turn=keep_cache and not wants_more)
         if labels is not None and (keep_cache or not is_short):
             self._check_labels(labels)
         if keep_cache or not is_short:
@@ -161,10 +162,14 @@ class BeaconForward(BeaconGeneration):
             return True
         return position_ids is not None and not _count_up(position_ids, self._new_tokens(input_ids, attention_mask))
 
-    def _is_left_to_the_base(self, cache: BeaconCache, new: NewTokens, *, keep_cache: bool) -> bool:
-        """Whether a text closes no chunk; and, where its states are kept, has no padding before it that would change these."""
-        has_traces = keep_cache and self._beacon.site.padding_leaves_traces and new.begins_in_padding
+    def _is_left_to_the_base(self, cache: BeaconCache, new: NewTokens, *, is_read_in_turn: bool) -> bool:
+        """Whether a text closes no chunk; and, if it can be read row by row, has no padding before it that would change states."""
+        has_traces = is_read_in_turn and self._beacon.site.padding_leaves_traces and new.begins_in_padding
         return cache.num_slots == 0 and max(new.counts) <= cache.config.untouched_length and not has_traces
+
+    def _reads_padding_into_states(self, new: NewTokens) -> bool:
+        site = self._beacon.site
+        return site.is_recurrent and (new.ends_in_padding or (site.padding_leaves_traces and new.begins_in_padding))
 
     def _keeps_cache(self, use_cache: bool | None) -> bool:
         if use_cache is None:
@@ -189,7 +194,7 @@ class BeaconForward(BeaconGeneration):
         kwargs: dict[str, Any],
     ) -> BeaconOutput:
         """No chunk is closed: the base's own forward with the caller's own arguments."""
-        if cache is not None and cache.is_recurrent and new.ends_in_padding:
+        if cache is not None and self._reads_padding_into_states(new):
             return self._forward_short_beside(input_ids, cache, new, given, kwargs)
         if cache is not None:
             _refuse_packed(given["position_ids"], new)
@@ -230,7 +235,7 @@ class BeaconForward(BeaconGeneration):
         given: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> BeaconOutput:
-        """The same, where the base would read padding behind a text into states: what is kept of the text is read by itself."""
+        """The same, where the base would read padding into states: what is kept of the text is read by itself."""
         _refuse_packed(given["position_ids"], new)
         output = self._forward_short(input_ids, None, new, {**given, "use_cache": False}, kwargs)
         read(self, self._beacon.site, cache, new, Wanted())

@@ -136,6 +136,7 @@ def take_beacon_slots(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     state.anchor_slots = kwargs.pop("beacon_anchor_slots", None)
     state.chunks = kwargs.pop("beacon_chunks", None)
     state.runs = kwargs.pop("beacon_runs", None)
+    state.hidden = state.before = None
     return args, kwargs
 
 

@@ -12,6 +12,9 @@ from activation_beacon.batch import IGNORED, NewTokens
 # B batch · N new tokens (columns) · V vocabulary
 
 
+OF_ONE_PASS = ("output_hidden_states", "output_attentions")  # options for what comes of one pass over all rows
+
+
 @dataclass
 class Wanted:
     """What a caller wants of the logits.

@@ -273,10 +273,11 @@ def takes_cache(module: type) -> bool:
 def hand_on_tokens(mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Forward pre-hook of a recurrent layer's module: of a pass with beacons it is given the first run of tokens.
 
-    Some modules write over the state in a step of one row, so that gradients cannot be had of it: where these are kept, what the
-    step gives comes of a pass of two.
+    Some modules (Mamba's) write over the state in a step of one row, so that gradients cannot be had of it: where these are kept,
+    what the step gives comes of a pass of two. The state that it leaves has none: of several steps, gradients reach the last.
     """
     state = mixer.beacon_state
+    state.hidden = state.before = None  # of a pass that was interrupted, which calls no hooks
     given = dict(kwargs)
     if args:
         given["hidden_states"] = args[0]

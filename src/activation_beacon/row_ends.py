@@ -7,6 +7,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from activation_beacon.cache import BeaconCache
+from activation_beacon.plan import chunks_closed
 
 logger = logging.getLogger(__name__)
 
@@ -47,4 +48,10 @@ class RowEnds(StoppingCriteriaList):
                     count,
                 )
                 counts[number] = 0
+            elif chunks_closed(row.tokens_seen - count, row.chunk_size, cache.config.local_tokens) < len(row.chunks):
+                logger.warning(
+                    "Row %d ended %d tokens before others, and these have closed a chunk: its tail is shorter than where it is alone.",
+                    number,
+                    count,
+                )
         return counts
