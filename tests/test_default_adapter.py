@@ -48,7 +48,7 @@ def test_beacons_close_part_of_the_gap_between_a_chunk_alone_and_the_whole_text(
 
 
 @pytest.mark.default_model
-@pytest.mark.parametrize("ratio", [4, 8, 16])
+@pytest.mark.parametrize("ratio", [8, 16])
 def test_a_number_is_found_through_beacons(ratio):
     model, tokenizer = load("default")
     prompt = ChatPrompt(tokenizer)
