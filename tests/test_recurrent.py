@@ -10,6 +10,7 @@ from activation_beacon import BeaconCache, BeaconConfig, attach, detach, load
 from activation_beacon.adapt import find_decoder
 from activation_beacon.at_once import chunks_at_once
 from activation_beacon.bench.cost import ModelShape
+from activation_beacon.bench.shapes import read_shape
 from activation_beacon.errors import ConfigError, FileFormatError, InputError, UnsupportedError
 from activation_beacon.evaluation.contexts import BaseContext, base_cache_bytes
 from activation_beacon.evaluation.methods import read_context
@@ -594,6 +595,14 @@ def test_a_text_as_the_base_holds_it_can_be_asked_again_and_again(model):
         match=r"^The method streaming-llm drops keys and values, and .* carry a state\. Leave it out\.",
     ):
         read_context(model, random_ids(700)[0].tolist(), "streaming-llm", ratio=4)
+
+
+@pytest.mark.parametrize("family", ["granitemoehybrid", "lfm2_moe", "qwen3_5_text"])
+def test_a_config_alone_is_told_what_is_not_counted(family, tmp_path):
+    """Without weights, and where there is no rotary embedding, or one of another name."""
+    tiny(family).config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"^The operations of recurrent layers \(\w+\) are not counted"):
+        read_shape(str(tmp_path))
 
 
 def test_what_they_cost_is_not_counted(model):

@@ -5,7 +5,7 @@ A moved key must equal the key that the model itself makes at the new position, 
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -87,11 +87,9 @@ def _lone_token_entries(
     layers = model.get_decoder().layers[: len(site.layers)]
     token = torch.linspace(-1, 1, embedding.shape[-1], dtype=model.dtype, device=device)[None, None]
     cache = _trial_cache(site)
-    was_training = model.training
-    model.eval()
     handles = [layer.attention.register_forward_pre_hook(note, with_kwargs=True) for layer in site.layers]
     handles += [layer.register_forward_pre_hook(note_layer, with_kwargs=True) for layer in layers]
-    try:
+    with _trial(model, "a trial pass with an ordinary cache", handles):
         model.get_decoder()(
             inputs_embeds=token,
             position_ids=torch.tensor([[position]], device=device),
@@ -103,14 +101,6 @@ def _lone_token_entries(
             (torch.zeros(0), torch.zeros(0)) if layer.is_recurrent else (held.keys.float(), held.values.float())
             for layer, held in zip(site.layers, cache.layers, strict=False)
         ]
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise unsupported(model, f"a trial pass with an ordinary cache failed ({error})") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
     told = [
         one.attention if one.attention in reached else layer for one, layer in zip(site.layers, layers, strict=True)
     ]
@@ -147,12 +137,10 @@ def check_states_go_on(model: PreTrainedModel, site: DecoderSite, *, tolerance: 
         output = model.get_decoder()(**options, past_key_values=cache, use_cache=True)
         return output.last_hidden_state[:, -READ_THEN:].float()
 
-    was_training = model.training
-    model.eval()
     handles = [
         layer.attention.register_forward_hook(note, with_kwargs=True) for layer in site.layers if layer.num_states
     ]
-    try:
+    with _trial(model, "a trial pass on states", handles):
         pieces = _trial_cache(site)
         expected = read(_trial_cache(site), 0, count)
         read(pieces, 0, READ_FIRST)
@@ -163,14 +151,6 @@ def check_states_go_on(model: PreTrainedModel, site: DecoderSite, *, tolerance: 
         read(alone, 0, 1)
         first, mask = (torch.nn.functional.pad(each[:, :1], (PADDING, 0)) for each in (ids, torch.ones_like(ids)))
         read(behind_padding, 0, 1, input_ids=first, position_ids=torch.zeros_like(first), attention_mask=mask)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise unsupported(model, f"a trial pass on states failed ({error})") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
     if strange:
         raise unsupported(model, f"{type(strange[0]).__name__} is not called with hidden states for hidden states")
     missed_by = max((found - expected).norm() / expected.norm() for found in measured)
@@ -190,6 +170,27 @@ def check_states_go_on(model: PreTrainedModel, site: DecoderSite, *, tolerance: 
 def _changed_by(found: torch.Tensor, due: torch.Tensor) -> float:
     """By which part of the largest value one differs from the other."""
     return float((found - due).abs().max() / due.abs().max().clamp(min=1e-30))
+
+
+@contextlib.contextmanager
+def _trial(model: PreTrainedModel, what: str, handles: Sequence[Any]) -> Iterator[None]:
+    """A block of passes in evaluation, after which the model is as it was, and its hooks `handles` are gone.
+
+    Raises:
+        UnsupportedModelError: if a pass fails, but for want of memory.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise unsupported(model, f"{what} failed ({error})") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from activation_beacon import BeaconConfig, attach
-from activation_beacon.adapt import find_decoder
+from activation_beacon.adapt import ROTARY_NAMES, find_decoder
 from activation_beacon.base_models import DEFAULT_BASE_NAME
 from activation_beacon.bench.cost import DEFAULT_SHAPE, SHAPES, ModelShape
 from activation_beacon.config import DEFAULT_KIND
@@ -83,8 +83,9 @@ def _without_weights(config: Any) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     decoder = model.get_decoder()
-    if hasattr(decoder, "rotary_emb"):
-        decoder.rotary_emb = type(decoder.rotary_emb)(config)
+    for name in ROTARY_NAMES:
+        if getattr(decoder, name, None) is not None:
+            setattr(decoder, name, type(getattr(decoder, name))(config))
     return model
 
 
