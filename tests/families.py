@@ -103,6 +103,11 @@ GEMMA4 = {
     "num_global_key_value_heads": 1,
     "global_head_dim": 16,
 }
+# The last layers attend to keys and values of those before them, and all are given embeddings of the token ids.
+LENDING = {
+    "num_hidden_layers": 5, "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL], "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
+}  # fmt: skip
 LATENT = {
     "head_dim": 4, "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
     "v_head_dim": 6,
@@ -164,6 +169,11 @@ ALL_FURTHER: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_num_experts": 2, "moe_k": 2, "moe_layer_start_index": 1, "moe_intermediate_size": 16},
     "exaone4": {"sliding_window": 20, "layer_types": IN_TURN},
     "gemma": {},
+    "gemma3n_text": {
+        **LENDING, "sliding_window": 20, "laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 5,
+        "intermediate_size": [48] * 5,
+    },
+    "gemma4-small": {"model_type": "gemma4_text", **GEMMA4, **LENDING},
     "gemma4_text": {**GEMMA4, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
     "gemma4_unified_text": GEMMA4,
     "glm": {},
@@ -205,7 +215,8 @@ ALL_FURTHER: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": 24},
     "youtu": LATENT,
 }  # fmt: skip
-FURTHER = {name: own for name, own in ALL_FURTHER.items() if name in CONFIG_MAPPING}  # an older transformers has fewer
+# An older transformers has fewer.
+FURTHER = {name: own for name, own in ALL_FURTHER.items() if own.get("model_type", name) in CONFIG_MAPPING}
 
 PICTURE, VIDEO = 90, 91  # token ids in whose place pictures are put
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
@@ -237,6 +248,13 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {
             "vision_config": None, "audio_config": None, "image_token_id": PICTURE, "video_token_id": VIDEO,
+            "audio_token_id": 93, "boi_token_id": 92,
+        },
+    ),
+    "gemma4-small-multimodal": (
+        {**GEMMA4, **LENDING},
+        {
+            "model_type": "gemma4", "vision_config": None, "audio_config": None, "image_token_id": PICTURE, "video_token_id": VIDEO,
             "audio_token_id": 93, "boi_token_id": 92,
         },
     ),
@@ -282,6 +300,7 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 ONE_SETTING = (*FURTHER, *MULTIMODAL)  # families that are tested at one setting
 WITH_STATES = (*(name for name in ALL_RECURRENT if name in FURTHER), "lfm2_vl", "qwen3_5", "qwen3_5_moe")
+WITH_LENDERS = ("gemma3n_text", "gemma4-small", "gemma4-small-multimodal")
 EAGER_ONLY = frozenset({"gpt_oss"})
 
 
@@ -294,10 +313,10 @@ def tiny(family: str, seed: int = 0, *, attention: str = "eager", **overrides: A
     """
     if family in MULTIMODAL:
         own, others = copy.deepcopy(MULTIMODAL[family])  # configs change what they are given
-        config = CONFIG_MAPPING[family](text_config={**SIZES, **own, **overrides}, **others)
+        config = CONFIG_MAPPING[others.pop("model_type", family)](text_config={**SIZES, **own, **overrides}, **others)
     else:
         model_type, own = copy.deepcopy(FAMILIES.get(family, (family, FURTHER.get(family, {}))))
-        config = CONFIG_MAPPING[model_type](**{**SIZES, **own, **overrides})
+        config = CONFIG_MAPPING[own.pop("model_type", model_type)](**{**SIZES, **own, **overrides})
     auto_class: Any = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
     model = auto_class.from_config(config, attn_implementation=attention, dtype=torch.float32)
     randomize(model.named_parameters(), seed)

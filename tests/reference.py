@@ -134,7 +134,7 @@ class Result:
     Attributes:
         logits: (T, V) of the raw tokens, each from the pass that read it last.
         keys, values: for each layer (K, S, D), what attention makes of all that a cache holds at the end: sinks, beacons and tail;
-            None of layers that carry a state.
+            None of layers that keep none.
         unrotated_keys: the keys before rotary embedding.
         states: for each layer that carries a state, what that is after the last token, and after the last closed chunk.
     """
@@ -228,7 +228,10 @@ class Reference:
         self.states: dict[int, list[list[torch.Tensor]]] = {}
         self.masks: dict[int | None, torch.Tensor] = {}
         logits = self.model(
-            inputs_embeds=torch.stack(slots)[None], position_ids=self.read_at[None], use_cache=False
+            inputs_embeds=torch.stack(slots)[None],
+            position_ids=self.read_at[None],
+            use_cache=False,
+            **self.layer_embeddings([self.config.pad_token_id if at is None else int(ids[at]) for at in layout.token]),
         ).logits[0]
         return self._result(logits)
 
@@ -250,6 +253,13 @@ class Reference:
             values.append(value[:, order + tail])
             unrotated.append(plain[:, order + tail])
         return Result(logits[raw_slots], keys, values, unrotated, self.states)
+
+    def layer_embeddings(self, ids: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What layers are given of the token ids, where they are; beacons are padding there."""
+        if not getattr(self.config, "hidden_size_per_layer_input", 0):
+            return {}
+        found = self.decoder.embed_tokens_per_layer(torch.tensor([ids]))
+        return {"per_layer_inputs": found.unflatten(-1, (len(self.decoder.layers), -1))}
 
     # --- states ---
 
@@ -282,7 +292,8 @@ class Reference:
     ) -> Any:
         """The family's eager attention over every key at both of its places."""
         plain, held = self._moved(attention, key)
-        self.collected[attention.reference_layer] = (key[0], held[0], plain[0], value[0])
+        if not getattr(attention, "is_kv_shared_layer", False):
+            self.collected[attention.reference_layer] = (key[0], held[0], plain[0], value[0])
         window = kwargs.get("sliding_window")
         config = self.config
         if config.model_type in WINDOWS_IN_MASKS and self._layer_type(attention) != "full_attention":
@@ -313,7 +324,7 @@ class Reference:
         takes_type = "layer_type" in inspect.signature(rotary.forward).parameters
         layer_type = (config.layer_types[index],) if takes_type else ()
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        if config.model_type.startswith("gemma4"):
+        if config.model_type.startswith(("gemma3n", "gemma4")):
             rotate = functools.partial(rotated_one_by_one, rotate)
         if config.model_type in ROTATED_IN_PART:
             rotate = functools.partial(rotated_in_part, rotate)

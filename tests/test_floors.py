@@ -19,6 +19,7 @@ FLOORS = [
         "context_header",
         "files",
         "json_schema",
+        "layer_embeddings",
         "other_inputs",
         "processes",
         "projection",

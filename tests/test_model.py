@@ -1174,13 +1174,9 @@ def t5():
         (lambda: tiny("opt", ffn_dim=32, word_embed_proj_dim=32), "OPT.*no rotary position embedding"),
         (t5, "T5.*decoder with a language modelling head"),
         (lambda: tiny("hunyuan_v1_dense"), "HunYuan.*misses its own keys"),  # norms its keys after rotating them
-        (lambda: tiny("hunyuan_v1_dense"), "HunYuanDense.*misses its own keys"),  # normed after they are rotated
         (lambda: tiny("gpt_neox_japanese"), "GPTNeoXJapanese.*keyword arguments"),
-        (lambda: tiny("gemma4_text", hidden_size_per_layer_input=8), "Gemma4.*embeddings of the token ids"),
-        (
-            lambda: tiny("gemma4_text", num_kv_shared_layers=1, layer_types=[SLIDING, FULL, FULL]),
-            "Gemma4.*share the keys",
-        ),
+        (lambda: tiny("llama", hidden_size_per_layer_input=8), "Llama.*embeddings of the token ids"),
+        (lambda: tiny("llama", num_kv_shared_layers=1), "Llama.*share the keys"),
         (lambda: tiny("gemma4_text", use_bidirectional_attention="all"), "Gemma4.*see those that follow"),
     ],
 )

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import inspect
 import io
 import weakref
 from collections.abc import Callable
@@ -120,6 +121,8 @@ def assert_same(ours, expected):
     assert ours.rows == expected.rows
     assert torch.equal(ours.token_ids, expected.token_ids)
     for layer, other in zip(ours.layers, expected.layers, strict=True):
+        if not layer.has_entries:
+            continue
         for tensor, wanted in zip(layer.entries(), other.entries(), strict=True):
             torch.testing.assert_close(tensor, wanted, rtol=0, atol=2e-5)
 
@@ -140,6 +143,8 @@ def go_on(model, cache, count, seed=5):
 @torch.no_grad()
 def test_replayed_steps_are_those_of_passes_across_chunks(family, recordings):
     model = graphed(family)
+    if "epsilon_tensor = torch.tensor(" in inspect.getsource(type(model.get_decoder())):
+        pytest.skip("an older transformers makes a tensor on the host in every step of Gemma 3n")
     cache = model.compress(random_ids(3 * CHUNK + 2), ratio=4)
     go_on(model, cache, CHUNK + 5)
     assert recordings.made == 2  # for the tail, and for that which a chunk left

@@ -55,7 +55,7 @@ def same(one, other, atol=0.0):
 
 
 def states_of(cache):
-    return {index: layer.state for index, layer in enumerate(cache.layers) if layer.is_recurrent}
+    return {index: layer.state for index, layer in enumerate(cache.layers) if not layer.has_entries}
 
 
 # --- what a state is of ------------------------------------------------------------------------------------------------

@@ -14,11 +14,13 @@ from typing import Any
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from activation_beacon import layer_embeddings
 from activation_beacon.dense import is_linear
 from activation_beacon.families import (
     CAUSAL_FAMILIES,
     FEED_FORWARD,
     FULL_ATTENTION,
+    LENDING,
     RECURRENT,
     SLIDING_ATTENTION,
     TESTED_FAMILIES,
@@ -101,7 +103,7 @@ def _num_states(config: Any) -> dict[int, int]:
 def _recurrent_site(model: PreTrainedModel, layer: nn.Module, index: int, num_states: int) -> LayerSite:
     mixer = next((found for name in RECURRENT_NAMES if (found := getattr(layer, name, None)) is not None), None)
     if num_states == 0:
-        return LayerSite(mixer or layer, layer, (), None, num_states=0)
+        return LayerSite(mixer or layer, layer, (), None, num_states=0, state_shapes=())
     if mixer is None or not hasattr(mixer, "layer_idx") or not takes_cache(type(mixer)):
         raise unsupported(
             model,
@@ -122,6 +124,11 @@ def _layer_site(
     attention = next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
     if attention is None:
         raise unsupported(model, f"layer {index} has no attention module called {' or '.join(names)}")
+    if getattr(config, "num_kv_shared_layers", 0) and attention.is_kv_shared_layer:
+        rope, window = _layer_rope(model, config, attention, index, rotary), _window(config, index)
+        own = config.layer_types[: config.num_hidden_layers - config.num_kv_shared_layers]
+        lender = max(place for place, kind in enumerate(own) if kind == config.layer_types[index])
+        return LayerSite(attention, attention, (), rope, window, num_states=0, state_shapes=(), lender=lender)
     sites = tuple(_projection_sites(attention, projections))
     found = "".join(site.name for site in sites)
     # Where values are made of keys, the beacon copy of their projection serves both.
@@ -223,7 +230,7 @@ def _refuse_known_obstacles(model: PreTrainedModel, config: Any) -> None:
         )
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         raise unsupported(model, "its tokens see those that follow them")
-    if getattr(config, "hidden_size_per_layer_input", 0):
-        raise unsupported(model, "its layers are given embeddings of the token ids, and beacons have none")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise unsupported(model, "some of its layers share the keys and values of others")
+    if getattr(config, "hidden_size_per_layer_input", 0) and not layer_embeddings.are_given(model.get_decoder()):
+        raise unsupported(model, "its layers are given embeddings of the token ids, in a way that is not known")
+    if getattr(config, "num_kv_shared_layers", 0) and config.model_type not in LENDING:
+        raise unsupported(model, "some of its layers share the keys and values of others, in a way that is not known")

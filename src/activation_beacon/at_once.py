@@ -19,7 +19,14 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from activation_beacon.causal import TOLD_WITH_GRADIENTS, LowerRight
-from activation_beacon.chunk_inputs import ReadingModel, anchor_slots, anchors_of_all, interleave
+from activation_beacon.chunk_inputs import (
+    ReadingModel,
+    anchor_slots,
+    anchors_of_all,
+    interleave,
+    laid_end_to_end,
+    plain,
+)
 from activation_beacon.config import BeaconConfig
 from activation_beacon.constants import sent
 from activation_beacon.errors import UnsupportedError
@@ -205,9 +212,8 @@ def read_at_once(
     named_window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
     chunks = Chunks(site, layouts, tail_length, ids.device, anchors, named_window or None)
     pieces = [interleave(model, text, layout) for text, layout in zip(texts, layouts, strict=True)]
-    pieces.append(model.get_input_embeddings()(ids[:, len(layouts) * chunk_size :]))
+    pieces.append(plain(model, ids[:, len(layouts) * chunk_size :]))
     output = model.get_decoder()(
-        inputs_embeds=torch.cat(pieces, dim=1),
         position_ids=chunks.position_ids,
         attention_mask=ids.new_ones((1, 1, 1, 1), dtype=torch.bool),  # "prepared by the caller": none is made of it
         use_cache=False,
@@ -215,6 +221,7 @@ def read_at_once(
         beacon_anchor_slots=chunks.anchor_slots,
         beacon_chunks=chunks,
         beacon_runs=chunks.runs,
+        **laid_end_to_end(pieces),
     )
     return output.last_hidden_state.index_select(1, chunks.raw_slots)
 

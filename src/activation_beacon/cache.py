@@ -71,7 +71,7 @@ class BeaconCache(Cache):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(layers=[])
-        states = num_states or {}  # of each kind, of the layers that carry some
+        states = num_states or {}  # of each kind, of the layers without keys and values
         self.layers: list[Any] = [
             StateLayer(states[index]) if index in states else BeaconLayer() for index in range(num_layers)
         ]
@@ -112,7 +112,7 @@ class BeaconCache(Cache):
     @property
     def slots_held(self) -> int:
         """Slots that its layers have filled, as the first of them says that has any."""
-        return next((layer.get_seq_length() for layer in self.layers if not layer.is_recurrent), 0)
+        return next((layer.get_seq_length() for layer in self.layers if layer.has_entries), 0)
 
     @property
     def dense_keys(self) -> torch.Tensor | None:
@@ -122,7 +122,7 @@ class BeaconCache(Cache):
     @property
     def is_recurrent(self) -> bool:
         """Whether some layers carry states in the place of keys and values: these can be forked, and not be taken back."""
-        return any(layer.is_recurrent for layer in self.layers)
+        return any(layer.number_of_states for layer in self.layers if not layer.has_entries)
 
     @property
     def is_ragged(self) -> bool:
@@ -180,7 +180,7 @@ class BeaconCache(Cache):
         """Bytes that keys and values of all tokens seen would take uncompressed, in the same dtype, and states."""
         per_entry = of_states = 0
         for layer in self.layers:
-            if layer.is_recurrent:
+            if not layer.has_entries:
                 of_states += layer.state.num_bytes
             elif layer.keys is not None and layer.values is not None:
                 heads_and_dims = layer.keys.shape[1] * (layer.keys.shape[3] + layer.values.shape[3])
@@ -202,7 +202,7 @@ class BeaconCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots held, as transformers counts."""
         layer = self.layers[layer_idx]
-        return self.slots_held if layer.is_recurrent else layer.get_seq_length()
+        return layer.get_seq_length() if layer.has_entries else self.slots_held
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Select the rows that beam search goes on with: `beam_idx` (B,)."""
@@ -378,7 +378,7 @@ class BeaconCache(Cache):
     @property
     def quantized_bits(self) -> int | None:
         """Bits that the memory is held in; None where it is dense."""
-        stored = next((layer.stored for layer in self.layers if not layer.is_recurrent), None)
+        stored = next((layer.stored for layer in self.layers if layer.has_entries), None)
         return None if stored is None else stored[0].bits
 
     @classmethod
@@ -490,14 +490,14 @@ class BeaconCache(Cache):
             **({"context_lengths": self.context_lengths} if any(self.context_lengths) else {}),
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "num_layers": len(self.layers),
-            **({"num_states": list(self._num_states.items())} if self.is_recurrent else {}),
+            **({"num_states": list(self._num_states.items())} if self._num_states else {}),
             "quantized_bits": self.quantized_bits,
         }
 
     @property
     def _num_states(self) -> dict[int, int]:
-        """Of each layer that carries states, how many of a kind."""
-        return {index: layer.number_of_states for index, layer in enumerate(self.layers) if layer.is_recurrent}
+        """Of each layer without keys and values, how many states of a kind it carries."""
+        return {index: layer.number_of_states for index, layer in enumerate(self.layers) if not layer.has_entries}
 
     @classmethod
     def _of(cls, header: ContextHeader, tensors: Mapping[str, torch.Tensor]) -> "BeaconCache":
@@ -534,7 +534,7 @@ class BeaconCache(Cache):
         for layer in self.layers:
             shapes = [tuple(tensor.shape) for _, tensor in layer.named_tensors()]
             num_tensors -= len(shapes)
-            is_due = layer.is_recurrent or layer.get_seq_length() == self.num_slots
+            is_due = not layer.has_entries or layer.get_seq_length() == self.num_slots
             if not (layer.is_consistent and is_due) or any(shape[0] != self.batch_size for shape in shapes):
                 raise FileFormatError(f"a layer holds {shapes} where {self.num_slots} entries a row are due")
         if num_tensors != 1:

@@ -150,20 +150,29 @@ class ToldEntries(ToldMask):
 
     Attributes:
         entries: of the layer that is being computed, in the subclass's form; the layer's cache sets them.
+        of_layer: those that have been set so far, where others attend to them once more.
     """
 
     entries: list[Any]
+    of_layer: dict[int, Sequence[Any]]
 
     @classmethod
     def on(cls, device: torch.device) -> Any:
         """Such a mask, without entries yet."""
         mask = cls.made(device)
-        mask.entries = []
+        mask.entries, mask.of_layer = [], {}
         return mask
 
-    def told(self, entries: Sequence[Any]) -> None:
-        """Set the entries, in place: what has been made of the mask meanwhile, on another device, shares the list."""
+    def told(self, entries: Sequence[Any], layer: int | None = None) -> None:
+        """Set the entries, in place: what has been made of the mask meanwhile, on another device, shares the list.
+
+        Args:
+            entries: in the subclass's form.
+            layer: whose they are, where others may attend to them once more.
+        """
         self.entries[:] = entries
+        if layer is not None:
+            self.of_layer[layer] = list(entries)
 
     def attended(self, query: torch.Tensor, *_: Any, **options: Any) -> torch.Tensor:
         """Attention (B, H, T, D) of queries (B, H, T, D) to the entries, as the subclass has it."""
@@ -173,6 +182,13 @@ class ToldEntries(ToldMask):
     def attended_to(query: torch.Tensor, entries: Sequence[Any], *, scale: float | None) -> torch.Tensor:
         """Attention (B, H, T, D) of queries (B, H, T, D) to the entries."""
         raise NotImplementedError
+
+
+def tell_again(attention: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an attention module that has another layer's keys and values: a mask is told of that one's again."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, ToldEntries):
+        mask.told(mask.of_layer[attention.beacon_lender])  # type: ignore[index]
 
 
 def attend(

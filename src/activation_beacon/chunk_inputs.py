@@ -6,12 +6,15 @@ from typing import Any, Protocol
 
 import torch
 
+from activation_beacon import layer_embeddings
 from activation_beacon.config import BeaconConfig
 from activation_beacon.constants import constant
 from activation_beacon.exact import anchor_tokens
 from activation_beacon.plan import ChunkLayout, GroupLayout
 
 # B batch · w tokens of a chunk · T slots of its pass · n beacons · M model dim
+
+Inputs = dict[str, torch.Tensor]
 
 
 class ReadingModel(Protocol):
@@ -44,12 +47,29 @@ class ReadingModel(Protocol):
         """The token embedding."""
 
 
-def interleave(model: ReadingModel, ids: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
-    """Input embeddings (B, T, M) of a chunk: its tokens (B, w) with the beacon's embedding between them."""
+def interleave(model: ReadingModel, ids: torch.Tensor, layout: ChunkLayout) -> Inputs:
+    """What the base is given for a chunk: its tokens (B, w) with the beacon's embedding between them.
+
+    Returns:
+        Arguments of the base's forward by their names, (B, T, ...) each: embeddings (B, T, M), and what layers are given besides.
+    """
     tokens = model.get_input_embeddings()(ids)
-    beacon_mask = constant(layout.beacon_mask, ids.device, torch.bool)[:, None]
-    spread = tokens.index_select(1, constant(layout.token_of_slot, ids.device))
-    return torch.where(beacon_mask, model.beacon_embedding.to(tokens.dtype), spread)
+    is_beacon = constant(layout.beacon_mask, ids.device, torch.bool)
+    token_of_slot = constant(layout.token_of_slot, ids.device)
+    spread = tokens.index_select(1, token_of_slot)
+    embeddings = torch.where(is_beacon[:, None], model.beacon_embedding.to(tokens.dtype), spread)
+    besides = layer_embeddings.of_slots(model.get_decoder(), ids.index_select(1, token_of_slot), is_beacon)
+    return {"inputs_embeds": embeddings, **besides}
+
+
+def plain(model: ReadingModel, ids: torch.Tensor) -> Inputs:
+    """The same of tokens (B, T) alone."""
+    return {"inputs_embeds": model.get_input_embeddings()(ids), **layer_embeddings.of_ids(model.get_decoder(), ids)}
+
+
+def laid_end_to_end(pieces: Sequence[Inputs]) -> Inputs:
+    """Inputs of several chunks as those of one pass."""
+    return {name: torch.cat([piece[name] for piece in pieces], dim=1) for name in pieces[0]}
 
 
 def anchor_slots(config: BeaconConfig, layout: ChunkLayout, ids: torch.Tensor) -> torch.Tensor:

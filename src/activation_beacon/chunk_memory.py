@@ -19,9 +19,9 @@ def memory_view(cache: BeaconCache, members: Sequence[int], length: int, rows: C
     held = lent(cache, members, ends, length + num_held)
     return Cache(
         layers=[
-            layer.at_chunk(is_first=not length)
-            if layer.is_recurrent
-            else ChunkLayer(each, length, num_held=num_held, num_repeated=num_repeated)
+            ChunkLayer(each, length, num_held=num_held, num_repeated=num_repeated)
+            if layer.has_entries
+            else layer.at_chunk(is_first=not length)
             for layer, each in zip(cache.layers, held, strict=True)
         ]
     )

@@ -131,13 +131,21 @@ class Quantized:
         return Quantized(codes, scale, least, self.bits, self.dtype)
 
 
+class PassEnded(Exception):  # noqa: N818 - nothing went wrong
+    """Raised in the last layer that keeps something when all that is wanted of a pass has been kept."""
+
+
 class BeaconLayer(DynamicLayer):
     """One layer's entries: floats in `keys` and `values` (B, K, S, D), after quantised ones if there are any.
 
     Without gradients, what decoding appends goes into room behind them; a text that is read leaves no room.
+
+    Attributes:
+        ends_pass: whether nothing is wanted of the pass in progress beyond this layer's entries.
     """
 
-    is_recurrent = False
+    has_entries = True
+    ends_pass = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,12 +188,18 @@ class BeaconLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append new entries (B, K, T, D); returns all entries, dense."""
+        """Append new entries (B, K, T, D); returns all entries, dense.
+
+        Raises:
+            PassEnded: where it `ends_pass`.
+        """
         self.room = self._room_for(key_states, value_states)
         if self.room is None:
             super().update(key_states, value_states)
         else:
             self.keys, self.values = self.room.append(key_states, value_states)
+        if self.ends_pass:
+            raise PassEnded
         return self.entries()
 
     def _room_for(self, *new: torch.Tensor) -> Room | None:
@@ -313,10 +327,6 @@ class BeaconLayer(DynamicLayer):
         return self.keys.nbytes + self.values.nbytes + sum(part.num_bytes for part in self.stored or ())
 
 
-class PassEnded(Exception):  # noqa: N818 - nothing went wrong
-    """Raised in the last layer of a pass when all that is wanted of the pass has been kept."""
-
-
 class ChunkLayer(DynamicLayer):
     """One layer during the pass that closes a chunk: lends what is held, and keeps the chunk's entries to itself.
 
@@ -331,7 +341,7 @@ class ChunkLayer(DynamicLayer):
         ends_pass: whether nothing is wanted of the pass beyond this layer's keys and values.
     """
 
-    is_recurrent = False
+    has_entries = True
 
     def __init__(
         self,

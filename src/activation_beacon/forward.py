@@ -17,7 +17,7 @@ from activation_beacon import grouped
 from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import FEWEST_IN_SPANS, TOLD_WITH_GRADIENTS, LowerRight, Spans, without_cudnn
-from activation_beacon.chunk_inputs import ReadingModel, anchor_slots, anchors_of_all, interleave
+from activation_beacon.chunk_inputs import ReadingModel, anchor_slots, anchors_of_all, interleave, laid_end_to_end
 from activation_beacon.chunk_memory import joined_layer, lent, memory_view
 from activation_beacon.constants import constant, sent
 from activation_beacon.entries import PassEnded, take
@@ -201,18 +201,17 @@ class _Reader:
         mover = KeyMover(self.site.ropes, constant(group.shifts, device))
         mask = ByChunk.on(device)
         layers = [
-            cache.layers[index].at_chunk(is_first=not length)
-            if site.is_recurrent
-            else GroupLayer(held, length, group, mover, index, mask, site.attended)
+            GroupLayer(held, length, group, mover, index, mask, site.attended)
+            if site.has_entries
+            else cache.layers[index].at_chunk(is_first=not length)
             for index, (site, held) in enumerate(
                 zip(self.site.layers, lent(cache, members, cache.memory_ends(members), length), strict=True)
             )
         ]
-        layers[-1].ends_pass = can_end_early(self.model.get_decoder(), self.site)
+        layers[self.site.last_kept].ends_pass = can_end_early(self.model.get_decoder(), self.site)
         self._call_base(
             None,
             (),
-            inputs_embeds=torch.cat(pieces, dim=1),
             position_ids=(constant(group.positions, device) + length)[None],
             attention_mask=mask,
             past_key_values=Cache(layers=layers),
@@ -220,8 +219,9 @@ class _Reader:
             beacon_slots=constant(group.beacon_slots, device),
             beacon_anchor_slots=anchors_of_all(anchor_slots, group),
             beacon_runs=group.runs,
+            **laid_end_to_end(pieces),
         )
-        kept = (None if layer.is_recurrent else (layer.keys, layer.values) for layer in layers)
+        kept = ((layer.keys, layer.values) if layer.has_entries else None for layer in layers)
         self._keep(members, layers, kept, group.layouts)
 
     def _rows_and_readings(self) -> Any:
@@ -250,12 +250,13 @@ class _Reader:
         rows = self._rows_to_compute(members, layout, anchor_slots)
         memory = memory_view(cache, members, max(lengths), rows)
         wanted = self.readout.first_wanted(members, starts, cache.config.chunk_size)
-        memory.layers[-1].ends_pass = wanted is None and can_end_early(self.model.get_decoder(), self.site)
-        embeddings = interleave(self.model, ids, layout)
+        ends = wanted is None and can_end_early(self.model.get_decoder(), self.site)
+        memory.layers[self.site.last_kept].ends_pass = ends
+        given = interleave(self.model, ids, layout)
         if rows is None:
             slots = torch.arange(layout.num_slots, device=ids.device)
             inputs = {
-                "inputs_embeds": embeddings,
+                **given,
                 "position_ids": _positions(lengths, slots),
                 "attention_mask": self._mask(lengths, slots),
                 "beacon_slots": constant(layout.beacon_slots, ids.device),
@@ -264,7 +265,7 @@ class _Reader:
             }
         else:
             inputs = {
-                "inputs_embeds": rows.of(embeddings),
+                **{name: rows.of(states) for name, states in given.items()},
                 "position_ids": _positions(lengths, rows.slots),
                 "attention_mask": self._mask(lengths, rows.slots, rows=rows),
                 "beacon_slots": rows.beacon_rows,
@@ -277,10 +278,10 @@ class _Reader:
         self._keep(members, memory.layers, self._kept(memory.layers, layout), (layout,))
 
     def _kept(self, passed: Sequence[Any], layout: ChunkLayout) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
-        """Keys, moved, and values (B, K, n, D) that a chunk leaves behind in each layer; None of those that carry a state."""
+        """Keys, moved, and values (B, K, n, D) that a chunk leaves behind in each layer; None of those that keep none."""
         mover = KeyMover(self.site.ropes, constant(layout.shifts, self.ids.device))
         for index, layer in enumerate(passed):
-            if self.site.layers[index].is_recurrent:
+            if not self.site.layers[index].has_entries:
                 yield None
                 continue
             keys, values = layer.chunk()
@@ -313,7 +314,7 @@ class _Reader:
         longest_other = max((cache.rows[row].cache_length for row in others), default=0)
         for index, (chunk, entries) in enumerate(zip(passed, kept, strict=True)):
             if entries is None:
-                assert not others, "rows that differ are read in turn"
+                assert not (others and chunk.number_of_states), "rows that differ are read in turn"
                 cache.layers[index] = chunk.closed()
                 continue
             chunk.forget()
@@ -358,7 +359,9 @@ class _Reader:
             mask = _tail_mask(num_slots, lengths, counts, width, left, ids.device)
         held = cache.layers
         cache.layers = [layer.begun() for layer in held]
+        last = cache.layers[self.site.last_kept]
         try:
+            last.ends_pass = wanted is None and can_end_early(self.model.get_decoder(), self.site)
             output = self._call_base(
                 wanted,
                 range(width),
@@ -382,6 +385,8 @@ class _Reader:
             cache.layers = held
             cache.truncate(num_slots)
             raise
+        finally:
+            last.ends_pass = False
 
     def _settle(self, lengths: list[int], counts: list[int], num_slots: int, left: bool) -> None:
         """Note what the tail's pass has added, and align rows of different lengths at the right again: all of it or nothing."""

@@ -55,15 +55,17 @@ class RowsLayer(DynamicLayer):
         rows: the layer in each cache; appended to in place.
         mask: told of the rows' entries when the layer is reached.
         site: which layer it is.
+        index: its number.
     """
 
-    is_recurrent = False
+    has_entries = True
 
-    def __init__(self, rows: Sequence[BeaconLayer], mask: OwnEntries, site: LayerSite) -> None:
+    def __init__(self, rows: Sequence[BeaconLayer], mask: OwnEntries, site: LayerSite, index: int) -> None:
         super().__init__()
         self.rows = rows
         self.mask = mask
         self.site = site
+        self.index = index
         self.is_initialized = True
 
     def update(
@@ -75,7 +77,7 @@ class RowsLayer(DynamicLayer):
         for row, keys, values in zip(self.rows, key_states.split(1), value_states.split(1), strict=True):
             held_keys, held_values = row.update(keys, values)
             entries.append(self.site.attended(held_keys[:, :, first:], held_values[:, :, first:]))
-        self.mask.told(entries)
+        self.mask.told(entries, self.index)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -149,8 +151,8 @@ def _append(
     lengths = [cache.num_slots for cache in caches]
     held = [[cache.layers[index] for cache in caches] for index in range(len(site.layers))]
     layers = [
-        StateLayer.begun_together(rows) if layer.is_recurrent else RowsLayer(rows, mask, layer)
-        for rows, layer in zip(held, site.layers, strict=True)
+        RowsLayer(rows, mask, layer, index) if layer.has_entries else StateLayer.begun_together(rows)
+        for index, (rows, layer) in enumerate(zip(held, site.layers, strict=True))
     ]
     is_compressed = any(row.chunks for cache in caches for row in cache.rows)
     with model.fast_products(len(caches)) if is_compressed else nullcontext(), without_cudnn(ids.device):
@@ -168,7 +170,7 @@ def _append(
     ]
     after = [
         [
-            layer.of_row(row, rows[row]) if layer.is_recurrent else rows[row]
+            rows[row] if layer.has_entries else layer.of_row(row, rows[row])
             for layer, rows in zip(layers, held, strict=True)
         ]
         for row in range(len(caches))

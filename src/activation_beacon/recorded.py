@@ -21,6 +21,7 @@ from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import ToldEntries, without_cudnn
 from activation_beacon.chunk_inputs import ReadingModel
 from activation_beacon.errors import UnsupportedError, reason
+from activation_beacon.recurrent import StateLayer
 from activation_beacon.room import MOST_PARTS, Room
 from activation_beacon.sites import DecoderSite, LayerSite, understands_rows_apart
 
@@ -109,13 +110,15 @@ class StepLayer(DynamicLayer):
         filled: (B, 1, 1, C), the slots that are seen.
         mask: that the pass is given.
         site: which layer it is.
+        index: its number.
     """
 
     def __init__(
-        self, room: Room, slot: torch.Tensor, filled: torch.Tensor, mask: FilledEntries, site: LayerSite
+        self, room: Room, slot: torch.Tensor, filled: torch.Tensor, mask: FilledEntries, site: LayerSite, index: int
     ) -> None:
         super().__init__()
         self.site = site
+        self.index = index
         self.room = room
         self.slot = slot
         self.filled = filled
@@ -128,7 +131,7 @@ class StepLayer(DynamicLayer):
         """Enter one entry (B, K, 1, D) of each row; returns it, which nobody attends to."""
         for whole, new in zip(self.room.whole, (key_states, value_states), strict=True):
             whole.index_copy_(2, self.slot, new)
-        self.mask.told([*self.site.attended(*self.room.whole), self.filled])
+        self.mask.told([*self.site.attended(*self.room.whole), self.filled], self.index)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -149,7 +152,7 @@ class RecordedStep:
     """
 
     def __init__(self, model: ReadingModel, site: DecoderSite, cache: BeaconCache) -> None:
-        self.rooms = [room for layer in cache.layers if (room := layer.room) is not None]
+        self.rooms = [room for layer in _with_entries(cache) if (room := layer.room) is not None]
         for room in self.rooms:
             room.clear()
         self.padding = _padding(cache)
@@ -164,7 +167,8 @@ class RecordedStep:
         first = torch.tensor(self.padding, device=device)[:, None]
         places = torch.arange(size, device=device)[None]
         # Not through `self`, which keeps the step: a circle would hold the rooms until Python looks for it.
-        rooms = self.rooms
+        numbers = [number for number, layer in enumerate(site.layers) if layer.has_entries]
+        rooms = dict(zip(numbers, self.rooms, strict=True))
 
         def step() -> torch.Tensor:
             seen = (places >= first) & (places <= slot)
@@ -174,8 +178,10 @@ class RecordedStep:
             }
             mask = FilledEntries.on(device)
             layers = [
-                StepLayer(room, slot, filled[layer.window], mask, layer)
-                for room, layer in zip(rooms, site.layers, strict=True)
+                StepLayer(rooms[number], slot, filled[layer.window], mask, layer, number)
+                if number in rooms
+                else StateLayer(0)
+                for number, layer in enumerate(site.layers)
             ]
             return model.base_forward(
                 input_ids=ids,
@@ -208,7 +214,8 @@ class RecordedStep:
             self.weights == _weights(model)
             and self.padding == _padding(cache)
             and all(
-                layer.room is room and layer.has_room(1) for layer, room in zip(cache.layers, self.rooms, strict=True)
+                layer.room is room and layer.has_room(1)
+                for layer, room in zip(_with_entries(cache), self.rooms, strict=True)
             )
         )
 
@@ -222,7 +229,7 @@ class RecordedStep:
         self.slot.fill_(cache.num_slots)
         with _on(self.ids.device):
             self._replay()
-        for layer in cache.layers:
+        for layer in _with_entries(cache):
             layer.fill_next()
         return self._logits.clone()
 
@@ -259,8 +266,13 @@ def _can_be_recorded(model: ReadingModel, site: DecoderSite, cache: BeaconCache)
         and not model.training
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(device.type)
-        and all(layer.stored is None and layer.device == device and layer.has_room(1) for layer in cache.layers)
+        and all(layer.stored is None and layer.device == device and layer.has_room(1) for layer in _with_entries(cache))
     )
+
+
+def _with_entries(cache: BeaconCache) -> list[Any]:
+    """The layers that keep keys and values."""
+    return [layer for layer in cache.layers if layer.has_entries]
 
 
 def _padding(cache: BeaconCache) -> tuple[int, ...]:

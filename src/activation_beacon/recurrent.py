@@ -99,14 +99,15 @@ def stacked(states: Sequence[State], counts: Sequence[int]) -> State:
 class StateLayer(LinearAttentionLayer):
     """The states of one layer, as transformers hands them to modules: that after the last token, and `settled` beside it.
 
-    Modules may write over the tensors of a state: a pass is given copies (`begun`), and a fork shares what is held.
+    Modules may write over the tensors of a state: a pass is given copies (`begun`), and a fork shares what is held. Without any state
+    it stands for a layer that keeps nothing.
 
     Attributes:
         settled: the state at the end of the last closed chunk; empty before the first.
     """
 
-    is_recurrent = True
-    stored = room = keys = values = None  # it holds no entries
+    has_entries = False
+    stored = room = keys = values = None
     stored_length = 0
 
     def __init__(self, num_states: int) -> None:
@@ -333,7 +334,7 @@ def _note_step(mixer: Any, given: dict[str, Any]) -> None:
     if not torch.is_grad_enabled() or cache is None or given["hidden_states"].shape[1] > 1:
         return
     layer = cache.layers[mixer.layer_idx]
-    if getattr(layer, "is_recurrent", False) and any(layer.state.shapes):
+    if isinstance(layer, StateLayer) and any(layer.state.shapes):
         state.hidden, state.before = given["hidden_states"], layer.begun()
 
 

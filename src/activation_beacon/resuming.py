@@ -56,5 +56,6 @@ class ChunkRows:
         return slot - self.num_held + self.num_repeated
 
     def of(self, states: torch.Tensor) -> torch.Tensor:
-        """The rows (B, R, M) out of what all slots have (B, T, M)."""
-        return states.take_along_dim(self.slots.expand(states.shape[0], -1)[..., None], dim=1)
+        """The rows (B, R, ...) out of what all slots have (B, T, ...)."""
+        slots = self.slots.expand(states.shape[0], -1)
+        return states.take_along_dim(slots.view(*slots.shape, *[1] * (states.dim() - 2)), dim=1)

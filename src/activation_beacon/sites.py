@@ -47,7 +47,8 @@ class LayerSite:
         projections: those in it that get a beacon branch.
         rope: how its keys are rotated; None: not at all.
         window: entries that a slot sees, itself included; None for all before it, and in families that are not known.
-        num_states: states of a kind that it carries in the place of keys and values; None for attention, 0 where it keeps nothing.
+        num_states: states of a kind that it carries in the place of keys and values; None where it keeps these, 0 where it keeps nothing.
+        lender: the layer whose keys and values it attends to, if it keeps none of its own; None: nobody's.
         state_shapes: theirs, rows apart; None where they are not known.
     """
 
@@ -58,11 +59,12 @@ class LayerSite:
     window: int | None = None
     num_states: int | None = None
     state_shapes: Shapes | None = None
+    lender: int | None = None
 
     @property
-    def is_recurrent(self) -> bool:
-        """Whether it keeps a state, or nothing, in the place of keys and values."""
-        return self.num_states is not None
+    def has_entries(self) -> bool:
+        """Whether it keeps keys and values of its own."""
+        return self.num_states is None
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +85,7 @@ class LayerSite:
         """Heads and dims of the keys and of the values that it leaves in a cache; None where its projections do not tell."""
         if self.expand is not None:
             return (1, self.attention.kv_lora_rank), (1, self.attention.qk_rope_head_dim)  # type: ignore[return-value]
-        if self.is_recurrent:
+        if not self.has_entries:
             return None
         dim = getattr(self.attention, "head_dim", None)
         width = _projected_width(self.attention)
@@ -109,7 +111,17 @@ class DecoderSite:
     @property
     def is_plainly_causal(self) -> bool:
         """Whether every layer is known to see all entries before a slot, and nothing else."""
-        return self.is_known and all(layer.window is None for layer in self.layers)
+        return self.is_known and not self.lends and all(layer.window is None for layer in self.layers)
+
+    @property
+    def lends(self) -> bool:
+        """Whether some layers attend to the keys and values of others."""
+        return any(layer.lender is not None for layer in self.layers)
+
+    @property
+    def last_kept(self) -> int:
+        """The last layer that leaves something in a cache; those behind it matter to outputs alone."""
+        return max(index for index, layer in enumerate(self.layers) if layer.num_states != 0)
 
     @property
     def num_states(self) -> dict[int, int]:
@@ -119,14 +131,12 @@ class DecoderSite:
     @property
     def is_recurrent(self) -> bool:
         """Whether some layers carry states."""
-        return any(layer.is_recurrent for layer in self.layers)
+        return any(layer.num_states for layer in self.layers)
 
     @property
     def num_copies(self) -> int:
         """As how many heads in a row transformers hands each head of keys and values to attention; 1 where layers differ."""
-        counts = {
-            getattr(layer.attention, "num_key_value_groups", 1) for layer in self.layers if not layer.is_recurrent
-        }
+        counts = {getattr(layer.attention, "num_key_value_groups", 1) for layer in self.layers if layer.has_entries}
         return counts.pop() if len(counts) == 1 else 1
 
     @property
@@ -137,7 +147,7 @@ class DecoderSite:
     @property
     def features_per_entry(self) -> int | None:
         """Numbers that a token leaves in a cache, in all layers; None where it is not known."""
-        attention = [layer.entry_shapes for layer in self.layers if not layer.is_recurrent]
+        attention = [layer.entry_shapes for layer in self.layers if layer.has_entries]
         shapes = [shape for layer in attention for shape in layer or ((0, 0),)]
         return sum(heads * dim for heads, dim in shapes) if all(all(shape) for shape in shapes) else None
 
@@ -163,13 +173,13 @@ def _attends_by_torch(model: Any) -> bool:
 
 
 def can_end_early(decoder: Any, site: DecoderSite) -> bool:
-    """Whether a pass of the decoder may be left from within its last layer, because nobody waits for the layer's end.
+    """Whether a pass of the decoder may be left from within the last layer that keeps something, because nobody waits for its end.
 
     Hooks do (FSDP gathers and frees weights in them), and so may compiled modules and a `forward` that another library
     has put on an instance (accelerate offloads weights there). The hooks that transformers leaves on a model which was once
     asked for hidden states do not: they look at passes that are asked for some, and these are not left.
     """
-    last = decoder.layers[len(site.layers) - 1]
+    last = decoder.layers[site.last_kept]
     hooks = (*decoder._forward_hooks.values(), *last._forward_hooks.values())
     is_waited_for = any(getattr(hook, "__module__", None) != OUTPUT_CAPTURING for hook in hooks)
     return not is_waited_for and all(

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from activation_beacon import layer_embeddings
 from activation_beacon.families import unsupported
 from activation_beacon.projection import PassState
 from activation_beacon.recurrent import Runs, StateLayer, hand_on_tokens, read_beacons
@@ -42,7 +43,7 @@ def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, tolerance: flo
     (here, told), (there, _) = (_lone_token_entries(model, site, position) for position in (0, MOVED_BY))
     layers = [dataclasses.replace(layer, told=module) for layer, module in zip(site.layers, told, strict=True)]
     for index, (rope, before, after) in enumerate(zip(site.ropes, here, there, strict=True)):
-        if layers[index].is_recurrent:
+        if not layers[index].has_entries:
             continue
         if rope is not None and _difference(before, after) <= STILL:
             layers[index] = dataclasses.replace(layers[index], rope=None)
@@ -86,6 +87,7 @@ def _lone_token_entries(
 
     layers = model.get_decoder().layers[: len(site.layers)]
     token = torch.linspace(-1, 1, embedding.shape[-1], dtype=model.dtype, device=device)[None, None]
+    given = layer_embeddings.of_ids(model.get_decoder(), torch.zeros((1, 1), dtype=torch.long, device=device))
     cache = _trial_cache(site)
     handles = [layer.attention.register_forward_pre_hook(note, with_kwargs=True) for layer in site.layers]
     handles += [layer.register_forward_pre_hook(note_layer, with_kwargs=True) for layer in layers]
@@ -96,9 +98,10 @@ def _lone_token_entries(
             past_key_values=cache,
             use_cache=True,
             beacon_slots=torch.zeros(1, dtype=torch.long, device=device),
+            **given,
         )
         entries = [
-            (torch.zeros(0), torch.zeros(0)) if layer.is_recurrent else (held.keys.float(), held.values.float())
+            (held.keys.float(), held.values.float()) if layer.has_entries else (torch.zeros(0), torch.zeros(0))
             for layer, held in zip(site.layers, cache.layers, strict=False)
         ]
     told = [
@@ -161,7 +164,7 @@ def check_states_go_on(model: PreTrainedModel, site: DecoderSite, *, tolerance: 
     if not missed_by <= tolerance:
         raise unsupported(model, f"a text read in two pieces misses the same read in one by {missed_by:.0%}")
     layers = tuple(
-        dataclasses.replace(layer, state_shapes=held.state.shapes) if layer.is_recurrent else layer
+        layer if layer.has_entries else dataclasses.replace(layer, state_shapes=held.state.shapes)
         for layer, held in zip(site.layers, pieces.layers, strict=True)
     )
     return dataclasses.replace(site, layers=layers, padding_leaves_traces=changed_by > trace)
@@ -215,7 +218,7 @@ def _in_runs(site: DecoderSite, runs: Runs) -> Iterator[None]:
 
 def _trial_cache(site: DecoderSite) -> Cache:
     """A cache for a pass of the base alone."""
-    if not site.is_recurrent:
+    if all(layer.has_entries for layer in site.layers):
         return DynamicCache()
     return Cache(
         layers=[DynamicLayer() if layer.num_states is None else StateLayer(layer.num_states) for layer in site.layers]

@@ -49,11 +49,15 @@ class ModelShape:
         """The shape of a transformers config.
 
         Raises:
-            UnsupportedError: for latent attention and recurrent layers, whose products are not those that are counted.
+            UnsupportedError: for latent attention, recurrent layers, and layers that share keys and values: their products are not
+                those that are counted.
         """
-        is_latent = getattr(config, "kv_lora_rank", None)
-        if is_latent or is_recurrent(config):
-            what = "latent attention" if is_latent else "recurrent layers"
+        uncounted = {
+            "latent attention": getattr(config, "kv_lora_rank", None),
+            "recurrent layers": is_recurrent(config),
+            "layers that share keys and values": getattr(config, "num_kv_shared_layers", None),
+        }
+        if what := next((what for what, is_there in uncounted.items() if is_there), None):
             raise UnsupportedError(
                 f"The operations of {what} ({config.model_type}) are not counted here, so it cannot be planned for or "
                 "measured beside its bound. Time model.compress and model.generate yourself."
