@@ -1,4 +1,4 @@
-"""Layers that attend to keys and values of layers before them and keep none, and are given embeddings of the token ids (Gemma 3n and 4)."""
+"""Layers that attend to keys and values of layers before them and keep none, and are given embeddings of ids (Gemma 3n and 4)."""
 
 import copy
 

@@ -28,11 +28,9 @@ from activation_beacon.errors import (
 from activation_beacon.exact import anchor_tokens
 from families import (
     EAGER_ONLY,
-    FULL,
     GOLDEN_CASES,
     IN_TURN,
     SIZES,
-    SLIDING,
     TESTED,
     VOCABULARY,
     beacon_tensors,

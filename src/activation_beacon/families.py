@@ -12,13 +12,13 @@ TESTED_FAMILIES = frozenset(
 # models are compared with it, too, at one setting.
 CAUSAL_FAMILIES = frozenset(
     {
-        "afmoe", "apertus", "arcee", "bailing_hybrid", "bamba", "cohere", "cohere2", "cwm", "deepseek_v2", "deepseek_v3", "ernie4_5",
-        "ernie4_5_moe", "exaone4", "gemma", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite",
-        "glm4v_moe_text", "glm4v_text", "gpt_neox", "granitemoe", "granitemoehybrid", "helium", "hyperclovax", "kimi_linear", "lfm2",
-        "lfm2_moe", "lfm3", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral4", "mixtral", "nanochat", "nemotron",
-        "nemotron_h", "olmo", "olmo3", "olmo_hybrid", "olmoe", "persimmon", "phi", "phimoe", "qwen2_5_vl_text", "qwen2_moe",
-        "qwen2_vl_text", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_vl_moe_text", "qwen3_vl_text",
-        "seed_oss", "stablelm", "starcoder2", "youtu",
+        "afmoe", "apertus", "arcee", "bailing_hybrid", "bamba", "cohere", "cohere2", "cwm", "deepseek_v2", "deepseek_v3",
+        "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4",
+        "glm4_moe", "glm4_moe_lite", "glm4v_moe_text", "glm4v_text", "gpt_neox", "granitemoe", "granitemoehybrid", "helium",
+        "hyperclovax", "kimi_linear", "lfm2", "lfm2_moe", "lfm3", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral4",
+        "mixtral", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo3", "olmo_hybrid", "olmoe", "persimmon", "phi", "phimoe",
+        "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next",
+        "qwen3_vl_moe_text", "qwen3_vl_text", "seed_oss", "stablelm", "starcoder2", "youtu",
     }
 )  # fmt: skip
 # All layers have the configuration's window, if it names one.
@@ -26,8 +26,8 @@ WINDOWED = frozenset({"mistral", "phi3", "ministral3", "mixtral", "phimoe", "qwe
 # Those of type "sliding_attention" have it.
 WINDOWED_BY_TYPE = frozenset(
     {
-        "qwen2", "qwen3", "gemma3_text", "smollm3", "gpt_oss", "afmoe", "cohere2", "cwm", "exaone4",
-        "gemma3n_text", "gemma4_text", "gemma4_unified_text", "lfm3", "ministral", "olmo3", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text",
+        "qwen2", "qwen3", "gemma3_text", "smollm3", "gpt_oss", "afmoe", "cohere2", "cwm", "exaone4", "gemma3n_text", "gemma4_text",
+        "gemma4_unified_text", "lfm3", "ministral", "olmo3", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text",
     }
 )  # fmt: skip
 # Their last layers attend to keys and values of layers before them, and say so (`is_kv_shared_layer`).

@@ -47,7 +47,7 @@ class LayerSite:
         projections: those in it that get a beacon branch.
         rope: how its keys are rotated; None: not at all.
         window: entries that a slot sees, itself included; None for all before it, and in families that are not known.
-        num_states: states of a kind that it carries in the place of keys and values; None where it keeps these, 0 where it keeps nothing.
+        num_states: states of a kind that it carries in the place of keys and values; None where it keeps these, 0: nothing.
         lender: the layer whose keys and values it attends to, if it keeps none of its own; None: nobody's.
         state_shapes: theirs, rows apart; None where they are not known.
     """
