@@ -312,10 +312,10 @@ def test_two_processes_write_what_one_does(base, tmp_path):
 @pytest.mark.default_model
 @pytest.mark.slow
 def test_the_default_model_answers_short_passages_in_its_own_words(tmp_path):
-    asked = needle_questions([read_demo_book()], 8, kinds=("number",))
-    answers = BaseAnswers(*load_pretrained_base("default"), batch_size=8)
+    asked = needle_questions([read_demo_book()], 4, kinds=("number",))
+    answers = BaseAnswers(*load_pretrained_base("default"), batch_size=4)
     counts = write_own_words(answers, asked, tmp_path / "own.jsonl")
-    assert counts.kept >= 2
+    assert counts.kept >= 1
     for line in (tmp_path / "own.jsonl").read_text(encoding="utf-8").splitlines():
         own, value = json.loads(line)["answers"]
         assert re.fullmatch(r"\d{7}", value)
