@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from activation_beacon import BeaconCache, BeaconConfig, detach
+from activation_beacon import BeaconCache, BeaconConfig, detach, grouped
 from activation_beacon.bench.cost import ModelShape
 from activation_beacon.errors import FileFormatError, UnsupportedError
 from families import PICTURE, WITH_LENDERS, tiny, with_beacons
@@ -56,14 +56,17 @@ def test_only_layers_that_keep_something_have_beacon_weights(model):
 @torch.no_grad()
 @pytest.mark.parametrize("placement", ["append", "interleave"])
 @pytest.mark.parametrize("family", WITH_LENDERS)
-def test_a_pass_that_closes_a_chunk_ends_in_the_last_layer_that_keeps_something(family, placement):
+def test_a_pass_that_closes_a_chunk_ends_in_the_last_layer_that_keeps_something(family, placement, monkeypatch):
     config = BeaconConfig(chunk_size=CHUNK, ratios=(4,), placement=placement)
     model = with_beacons(family, config, attention="sdpa")
     ids = random_ids(3 * CHUNK + 7)
-    assert passes(model, lambda: model.compress(ids)) == [4, 4, 4, 0, 0]  # three chunks, and the tail
+    assert passes(model, lambda: model.compress(ids)) == [2, 2, 2, 0, 0]  # three chunks, and the tail
+    with monkeypatch.context() as patched:
+        patched.setattr(grouped, "ROWS_TOGETHER", 0)
+        assert passes(model, lambda: model.compress(ids)) == [4, 4, 4, 0, 0]
     context = model.compress(ids)
     handle = model.get_decoder().layers[LAST_KEPT].register_forward_hook(lambda *_: None)  # somebody waits for its end
-    assert passes(model, lambda: model.compress(ids)) == [4] * NUM_LAYERS
+    assert passes(model, lambda: model.compress(ids)) == [2] * NUM_LAYERS
     for layer, other in zip(context.layers, model.compress(ids).layers, strict=True):
         for (_, tensor), (_, same) in zip(layer.named_tensors(), other.named_tensors(), strict=True):
             torch.testing.assert_close(tensor, same, rtol=0, atol=1e-5)

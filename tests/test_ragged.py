@@ -9,7 +9,7 @@ import torch
 from activation_beacon import BeaconConfig
 from activation_beacon.errors import CapacityError, InputError
 from activation_beacon.ragged import OwnEntries
-from activation_beacon.sites import understands_rows_apart
+from activation_beacon.sites import understands_told_masks
 from families import FAMILIES, ONE_SETTING, WITH_STATES, random_ids, with_beacons
 
 CHUNK = 16
@@ -39,7 +39,7 @@ def assert_same(ours, alone, tolerance=2e-5):
 def test_each_context_goes_on_as_alone_across_chunks(family):
     config = dataclasses.replace(CONFIG, placement="append") if family in WITH_STATES else CONFIG
     model = with_beacons(family, config, attention="eager" if family == "gpt_oss" else "sdpa")
-    assert understands_rows_apart(model, model._beacon.site) == (family != "gpt_oss")
+    assert understands_told_masks(model, model._beacon.site) == (family != "gpt_oss")
     ours, alone = contexts_of(model), contexts_of(model)
     new = random_ids(CHUNK + 3, batch=len(LENGTHS), seed=4)  # each closes a chunk at another step
     for tokens in new.T:

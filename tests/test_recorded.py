@@ -450,7 +450,7 @@ def test_attention_in_parts_is_attention_to_what_is_filled(dtype, scale):
         torch.randn(2, heads, count, 8, dtype=dtype) for heads, count in ((6, 1), (2, 1024), (2, 1024))
     )
     filled = (torch.arange(1024)[None] < torch.tensor([[700], [3]]))[:, None, None]
-    ours = recorded.FilledEntries.attended_to(query, [keys, values, filled], scale=scale)
+    ours = recorded.FilledEntries.on(torch.device("cpu")).attended_to(query, [keys, values, filled], scale=scale)
     copies = [states.double().repeat_interleave(3, dim=1) for states in (keys, values)]
     expected = torch.nn.functional.scaled_dot_product_attention(query.double(), *copies, attn_mask=filled, scale=scale)
     assert ours.dtype is dtype
@@ -461,7 +461,9 @@ def test_attention_in_parts_is_attention_to_what_is_filled(dtype, scale):
 def test_large_scores_in_half_precision_are_numbers():
     states = torch.full((1, 2, 64, 128), 24.0, dtype=torch.float16)  # 73,728 before they are scaled
     filled = torch.ones(1, 1, 1, 64, dtype=torch.bool)
-    attended = recorded.FilledEntries.attended_to(states[:, :, :1], [states, states, filled], scale=None)
+    attended = recorded.FilledEntries.on(torch.device("cpu")).attended_to(
+        states[:, :, :1], [states, states, filled], scale=None
+    )
     assert torch.equal(attended, states[:, :, :1])
 
 

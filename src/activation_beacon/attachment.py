@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from activation_beacon.causal import tell_again
+from activation_beacon.causal import tell_layer
 from activation_beacon.config import BeaconConfig
 from activation_beacon.dense import dense_weight, packed_buffers
 from activation_beacon.errors import AttachError, ConfigError
@@ -73,9 +73,9 @@ def _put_branches(attachment: Attachment, dtype: torch.dtype) -> None:
             layer.attention.beacon_num_states = layer.num_states  # type: ignore[assignment]
             attachment.handles.append(layer.attention.register_forward_pre_hook(hand_on_tokens, with_kwargs=True))
             attachment.handles.append(layer.attention.register_forward_hook(read_beacons, with_kwargs=True))
-        if layer.lender is not None:
-            layer.attention.beacon_lender = layer.lender  # type: ignore[assignment]
-            attachment.handles.append(layer.attention.register_forward_pre_hook(tell_again, with_kwargs=True))
+        if attachment.site.layers_differ and (layer.has_entries or layer.lender is not None):
+            layer.attention.beacon_window, layer.attention.beacon_lender = layer.window, layer.lender  # type: ignore[assignment]
+            attachment.handles.append(layer.attention.register_forward_pre_hook(tell_layer, with_kwargs=True))
         attachment.handles.append(layer.told.register_forward_hook(forget_beacon_slots, always_call=True))
         for site in layer.projections:
             weight = dense_weight(site.linear, dtype, f"{site.name} of layer {index}")
@@ -97,7 +97,7 @@ def take_off(model: Any, attachment: Attachment) -> None:
     for layer in attachment.site.layers:
         for module in (layer.attention, layer.told):
             vars(module).pop("beacon_state", None)
-            for name in ("beacon_num_states", "beacon_lender"):
+            for name in ("beacon_num_states", "beacon_window", "beacon_lender"):
                 vars(module).pop(name, None)
         for site in layer.projections:
             site.linear._modules.pop("beacon", None)

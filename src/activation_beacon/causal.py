@@ -5,14 +5,15 @@ elements, half of the own pairs are computed in vain, and on a GPU the flash ker
 mask's place through the base's own forward and is understood where attention is computed: by torch's own causal bias on a
 GPU; on a CPU by two calls of the flash kernel, one to the memory and one to the own slots, whose outputs are weighted by the
 sums of their exponentials; or, where oneDNN multiplies faster than that kernel does (`matmul`), block by block of queries.
-`Spans` are told likewise, of passes whose slots do not all see the whole memory or do not come one after another. All of it is
-exact, not an approximation.
+`Spans` are told likewise, of passes whose slots do not all see the whole memory or do not come one after another. Layers with a
+sliding window tell the mask of it (`tell_layer`): then few entries are computed that no slot sees. All of it is exact, not an
+approximation.
 """
 
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ TOLD_WITH_GRADIENTS = ("cuda",)  # types of device on which a told mask keeps th
 FEWEST_QUERIES = 192  # fewer are left to the flash kernel, where it needs no mask
 FEWEST_IN_SPANS = 64  # likewise, where it would need one
 MOST_QUERIES, MOST_ROWS = 192, 384  # of a block: of one head, and of all heads that share keys
+LEAST_BAND = 256  # queries that attention within a window is computed for together, at least
 
 _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the public call does not return the sums
 
@@ -51,7 +53,13 @@ def without_cudnn(device: torch.device) -> Iterator[None]:
 
 
 class ToldMask(torch.Tensor):
-    """A mask (1, 1, 1, 1) that says which entries are seen, and computes attention itself; subclasses say how."""
+    """A mask (1, 1, 1, 1) that says which entries are seen, and computes attention itself; subclasses say how.
+
+    Attributes:
+        window: of the layer that is being computed: entries that a query sees, its own the last; None for all before it.
+    """
+
+    window: int | None = None
 
     @classmethod
     def made(cls, device: torch.device) -> Any:
@@ -96,7 +104,7 @@ class LowerRight(ToldMask):
 
     def attended(self, *args: Any, **options: Any) -> torch.Tensor:
         """Attention (B, H, T, D) of the last slots to all up to themselves."""
-        return attend(*args, **options, num_copies=self.num_copies)
+        return attend(*args, **options, num_copies=self.num_copies, window=self.window)
 
 
 class Spans(ToldMask):
@@ -105,18 +113,24 @@ class Spans(ToldMask):
     Attributes:
         firsts: for each text, or once for all, the first entry that its queries see.
         stops: (1 or B, T); for each query, the entry behind the last that it sees.
+        least: none of them is less.
         num_copies: as in `LowerRight`.
+        written: the mask as it is written out, for each number of entries and window.
     """
 
     firsts: Sequence[int]
     stops: torch.Tensor
+    least: int
     num_copies: int
+    written: dict[tuple[int, int | None], torch.Tensor]
 
     @classmethod
-    def on(cls, device: torch.device, firsts: Sequence[int], stops: torch.Tensor, *, num_copies: int) -> "Spans":
+    def on(
+        cls, device: torch.device, firsts: Sequence[int], stops: torch.Tensor, *, num_copies: int, least: int = 0
+    ) -> "Spans":
         """Such a mask."""
         mask: Spans = cls.made(device)
-        mask.firsts, mask.stops, mask.num_copies = firsts, stops, num_copies
+        mask.firsts, mask.stops, mask.least, mask.num_copies, mask.written = firsts, stops, least, num_copies, {}
         return mask
 
     def attended(
@@ -130,19 +144,28 @@ class Spans(ToldMask):
         **options: Any,
     ) -> torch.Tensor:
         """Attention (B, H, T, D) of queries (B, H, T, D) to keys and values (B, K, S + T, D)."""
-        once = _each_head_once(query, key, value, self.num_copies)
-        if can_be_split(query, key, value, dropout_p) and matmul.can_be_served(query, once[0][0, 0]):
-            return _in_blocks(query, *once, options.get("scale"), self.firsts, self.stops)
-        mask = self.written_out(key.shape[-2])
-        return nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, **options)
+        if self.num_copies and can_be_split(query, key, value, dropout_p):
+            once = _each_head_once(query, key, value, self.num_copies)
+            if matmul.can_be_served(query, once[0][0, 0]):
+                return _in_blocks(query, *once, options.get("scale"), self.firsts, self.stops, self.window)
+        begin = 0 if self.window is None else max(0, self.least - self.window)
+        mask = self.written_out(key.shape[-2])[..., begin:]
+        return nn.functional.scaled_dot_product_attention(
+            query, key[:, :, begin:], value[:, :, begin:], mask, dropout_p, is_causal, **options
+        )
 
     def written_out(self, num_entries: int) -> torch.Tensor:
-        """The mask (1 or B, 1, T, S + T) of so many entries."""
-        entries = torch.arange(num_entries, device=self.stops.device)
-        seen: torch.Tensor = entries < self.stops[..., None]
-        if any(self.firsts):
-            seen = seen & (entries >= sent(self.firsts, entries.device)[:, None, None])
-        return seen[:, None]
+        """The mask (1 or B, 1, T, S + T) of so many entries, in the layer's window."""
+        kind = (num_entries, self.window)
+        if kind not in self.written:
+            entries = torch.arange(num_entries, device=self.stops.device)
+            seen: torch.Tensor = entries < self.stops[..., None]
+            if any(self.firsts):
+                seen = seen & (entries >= sent(self.firsts, entries.device)[:, None, None])
+            if self.window is not None:
+                seen = seen & (entries >= self.stops[..., None] - self.window)
+            self.written[kind] = seen[:, None]
+        return self.written[kind]
 
 
 class ToldEntries(ToldMask):
@@ -178,16 +201,17 @@ class ToldEntries(ToldMask):
         """Attention (B, H, T, D) of queries (B, H, T, D) to the entries, as the subclass has it."""
         return self.attended_to(query, self.entries, scale=options.get("scale"))
 
-    @staticmethod
-    def attended_to(query: torch.Tensor, entries: Sequence[Any], *, scale: float | None) -> torch.Tensor:
+    def attended_to(self, query: torch.Tensor, entries: Sequence[Any], *, scale: float | None) -> torch.Tensor:
         """Attention (B, H, T, D) of queries (B, H, T, D) to the entries."""
         raise NotImplementedError
 
 
-def tell_again(attention: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an attention module that has another layer's keys and values: a mask is told of that one's again."""
+def tell_layer(attention: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an attention module: a mask is told of its window, and again of the entries that another lends it."""
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, ToldEntries):
+    if isinstance(mask, ToldMask):
+        mask.window = attention.beacon_window  # type: ignore[assignment]
+    if isinstance(mask, ToldEntries) and attention.beacon_lender is not None:
         mask.told(mask.of_layer[attention.beacon_lender])  # type: ignore[index]
 
 
@@ -202,21 +226,26 @@ def attend(
     enable_gqa: bool = False,
     *,
     num_copies: int = 0,
+    window: int | None = None,
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` of the last T of S + T slots: queries (B, H, T, D), keys and values (B, K, S + T, D).
 
     Args:
         num_copies: as in `LowerRight`.
+        window: entries that a query sees, its own the last; None for all before it.
     """
     assert not is_causal, "a mask is given"
     size, total = query.shape[-2], key.shape[-2]
+    if window is not None and total <= window:
+        window = None
     options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
     if num_copies and size >= FEWEST_QUERIES and can_be_split(query, key, value, dropout_p):
         once = _each_head_once(query, key, value, num_copies)
         if matmul.can_be_served(query, once[0][0, 0]):
-            return _in_blocks(
-                query, *once, scale, [0], torch.arange(total - size, total, device=query.device)[None] + 1
-            )
+            stops = torch.arange(total - size, total, device=query.device)[None] + 1
+            return _in_blocks(query, *once, scale, [0], stops, window)
+    if window is not None:
+        return _in_bands(query, key, value, window, options)
     if size == total:
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     if can_be_split(query, key, value, dropout_p):
@@ -253,6 +282,24 @@ def _in_two_parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s
     return torch.lerp(own, memory, share.to(own.dtype))
 
 
+def _in_bands(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, options: dict[str, Any]
+) -> torch.Tensor:
+    """Some queries after others, each with the entries that any of them sees."""
+    size, total = query.shape[-2], key.shape[-2]
+    outputs = []
+    for first in range(0, size, max(window, LEAST_BAND)):
+        own = query[:, :, first : first + max(window, LEAST_BAND)]
+        stop = total - size + first + own.shape[-2]
+        begin = max(0, total - size + first + 1 - window)
+        ahead = stop - begin - own.shape[-2]
+        seen = torch.ones(own.shape[-2], stop - begin, dtype=torch.bool, device=query.device)
+        mask = seen.tril(diagonal=ahead).triu(diagonal=ahead + 1 - window)
+        keys, values = key[:, :, begin:stop], value[:, :, begin:stop]
+        outputs.append(nn.functional.scaled_dot_product_attention(own, keys, values, attn_mask=mask, **options))
+    return torch.cat(outputs, dim=2)
+
+
 def _each_head_once(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_copies: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -268,45 +315,76 @@ def _in_blocks(
     scale: float | None,
     firsts: Sequence[int],
     stops: torch.Tensor,
+    window: int | None,
 ) -> torch.Tensor:
     """Block by block of queries, with the entries that any of the block sees; heads that share keys go together.
 
     Args:
         firsts: for each text, or once for all, the first entry that is seen.
         stops: (B, T) or (1, T), the entry behind the last that each query sees.
+        window: entries that each query sees at most; None for all from the first on.
     """
     num_shared, dim = query.shape[1] // key.shape[1], query.shape[-1]
     most = min(MOST_QUERIES, max(1, MOST_ROWS // num_shared))
     query = query * (dim**-0.5 if scale is None else scale)
     turned = value.transpose(2, 3).contiguous()
     output = torch.empty_like(query)
-    blocks_of = [_blocks(each, most) for each in stops]
+    blocks_of = [_blocks(each, most, window) for each in stops]
     for row, head in itertools.product(range(key.shape[0]), range(key.shape[1])):
         first = firsts[row % len(firsts)]
-        keys, values = key[row, head, first:], turned[row, head, :, first:]  # (S + T, D), (D, S + T)
         sharing = slice(head * num_shared, (head + 1) * num_shared)
-        for block, stop, later in blocks_of[row % len(blocks_of)]:
-            seen = slice(stop - first)
-            output[row, sharing, block] = _block(query[row, sharing, block], keys[seen], values[:, seen], later)
+        for block in blocks_of[row % len(blocks_of)]:
+            begin = max(first, block.begin)
+            keys, values = key[row, head, begin : block.stop], turned[row, head, :, begin : block.stop]
+            earlier = block.earlier[:, begin - block.begin :]
+            output[row, sharing, block.queries] = _block(
+                query[row, sharing, block.queries], keys, values, earlier, block.later
+            )
     return output
 
 
-def _blocks(stops: torch.Tensor, most: int) -> list[tuple[slice, int, torch.Tensor]]:
-    """Queries (T,) in blocks of at most so many: which, where what they see stops, and what is added to the last scores of each."""
+class _Block(NamedTuple):
+    """Queries that are computed together, and what they see.
+
+    Attributes:
+        queries: which.
+        begin, stop: the entries that any of them sees.
+        earlier, later: (T, L), what is added to the first scores of each, and to the last: nothing to those that it sees.
+    """
+
+    queries: slice
+    begin: int
+    stop: int
+    earlier: torch.Tensor
+    later: torch.Tensor
+
+
+def _blocks(stops: torch.Tensor, most: int, window: int | None) -> list[_Block]:
+    """Queries (T,) in blocks of at most so many."""
     blocks = []
     for first in range(0, len(stops), most):
-        own = stops[first : first + most]
+        own = stops[first : first + most, None]
         least, last = (int(each) for each in own.aminmax())
-        is_later = torch.arange(least, last, device=own.device) >= own[:, None]
-        later = torch.zeros(is_later.shape, device=own.device).masked_fill_(is_later, -torch.inf)
-        blocks.append((slice(first, first + len(own)), last, later))
+        begin = 0 if window is None else max(0, least - window)
+        is_later = torch.arange(least, last, device=own.device) >= own
+        is_earlier = is_later[:, :0]
+        if window is not None:
+            is_earlier = torch.arange(begin, max(begin, last - window), device=own.device) < own - window
+        earlier, later = (
+            torch.zeros(each.shape, device=own.device).masked_fill_(each, -torch.inf) for each in (is_earlier, is_later)
+        )
+        blocks.append(_Block(slice(first, first + len(own)), begin, last, earlier, later))
     return blocks
 
 
-def _block(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
-    """Heads of queries (R, T, D) on the same keys (S, D) and values (D, S): (R, T, D); `later` (T, L) is added to the last scores."""
+def _block(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, earlier: torch.Tensor, later: torch.Tensor
+) -> torch.Tensor:
+    """Heads of queries (R, T, D) on the same keys (S, D) and values (D, S): (R, T, D)."""
     scores = matmul.linear(query.reshape(-1, query.shape[-1]), keys)
-    num_last = later.shape[1]
-    if num_last:
-        scores.view(-1, query.shape[1], scores.shape[-1])[..., -num_last:].add_(later)
+    by_head = scores.view(-1, query.shape[1], scores.shape[-1])
+    if earlier.shape[1]:
+        by_head[..., : earlier.shape[1]].add_(earlier)
+    if later.shape[1]:
+        by_head[..., -later.shape[1] :].add_(later)
     return matmul.linear(torch.softmax(scores, dim=-1), values.contiguous()).view(query.shape)

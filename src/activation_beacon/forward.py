@@ -201,7 +201,7 @@ class _Reader:
         mover = KeyMover(self.site.ropes, constant(group.shifts, device))
         mask = ByChunk.on(device)
         layers = [
-            GroupLayer(held, length, group, mover, index, mask, site.attended)
+            GroupLayer(held, length, group, mover, index, mask, site.attended, lends=index in self.site.lenders)
             if site.has_entries
             else cache.layers[index].at_chunk(is_first=not length)
             for index, (site, held) in enumerate(
@@ -433,8 +433,9 @@ class _Reader:
                 return None  # the base makes none either
             return LowerRight.on(slots.device, num_copies=self.site.num_copies if is_by_onednn else 0)
         firsts, stops = [longest - length for length in lengths], slots.view(-1, num_rows) + longest + 1
-        spans = Spans.on(slots.device, firsts, stops, num_copies=self.site.num_copies)
-        if is_by_onednn and num_rows >= FEWEST_IN_SPANS:
+        num_copies = self.site.num_copies if is_by_onednn and num_rows >= FEWEST_IN_SPANS else 0
+        spans = Spans.on(slots.device, firsts, stops, num_copies=num_copies, least=longest + 1)
+        if num_copies or self.site.layers_differ:
             return spans
         return spans.written_out(longest + (num_rows if rows is None else rows.num_slots))
 

@@ -27,9 +27,8 @@ def rows_together(device: torch.device) -> int:
 class ByChunk(ToldEntries):
     """A mask that says "each chunk, what is held before it, and causally itself": T and keys and values (B, K, S + T, D)."""
 
-    @staticmethod
     def attended_to(
-        query: torch.Tensor, entries: Sequence[tuple[int, torch.Tensor, torch.Tensor]], *, scale: float | None
+        self, query: torch.Tensor, entries: Sequence[tuple[int, torch.Tensor, torch.Tensor]], *, scale: float | None
     ) -> torch.Tensor:
         """Attention (B, H, N, D) of queries (B, H, N, D), chunk by chunk."""
         outputs = []
@@ -37,7 +36,7 @@ class ByChunk(ToldEntries):
         for own, (_, keys, values) in zip(queries, entries, strict=True):
             num_shared = own.shape[1] // keys.shape[1]
             keys, values = (states.repeat_interleave(num_shared, dim=1) for states in (keys, values))
-            outputs.append(attend(own, keys, values, scale=scale))
+            outputs.append(attend(own, keys, values, scale=scale, window=self.window))
         return torch.cat(outputs, dim=2)
 
 
@@ -52,6 +51,7 @@ class GroupLayer(ChunkLayer):
         index: of the layer.
         mask: that the pass is given.
         attended: makes keys and values of what the layer caches.
+        lends: whether other layers attend to the same.
     """
 
     def __init__(
@@ -63,6 +63,8 @@ class GroupLayer(ChunkLayer):
         index: int,
         mask: ByChunk,
         attended: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        *,
+        lends: bool = False,
     ) -> None:
         super().__init__(held, length)
         self.group = group
@@ -70,6 +72,7 @@ class GroupLayer(ChunkLayer):
         self.index = index
         self.mask = mask
         self.attended = attended
+        self.lends = lends
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -99,6 +102,7 @@ class GroupLayer(ChunkLayer):
                     ),
                 )
                 for size, kept, *new in zip(self.group.sizes, self.group.num_kept, *parts, strict=False)
-            ]
+            ],
+            self.index if self.lends else None,
         )
         return key_states[:, :, :1], value_states[:, :, :1]

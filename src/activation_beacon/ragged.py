@@ -25,7 +25,7 @@ from activation_beacon.forward import read
 from activation_beacon.plan import TextPlanner
 from activation_beacon.readout import Wanted
 from activation_beacon.recurrent import StateLayer
-from activation_beacon.sites import DecoderSite, LayerSite, understands_rows_apart
+from activation_beacon.sites import DecoderSite, LayerSite, understands_told_masks
 
 # B rows · H query heads · K kv heads · S entries of a row · D head dim · V vocabulary
 
@@ -33,9 +33,8 @@ from activation_beacon.sites import DecoderSite, LayerSite, understands_rows_apa
 class OwnEntries(ToldEntries):
     """A mask that says "each row, all of its own entries": keys and values (1, K, S, D) of each row."""
 
-    @staticmethod
     def attended_to(
-        query: torch.Tensor, entries: Sequence[tuple[torch.Tensor, torch.Tensor]], *, scale: float | None
+        self, query: torch.Tensor, entries: Sequence[tuple[torch.Tensor, torch.Tensor]], *, scale: float | None
     ) -> torch.Tensor:
         """Attention (B, H, 1, D) of queries (B, H, 1, D), one of each row, to the row's own keys and values.
 
@@ -103,7 +102,7 @@ def read_next(model: ReadingModel, site: DecoderSite, caches: Sequence[BeaconCac
         RatioError, CapacityError: from the plan, before anything is read.
     """
     can_append = [_can_append(site, cache) for cache in caches]
-    if not understands_rows_apart(model, site) or sum(can_append) < 2:
+    if not understands_told_masks(model, site) or sum(can_append) < 2:
         can_append = [False] * len(caches)
     together = [row for row, can in enumerate(can_append) if can]
     apart = [row for row, can in enumerate(can_append) if not can]

@@ -23,7 +23,7 @@ from activation_beacon.chunk_inputs import ReadingModel
 from activation_beacon.errors import UnsupportedError, reason
 from activation_beacon.recurrent import StateLayer
 from activation_beacon.room import MOST_PARTS, Room
-from activation_beacon.sites import DecoderSite, LayerSite, understands_rows_apart
+from activation_beacon.sites import DecoderSite, LayerSite, understands_told_masks
 
 # B batch · H query heads · K kv heads · C slots of the room · D head dim · V vocabulary
 
@@ -75,8 +75,7 @@ RECORDERS: dict[str, Recorder] = {"cuda": record_on_cuda}  # by type of device; 
 class FilledEntries(ToldEntries):
     """A mask that says "all that is filled of these": keys and values (B, K, C, D), and which slots are, (B, 1, 1, C)."""
 
-    @staticmethod
-    def attended_to(query: torch.Tensor, entries: Sequence[torch.Tensor], *, scale: float | None) -> torch.Tensor:
+    def attended_to(self, query: torch.Tensor, entries: Sequence[torch.Tensor], *, scale: float | None) -> torch.Tensor:
         """Attention (B, H, 1, D) of queries (B, H, 1, D); those that share a kv head stand as queries of it.
 
         As two products of which the second is cut into parts. The kernels of torch that take a mask would walk through
@@ -262,7 +261,7 @@ def _can_be_recorded(model: ReadingModel, site: DecoderSite, cache: BeaconCache)
     return (
         device.type in RECORDERS
         and not site.is_recurrent  # states have other addresses after each step
-        and understands_rows_apart(model, site)
+        and understands_told_masks(model, site)
         and not model.training
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(device.type)

@@ -109,14 +109,14 @@ class DecoderSite:
     padding_leaves_traces: bool = False
 
     @property
-    def is_plainly_causal(self) -> bool:
-        """Whether every layer is known to see all entries before a slot, and nothing else."""
-        return self.is_known and not self.lends and all(layer.window is None for layer in self.layers)
+    def layers_differ(self) -> bool:
+        """Whether some layers see other entries than those before a slot in their own cache: windows, and those that others lend."""
+        return any(layer.window is not None for layer in self.layers) or bool(self.lenders)
 
     @property
-    def lends(self) -> bool:
-        """Whether some layers attend to the keys and values of others."""
-        return any(layer.lender is not None for layer in self.layers)
+    def lenders(self) -> frozenset[int]:
+        """Layers whose keys and values others attend to."""
+        return frozenset(layer.lender for layer in self.layers if layer.lender is not None)
 
     @property
     def last_kept(self) -> int:
@@ -158,18 +158,9 @@ class DecoderSite:
 
 
 def understands_told_masks(model: Any, site: DecoderSite) -> bool:
-    """Whether a `causal.LowerRight` may stand for the mask of a pass: it must reach torch's own attention as it is."""
-    return site.is_plainly_causal and _attends_by_torch(model)
-
-
-def understands_rows_apart(model: Any, site: DecoderSite) -> bool:
-    """Whether a `ragged.OwnEntries` may stand for the mask of a pass, likewise; it knows windows."""
-    return site.is_known and _attends_by_torch(model)
-
-
-def _attends_by_torch(model: Any) -> bool:
+    """Whether a `causal.ToldMask` may stand for the mask of a pass: the family is known, and it reaches torch's own attention."""
     attention = model.config.get_text_config(decoder=True)._attn_implementation
-    return str(attention).removeprefix(AT_ONCE) == "sdpa"
+    return site.is_known and str(attention).removeprefix(AT_ONCE) == "sdpa"
 
 
 def can_end_early(decoder: Any, site: DecoderSite) -> bool:
