@@ -115,14 +115,14 @@ class Spans(ToldMask):
         stops: (1 or B, T); for each query, the entry behind the last that it sees.
         least: none of them is less.
         num_copies: as in `LowerRight`.
-        written: the mask as it is written out, for each number of entries and window.
+        written: the mask as it is written out, for each number of entries, window and device.
     """
 
     firsts: Sequence[int]
     stops: torch.Tensor
     least: int
     num_copies: int
-    written: dict[tuple[int, int | None], torch.Tensor]
+    written: dict[tuple[int, int | None, torch.device], torch.Tensor]
 
     @classmethod
     def on(
@@ -149,21 +149,22 @@ class Spans(ToldMask):
             if matmul.can_be_served(query, once[0][0, 0]):
                 return _in_blocks(query, *once, options.get("scale"), self.firsts, self.stops, self.window)
         begin = 0 if self.window is None else max(0, self.least - self.window)
-        mask = self.written_out(key.shape[-2])[..., begin:]
+        mask = self.written_out(key.shape[-2], key.device)[..., begin:]
         return nn.functional.scaled_dot_product_attention(
             query, key[:, :, begin:], value[:, :, begin:], mask, dropout_p, is_causal, **options
         )
 
-    def written_out(self, num_entries: int) -> torch.Tensor:
-        """The mask (1 or B, 1, T, S + T) of so many entries, in the layer's window."""
-        kind = (num_entries, self.window)
+    def written_out(self, num_entries: int, device: torch.device | None = None) -> torch.Tensor:
+        """The mask (1 or B, 1, T, S + T) of so many entries, in the layer's window; on the layer's device, or where it was told."""
+        kind = (num_entries, self.window, device or self.stops.device)
         if kind not in self.written:
-            entries = torch.arange(num_entries, device=self.stops.device)
-            seen: torch.Tensor = entries < self.stops[..., None]
+            stops = self.stops.to(kind[2])[..., None]
+            entries = torch.arange(num_entries, device=stops.device)
+            seen: torch.Tensor = entries < stops
             if any(self.firsts):
                 seen = seen & (entries >= sent(self.firsts, entries.device)[:, None, None])
             if self.window is not None:
-                seen = seen & (entries >= self.stops[..., None] - self.window)
+                seen = seen & (entries >= stops - self.window)
             self.written[kind] = seen[:, None]
         return self.written[kind]
 
