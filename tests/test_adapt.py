@@ -156,6 +156,23 @@ def test_a_family_that_fails_the_test_is_refused_by_name():
         check_keys_move(model, site)
 
 
+def test_a_family_that_scales_only_what_it_looks_up_itself_is_refused():
+    model = tiny("diffllama")
+    find_decoder(model, QKV)
+    decoder, forward = model.model, type(model.model).forward
+
+    def scaled(input_ids=None, inputs_embeds=None, **options):
+        if inputs_embeds is None:
+            inputs_embeds = 3 * decoder.embed_tokens(input_ids)
+        return forward(decoder, inputs_embeds=inputs_embeds, **options)
+
+    decoder.forward = scaled
+    with pytest.raises(
+        UnsupportedModelError, match=r"it makes of embeddings not what it makes of their ids, but misses that by \d"
+    ):
+        find_decoder(model, QKV)
+
+
 def test_the_trial_leaves_the_model_as_it_was():
     model = tiny("glm4").train()
     find_decoder(model, QKV)

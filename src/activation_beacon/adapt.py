@@ -41,7 +41,7 @@ from activation_beacon.sites import (
     ProjectionSite,
     values_are_keys,
 )
-from activation_beacon.trials import check_keys_move, check_states_go_on
+from activation_beacon.trials import check_embeddings_are_taken, check_keys_move, check_states_go_on
 
 ROTARY_NAMES = ("rotary_emb", "pos_emb")
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
@@ -81,6 +81,7 @@ def find_decoder(model: PreTrainedModel, projections: Sequence[str]) -> DecoderS
     is_known = config.model_type in TESTED_FAMILIES | CAUSAL_FAMILIES
     site = DecoderSite(sites, _max_positions(config), is_known)
     if config.model_type not in TESTED_FAMILIES and next(model.parameters()).device.type != "meta":
+        check_embeddings_are_taken(model)
         site = check_keys_move(model, site)
         if site.is_recurrent:
             site = check_states_go_on(model, site)

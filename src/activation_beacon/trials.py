@@ -1,6 +1,7 @@
 """A decoder put to the test: a few tokens are read, and what layers keep of them must be what is thought of them here.
 
-A moved key must equal the key that the model itself makes at the new position, and a state must go on where it was left.
+A moved key must equal the key that the model itself makes at the new position, a state must go on where it was left, and
+embeddings must be taken for the tokens that they are of.
 """
 
 import contextlib
@@ -58,6 +59,27 @@ def check_keys_move(model: PreTrainedModel, site: DecoderSite, *, tolerance: flo
         if not error <= tolerance:
             raise unsupported(model, f"moving the keys of layer {index} by rotation misses its own keys by {error:.0%}")
     return dataclasses.replace(site, layers=tuple(layers))
+
+
+@torch.no_grad()
+def check_embeddings_are_taken(model: PreTrainedModel, *, tolerance: float = 2e-2) -> None:
+    """Compare a text that is given as embeddings, as passes with beacons are, with the same given as ids.
+
+    Raises:
+        UnsupportedModelError: if what the decoder makes of them differs by more than `tolerance`, relative to its size, as where
+            embeddings are scaled that it looks up itself, and those that it is given are not.
+    """
+    embedding, decoder = model.get_input_embeddings(), model.get_decoder()
+    ids = torch.arange(READ_FIRST, device=embedding.weight.device)[None] % embedding.weight.shape[0]
+    with _trial(model, "a trial pass on embeddings", ()):
+        expected = decoder(input_ids=ids, use_cache=False).last_hidden_state.float()
+        given = {"inputs_embeds": embedding(ids), **layer_embeddings.of_ids(decoder, ids)}
+        found = decoder(**given, use_cache=False).last_hidden_state.float()
+    error = (found - expected).norm() / expected.norm().clamp(min=1e-30)
+    if not error <= tolerance:
+        raise unsupported(
+            model, f"it makes of embeddings not what it makes of their ids, but misses that by {error:.0%}"
+        )
 
 
 def _difference(entries: tuple[torch.Tensor, torch.Tensor], others: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
