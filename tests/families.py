@@ -132,6 +132,10 @@ SHORT_CONV = {"num_hidden_layers": 4, "layer_types": [CONV, FULL, FULL, CONV], "
 ALL_RECURRENT: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {**LATENT, **EXPERTS, **DELTA, "num_local_experts": 2, "head_dim": 8},
     "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
+    "falcon_h1": {
+        **MAMBA, "mamba_d_ssm": 64, "embedding_multiplier": 1.5, "lm_head_multiplier": 0.7, "key_multiplier": 0.6,
+        "attention_out_multiplier": 0.8, "ssm_out_multiplier": 1.3,
+    },
     "granitemoehybrid": {
         **MAMBA, "layer_types": [RECURRENT, FULL, FULL, RECURRENT], "num_local_experts": 2, "num_experts_per_tok": 2,
         "shared_intermediate_size": 16, "position_embedding_type": None,

@@ -133,10 +133,10 @@ class Result:
 
     Attributes:
         logits: (T, V) of the raw tokens, each from the pass that read it last.
-        keys, values: for each layer (K, S, D), what attention makes of all that a cache holds at the end: sinks, beacons and tail;
-            None of layers that keep none.
+        keys, values: for each place of a cache (K, S, D), what attention makes of all that is held at the end: sinks, beacons, tail;
+            None of those that hold none.
         unrotated_keys: the keys before rotary embedding.
-        states: for each layer that carries a state, what that is after the last token, and after the last closed chunk.
+        states: for each place of a cache that holds a state, what that is after the last token, and after the last closed chunk.
     """
 
     logits: torch.Tensor
@@ -184,7 +184,8 @@ class Reference:
             if is_recurrent(self.config, index):
                 mixer = next(getattr(layer, name) for name in RECURRENT_NAMES if getattr(layer, name, None) is not None)
                 mixer.forward = functools.partial(self.carry, index, mixer, mixer.forward)
-                continue
+                if _layer_type(self.config, index) != "hybrid":
+                    continue
             if _layer_type(self.config, index) in ("mlp", "moe"):
                 continue
             attention = next(
@@ -220,6 +221,8 @@ class Reference:
             branch.is_beacon = is_beacon
             branch.anchor = torch.tensor(layout.anchor)
         embedded = self.model.get_input_embeddings()(ids)
+        if self.config.model_type == "falcon_h1":
+            embedded = embedded * self.config.embedding_multiplier
         slots = [self.beacons["embedding"] if token is None else embedded[token] for token in layout.token]
         self.layout = layout
         self.read_at = torch.tensor(layout.read_at)
@@ -243,7 +246,7 @@ class Reference:
         tail = [slot for slot, chunk in enumerate(layout.chunk) if chunk == last]
         order = [slot for _, slot in memory]
         keys, values, unrotated = [], [], []
-        for index in range(len(self.decoder.layers)):
+        for index in sorted({*range(len(self.decoder.layers)), *self.states}):
             if index not in self.collected:
                 for each in (keys, values, unrotated):
                     each.append(None)
@@ -276,13 +279,15 @@ class Reference:
         name = next(
             name for name in ("cache_params", "past_key_values") if name in inspect.signature(forward).parameters
         )
-        self.states[index] = []
+        # Beside attention, a state has a place of its own behind all layers.
+        is_beside = _layer_type(self.config, index) == "hybrid"
+        states = self.states[len(self.decoder.layers) + index if is_beside else index] = []
         for last in (chunk.max(), chunk.max() - 1):
             cache, tokens = DynamicCache(config=self.config), ~is_beacon & (chunk <= last)
             if tokens.any():
                 forward(hidden_states[:, tokens], **{name: cache})
             held = (*cache.layers[index].conv_states.values(), *cache.layers[index].recurrent_states.values())
-            self.states[index].append([state for state in held if state is not None])
+            states.append([state for state in held if state is not None])
         return output
 
     # --- attention ---
@@ -376,8 +381,8 @@ def is_latent(attention: nn.Module) -> bool:
 
 
 def is_recurrent(config: Any, index: int) -> bool:
-    """Whether a layer carries a state in the place of keys and values."""
-    return _layer_type(config, index) in ("linear_attention", "conv")
+    """Whether a layer carries a state."""
+    return _layer_type(config, index) in ("linear_attention", "conv", "hybrid")
 
 
 def _layer_type(config: Any, index: int) -> str:

@@ -19,7 +19,7 @@ FLOORS = [
         "context_header",
         "files",
         "json_schema",
-        "layer_embeddings",
+        "decoder_inputs",
         "other_inputs",
         "processes",
         "projection",

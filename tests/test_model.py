@@ -1165,7 +1165,6 @@ def t5():
     [
         (lambda: tiny("deepseek_v32", n_group=1, topk_group=1, **EXPERTS), "DeepseekV32.*sparse attention"),
         (lambda: tiny("mamba"), "MambaForCausalLM.*it is recurrent"),
-        (lambda: tiny("falcon_h1"), "FalconH1.*of type hybrid"),
         (lambda: tiny("llama4_text", num_local_experts=2), "Llama4.*chunked_attention"),
         (lambda: tiny("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "Llama.*dynamic NTK"),
         (lambda: tiny("gpt2"), "GPT2.*layers"),

@@ -8,18 +8,20 @@ rotated keys, and a rotary embedding that moves them. Some of its layers may car
 rotation must equal the key that the model itself makes at the new position, and a state must go on where it was left.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from activation_beacon import layer_embeddings
+from activation_beacon import decoder_inputs
 from activation_beacon.dense import is_linear
 from activation_beacon.families import (
     CAUSAL_FAMILIES,
     FEED_FORWARD,
     FULL_ATTENTION,
+    HYBRID,
     LENDING,
     RECURRENT,
     SLIDING_ATTENTION,
@@ -71,15 +73,20 @@ def find_decoder(model: PreTrainedModel, projections: Sequence[str]) -> DecoderS
         raise unsupported(
             model, "it has no rotary position embedding (`rotary_emb`), so that stored keys cannot be moved"
         )
-    num_states = _num_states(config)
-    sites = tuple(
+    num_states, layers = _num_states(config), layers[: config.num_hidden_layers]
+    hybrid = [index for index in num_states if config.layer_types[index] in HYBRID]
+    sites = [
         _recurrent_site(model, layer, index, num_states[index])
-        if index in num_states
+        if index in num_states and index not in hybrid
         else _layer_site(model, config, layer, index, rotary, projections)
-        for index, layer in enumerate(layers[: config.num_hidden_layers])
-    )
+        for index, layer in enumerate(layers)
+    ]
+    for index in hybrid:
+        beside = _recurrent_site(model, layers[index], index, num_states[index])
+        sites[index] = dataclasses.replace(sites[index], told=layers[index])
+        sites.append(dataclasses.replace(beside, told=layers[index], beside=index))
     is_known = config.model_type in TESTED_FAMILIES | CAUSAL_FAMILIES
-    site = DecoderSite(sites, _max_positions(config), is_known)
+    site = DecoderSite(tuple(sites), _max_positions(config), is_known)
     if config.model_type not in TESTED_FAMILIES and next(model.parameters()).device.type != "meta":
         check_embeddings_are_taken(model)
         site = check_keys_move(model, site)
@@ -215,7 +222,7 @@ def _refuse_known_obstacles(model: PreTrainedModel, config: Any) -> None:
         )
     types = layer_types(config)
     keyless = RECURRENT | FEED_FORWARD if is_recurrent(config) else RECURRENT
-    if strange := sorted(types - {FULL_ATTENTION, SLIDING_ATTENTION} - keyless):
+    if strange := sorted(types - {FULL_ATTENTION, SLIDING_ATTENTION} - HYBRID - keyless):
         raise unsupported(
             model,
             f"its layers are of type {', '.join(strange)}; beacons need those that keep keys and values of every token, or a state",
@@ -231,7 +238,9 @@ def _refuse_known_obstacles(model: PreTrainedModel, config: Any) -> None:
         )
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         raise unsupported(model, "its tokens see those that follow them")
-    if getattr(config, "hidden_size_per_layer_input", 0) and not layer_embeddings.are_given(model.get_decoder()):
+    if getattr(config, "hidden_size_per_layer_input", 0) and not decoder_inputs.has_layer_embeddings(
+        model.get_decoder()
+    ):
         raise unsupported(model, "its layers are given embeddings of the token ids, in a way that is not known")
     if getattr(config, "num_kv_shared_layers", 0) and config.model_type not in LENDING:
         raise unsupported(model, "some of its layers share the keys and values of others, in a way that is not known")

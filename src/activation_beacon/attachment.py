@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from activation_beacon import decoder_inputs
 from activation_beacon.causal import tell_layer
 from activation_beacon.config import BeaconConfig
 from activation_beacon.dense import dense_weight, packed_buffers
@@ -68,15 +69,17 @@ def _put_branches(attachment: Attachment, dtype: torch.dtype) -> None:
     """Hang a beacon projection and the hooks on every site; of this dtype, where the base's own are packed."""
     for index, layer in enumerate(attachment.site.layers):
         layer.attention.beacon_state = layer.told.beacon_state = attachment.state  # type: ignore[assignment]
-        attachment.handles.append(layer.told.register_forward_pre_hook(take_beacon_slots, with_kwargs=True))
+        if layer.beside is None:
+            attachment.handles.append(layer.told.register_forward_pre_hook(take_beacon_slots, with_kwargs=True))
         if layer.num_states:
-            layer.attention.beacon_num_states = layer.num_states  # type: ignore[assignment]
+            layer.attention.beacon_num_states, layer.attention.beacon_index = layer.num_states, index  # type: ignore[assignment]
             attachment.handles.append(layer.attention.register_forward_pre_hook(hand_on_tokens, with_kwargs=True))
             attachment.handles.append(layer.attention.register_forward_hook(read_beacons, with_kwargs=True))
         if attachment.site.layers_differ and (layer.has_entries or layer.lender is not None):
             layer.attention.beacon_window, layer.attention.beacon_lender = layer.window, layer.lender  # type: ignore[assignment]
             attachment.handles.append(layer.attention.register_forward_pre_hook(tell_layer, with_kwargs=True))
-        attachment.handles.append(layer.told.register_forward_hook(forget_beacon_slots, always_call=True))
+        if layer.beside is None:
+            attachment.handles.append(layer.told.register_forward_hook(forget_beacon_slots, always_call=True))
         for site in layer.projections:
             weight = dense_weight(site.linear, dtype, f"{site.name} of layer {index}")
             bias = getattr(site.linear, "bias", None)
@@ -97,7 +100,7 @@ def take_off(model: Any, attachment: Attachment) -> None:
     for layer in attachment.site.layers:
         for module in (layer.attention, layer.told):
             vars(module).pop("beacon_state", None)
-            for name in ("beacon_num_states", "beacon_window", "beacon_lender"):
+            for name in ("beacon_num_states", "beacon_index", "beacon_window", "beacon_lender"):
                 vars(module).pop(name, None)
         for site in layer.projections:
             site.linear._modules.pop("beacon", None)
@@ -177,7 +180,7 @@ def first_embedding(model: PreTrainedModel) -> torch.Tensor:
         tokens += named if isinstance(named, (list, tuple)) else [] if named is None else [named]
     token = next((token for token in tokens if 0 <= token < embedding.weight.shape[0]), 0)
     with torch.no_grad():
-        return embedding(torch.tensor([token], device=embedding.weight.device))[0].clone()
+        return decoder_inputs.embeddings(model, torch.tensor([token], device=embedding.weight.device))[0].clone()
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

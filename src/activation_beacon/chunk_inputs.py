@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from activation_beacon import layer_embeddings
+from activation_beacon import decoder_inputs
 from activation_beacon.config import BeaconConfig
 from activation_beacon.constants import constant
 from activation_beacon.exact import anchor_tokens
@@ -53,18 +53,23 @@ def interleave(model: ReadingModel, ids: torch.Tensor, layout: ChunkLayout) -> I
     Returns:
         Arguments of the base's forward by their names, (B, T, ...) each: embeddings (B, T, M), and what layers are given besides.
     """
-    tokens = model.get_input_embeddings()(ids)
+    tokens = decoder_inputs.embeddings(model, ids)
     is_beacon = constant(layout.beacon_mask, ids.device, torch.bool)
     token_of_slot = constant(layout.token_of_slot, ids.device)
     spread = tokens.index_select(1, token_of_slot)
     embeddings = torch.where(is_beacon[:, None], model.beacon_embedding.to(tokens.dtype), spread)
-    besides = layer_embeddings.of_slots(model.get_decoder(), ids.index_select(1, token_of_slot), is_beacon)
+    besides = decoder_inputs.layer_embeddings_of_slots(
+        model.get_decoder(), ids.index_select(1, token_of_slot), is_beacon
+    )
     return {"inputs_embeds": embeddings, **besides}
 
 
 def plain(model: ReadingModel, ids: torch.Tensor) -> Inputs:
     """The same of tokens (B, T) alone."""
-    return {"inputs_embeds": model.get_input_embeddings()(ids), **layer_embeddings.of_ids(model.get_decoder(), ids)}
+    return {
+        "inputs_embeds": decoder_inputs.embeddings(model, ids),
+        **decoder_inputs.layer_embeddings(model.get_decoder(), ids),
+    }
 
 
 def laid_end_to_end(pieces: Sequence[Inputs]) -> Inputs:

@@ -13,8 +13,8 @@ TESTED_FAMILIES = frozenset(
 CAUSAL_FAMILIES = frozenset(
     {
         "afmoe", "apertus", "arcee", "bailing_hybrid", "bamba", "cohere", "cohere2", "cwm", "deepseek_v2", "deepseek_v3",
-        "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4",
-        "glm4_moe", "glm4_moe_lite", "glm4v_moe_text", "glm4v_text", "gpt_neox", "granitemoe", "granitemoehybrid", "helium",
+        "ernie4_5", "ernie4_5_moe", "exaone4", "falcon_h1", "gemma", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm",
+        "glm4", "glm4_moe", "glm4_moe_lite", "glm4v_moe_text", "glm4v_text", "gpt_neox", "granitemoe", "granitemoehybrid", "helium",
         "hyperclovax", "kimi_linear", "lfm2", "lfm2_moe", "lfm3", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral4",
         "mixtral", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo3", "olmo_hybrid", "olmoe", "persimmon", "phi", "phimoe",
         "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next",
@@ -35,6 +35,7 @@ LENDING = frozenset({"gemma3n_text", "gemma4_text", "gemma4_unified_text"})
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
 RECURRENT = frozenset({"linear_attention", "conv"})  # types of layers that carry a state
+HYBRID = frozenset({"hybrid"})  # of those that carry one beside keys and values
 FEED_FORWARD = frozenset(
     {"mlp", "moe"}
 )  # of those that are nothing else, where attention and states have layers to themselves
@@ -47,7 +48,7 @@ def layer_types(config: Any) -> frozenset[str]:
 
 def is_recurrent(config: Any) -> bool:
     """Whether some layers carry a state."""
-    return bool(layer_types(config) & RECURRENT)
+    return bool(layer_types(config) & (RECURRENT | HYBRID))
 
 
 def unsupported(model: Any, reason: str) -> UnsupportedModelError:

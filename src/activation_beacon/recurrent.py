@@ -283,16 +283,20 @@ def hand_on_tokens(mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if args:
         given["hidden_states"] = args[0]
     assert len(args) <= 1, "whatever follows is given by name"
+    name = cache_name(mixer.__class__)
+    layer = _layer_of(mixer, given.get(name))
     if state.runs is None:
-        _note_step(mixer, given)
-        return None
+        _note_step(mixer, given["hidden_states"], layer)
+        if layer is None or mixer.beacon_index == mixer.layer_idx:
+            return None
+        given[name] = OneLayerCache(layer, mixer.layer_idx)
+        return (), given
     state.hidden = given["hidden_states"]
     given["hidden_states"] = state.hidden[:, : state.runs[0][0]]
     given["attention_mask"] = None  # texts of such a pass are of one length
-    name, index = cache_name(mixer.__class__), mixer.layer_idx
-    cache = given.get(name)
-    layer = StateLayer(mixer.beacon_num_states) if cache is None else cache.layers[index]
-    given[name] = OneLayerCache(layer, index)  # some modules ask the last layer of a cache whether there is a state
+    given[name] = OneLayerCache(
+        layer or StateLayer(mixer.beacon_num_states), mixer.layer_idx
+    )  # some modules ask the last layer of a cache whether there is a state
     return (), given
 
 
@@ -328,14 +332,17 @@ def read_beacons(
     return torch.cat(outputs, dim=1)
 
 
-def _note_step(mixer: Any, given: dict[str, Any]) -> None:
+def _layer_of(mixer: Any, cache: Any) -> StateLayer | None:
+    """Where a cache of ours keeps what a module carries: at the layer's place, or at one of its own beside attention."""
+    layers = [] if cache is None else cache.layers
+    layer = layers[mixer.beacon_index] if mixer.beacon_index < len(layers) else None
+    return layer if isinstance(layer, StateLayer) else None
+
+
+def _note_step(mixer: Any, hidden: torch.Tensor, layer: StateLayer | None) -> None:
     """Note what a step of one row on a state is made of, if gradients are kept, before the module writes over that."""
-    state, cache = mixer.beacon_state, given.get(cache_name(mixer.__class__))
-    if not torch.is_grad_enabled() or cache is None or given["hidden_states"].shape[1] > 1:
-        return
-    layer = cache.layers[mixer.layer_idx]
-    if isinstance(layer, StateLayer) and any(layer.state.shapes):
-        state.hidden, state.before = given["hidden_states"], layer.begun()
+    if torch.is_grad_enabled() and hidden.shape[1] == 1 and layer is not None and any(layer.state.shapes):
+        mixer.beacon_state.hidden, mixer.beacon_state.before = hidden, layer.begun()
 
 
 def _of_one_row(mixer: Any, kwargs: dict[str, Any], row: torch.Tensor, layer: StateLayer) -> torch.Tensor:

@@ -48,6 +48,7 @@ class LayerSite:
         rope: how its keys are rotated; None: not at all.
         window: entries that a slot sees, itself included; None for all before it, and in families that are not known.
         num_states: states of a kind that it carries in the place of keys and values; None where it keeps these, 0: nothing.
+        beside: the layer whose attention it stands beside, where that has a place of its own: both carry something.
         lender: the layer whose keys and values it attends to, if it keeps none of its own; None: nobody's.
         state_shapes: theirs, rows apart; None where they are not known.
     """
@@ -59,6 +60,7 @@ class LayerSite:
     window: int | None = None
     num_states: int | None = None
     state_shapes: Shapes | None = None
+    beside: int | None = None
     lender: int | None = None
 
     @property
@@ -97,7 +99,7 @@ class DecoderSite:
     """A decoder as far as beacons are concerned.
 
     Attributes:
-        layers: one site for each layer.
+        layers: one site for each layer, and behind them one for each state that a layer carries beside keys and values.
         max_positions: positions that the base was made for; None where it has no limit.
         padding_leaves_traces: whether padding before a text changes states, as where what they are made of has a bias.
         is_known: whether its family is known (`families`): others may add what they like to a causal mask.
@@ -170,6 +172,8 @@ def can_end_early(decoder: Any, site: DecoderSite) -> bool:
     has put on an instance (accelerate offloads weights there). The hooks that transformers leaves on a model which was once
     asked for hidden states do not: they look at passes that are asked for some, and these are not left.
     """
+    if site.layers[site.last_kept].num_states:  # a state that the pass has yet to make
+        return False
     last = decoder.layers[site.last_kept]
     hooks = (*decoder._forward_hooks.values(), *last._forward_hooks.values())
     is_waited_for = any(getattr(hook, "__module__", None) != OUTPUT_CAPTURING for hook in hooks)

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from activation_beacon import layer_embeddings
+from activation_beacon import decoder_inputs
 from activation_beacon.families import unsupported
 from activation_beacon.projection import PassState
-from activation_beacon.recurrent import Runs, StateLayer, hand_on_tokens, read_beacons
+from activation_beacon.recurrent import StateLayer, hand_on_tokens, read_beacons
 from activation_beacon.sites import DecoderSite
 
 MOVED_BY = 7  # positions, in the trial of moved keys
@@ -69,11 +69,14 @@ def check_embeddings_are_taken(model: PreTrainedModel, *, tolerance: float = 2e-
         UnsupportedModelError: if what the decoder makes of them differs by more than `tolerance`, relative to its size, as where
             embeddings are scaled that it looks up itself, and those that it is given are not.
     """
-    embedding, decoder = model.get_input_embeddings(), model.get_decoder()
-    ids = torch.arange(READ_FIRST, device=embedding.weight.device)[None] % embedding.weight.shape[0]
+    embedding, decoder = model.get_input_embeddings().weight, model.get_decoder()
+    ids = torch.arange(READ_FIRST, device=embedding.device)[None] % embedding.shape[0]
     with _trial(model, "a trial pass on embeddings", ()):
         expected = decoder(input_ids=ids, use_cache=False).last_hidden_state.float()
-        given = {"inputs_embeds": embedding(ids), **layer_embeddings.of_ids(decoder, ids)}
+        given = {
+            "inputs_embeds": decoder_inputs.embeddings(model, ids),
+            **decoder_inputs.layer_embeddings(decoder, ids),
+        }
         found = decoder(**given, use_cache=False).last_hidden_state.float()
     error = (found - expected).norm() / expected.norm().clamp(min=1e-30)
     if not error <= tolerance:
@@ -107,14 +110,15 @@ def _lone_token_entries(
         if kwargs.get("beacon_slots") is not None:
             reached.add(layer)
 
-    layers = model.get_decoder().layers[: len(site.layers)]
+    decoder = model.get_decoder()
+    layers = [decoder.layers[index if one.beside is None else one.beside] for index, one in enumerate(site.layers)]
     token = torch.linspace(-1, 1, embedding.shape[-1], dtype=model.dtype, device=device)[None, None]
-    given = layer_embeddings.of_ids(model.get_decoder(), torch.zeros((1, 1), dtype=torch.long, device=device))
+    given = decoder_inputs.layer_embeddings(decoder, torch.zeros((1, 1), dtype=torch.long, device=device))
     cache = _trial_cache(site)
     handles = [layer.attention.register_forward_pre_hook(note, with_kwargs=True) for layer in site.layers]
     handles += [layer.register_forward_pre_hook(note_layer, with_kwargs=True) for layer in layers]
-    with _trial(model, "a trial pass with an ordinary cache", handles):
-        model.get_decoder()(
+    with _trial(model, "a trial pass with an ordinary cache", handles), _on_states(site):
+        decoder(
             inputs_embeds=token,
             position_ids=torch.tensor([[position]], device=device),
             past_key_values=cache,
@@ -127,11 +131,12 @@ def _lone_token_entries(
             for layer, held in zip(site.layers, cache.layers, strict=False)
         ]
     told = [
-        one.attention if one.attention in reached else layer for one, layer in zip(site.layers, layers, strict=True)
+        one.attention if one.attention in reached and one.told is one.attention else layer
+        for one, layer in zip(site.layers, layers, strict=True)
     ]
     if not reached.issuperset(told):
         raise unsupported(model, "it does not hand keyword arguments (`beacon_slots`) down to its layers")
-    if len(cache.layers) != model.config.get_text_config(decoder=True).num_hidden_layers:
+    if len(cache.layers) != len(site.layers):
         raise unsupported(model, "not every layer keeps keys of its own")
     return entries, told
 
@@ -165,13 +170,14 @@ def check_states_go_on(model: PreTrainedModel, site: DecoderSite, *, tolerance: 
     handles = [
         layer.attention.register_forward_hook(note, with_kwargs=True) for layer in site.layers if layer.num_states
     ]
-    with _trial(model, "a trial pass on states", handles):
+    with _trial(model, "a trial pass on states", handles), _on_states(site) as state:
         pieces = _trial_cache(site)
         expected = read(_trial_cache(site), 0, count)
         read(pieces, 0, READ_FIRST)
         measured = [read(pieces, READ_FIRST, count)]
-        with _in_runs(site, ((READ_FIRST, 0), (READ_THEN, 0))):
-            measured.append(read(_trial_cache(site), 0, count))
+        state.runs = ((READ_FIRST, 0), (READ_THEN, 0))
+        measured.append(read(_trial_cache(site), 0, count))
+        state.runs = None
         alone, behind_padding = _trial_cache(site), _trial_cache(site)
         read(alone, 0, 1)
         first, mask = (torch.nn.functional.pad(each[:, :1], (PADDING, 0)) for each in (ids, torch.ones_like(ids)))
@@ -219,22 +225,23 @@ def _trial(model: PreTrainedModel, what: str, handles: Sequence[Any]) -> Iterato
 
 
 @contextlib.contextmanager
-def _in_runs(site: DecoderSite, runs: Runs) -> Iterator[None]:
-    """Within the block, layers that carry a state read a pass in runs, as one that closes chunks."""
-    state, mixers = PassState(), [layer for layer in site.layers if layer.num_states]
-    state.runs = runs
-    handles = []
+def _on_states(site: DecoderSite) -> Iterator[PassState]:
+    """Within the block, layers find their states in a trial's cache, and read a pass in the runs that `runs` of its state says."""
+    state, mixers, handles = PassState(), [layer for layer in site.layers if layer.num_states], []
     try:
-        for layer in mixers:
+        for index, layer in enumerate(site.layers):
+            if not layer.num_states:
+                continue
             layer.attention.beacon_state, layer.attention.beacon_num_states = state, layer.num_states  # type: ignore[assignment]
+            layer.attention.beacon_index = index  # type: ignore[assignment]
             handles.append(layer.attention.register_forward_pre_hook(hand_on_tokens, with_kwargs=True))
             handles.append(layer.attention.register_forward_hook(read_beacons, with_kwargs=True))
-        yield
+        yield state
     finally:
         for handle in handles:
             handle.remove()
         for layer in mixers:
-            for name in ("beacon_state", "beacon_num_states"):
+            for name in ("beacon_state", "beacon_num_states", "beacon_index"):
                 vars(layer.attention).pop(name, None)
 
 

@@ -127,7 +127,7 @@ def copied(cache: Any) -> Any:
 
 
 def has_states(layer: Any) -> bool:
-    """Whether a layer of a cache of transformers has states in the place of keys and values; these are written over."""
+    """Whether a layer of a cache of transformers has states, which are written over."""
     return isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
@@ -137,8 +137,7 @@ def base_cache_bytes(cache: Any) -> int:
     for layer in cache.layers:
         if has_states(layer):
             tensors += [*layer.conv_states.values(), *layer.recurrent_states.values()]
-        else:
-            tensors += [layer.keys, layer.values]
+        tensors += [getattr(layer, "keys", None), getattr(layer, "values", None)]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 

@@ -132,6 +132,8 @@ def head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
         logits = logits / scale
     if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
         logits = logits * scale
+    if (scale := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon-H1
+        logits = logits * scale
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
         logits = torch.tanh(logits / cap) * cap
     return logits
