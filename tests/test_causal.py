@@ -235,8 +235,8 @@ def read_with_gradients(model):
         ("llama", "sdpa", "torch", read_uneven_on, ["none", "none", "told"]),
         ("llama", "sdpa", "torch", read_with_gradients, ["none", "written", "written"]),
         ("llama", "eager", "torch", compress, ["written"] * 4),
-        ("mistral", "sdpa", "torch", compress, ["none", "told", "told", "told"]),
-        ("mistral", "sdpa", "torch", compress_ragged, ["none", "told", "told", "spans"]),
+        ("mistral", "sdpa", "torch", compress, ["told"] * 4),
+        ("mistral", "sdpa", "torch", compress_ragged, ["told"] * 3 + ["spans"]),
         ("diffllama", "sdpa", "torch", compress, ["none", "written", "written", "written"]),  # not known
         pytest.param("llama", "sdpa", "onednn", compress, ["onednn"] * 4, marks=needs_onednn),
         pytest.param("llama", "sdpa", "onednn", compress_ragged, ["onednn"] * 3 + ["written"], marks=needs_onednn),

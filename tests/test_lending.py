@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from activation_beacon import BeaconCache, BeaconConfig, detach, grouped
+from activation_beacon import BeaconCache, BeaconConfig, attach, detach, forward, grouped
 from activation_beacon.bench.cost import ModelShape
-from activation_beacon.errors import FileFormatError, UnsupportedError
-from families import PICTURE, WITH_LENDERS, tiny, with_beacons
+from activation_beacon.errors import FileFormatError, UnsupportedError, UnsupportedModelError
+from activation_beacon.ragged import OwnEntries
+from families import PICTURE, WITH_LENDERS, needs_onednn, tiny, with_beacons
 from families import random_ids as any_ids
 
 CHUNK = 16
@@ -97,6 +98,75 @@ def test_rows_of_a_batch_go_on_as_they_would_alone(model):
         due = [model(tokens[row, None, None], past_key_values=cache).logits[0, -1] for row, cache in enumerate(alone)]
         torch.testing.assert_close(found, torch.stack(due), rtol=0, atol=5e-5)
         torch.testing.assert_close(same, found, rtol=0, atol=5e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("products", ["torch", pytest.param("onednn", marks=needs_onednn)])
+@pytest.mark.parametrize("num_new", [2, 8, CHUNK + 4, 3 * CHUNK])
+def test_where_one_row_of_logits_is_wanted_it_is_that_of_all(model, num_new, products):
+    """The base drops all rows but the last before layers that keep nothing."""
+    model.cpu_matmul = products
+    context, ids = model.compress(random_ids(3 * CHUNK + 3), ratio=4), random_ids(num_new, 9)
+    every = model(ids, past_key_values=context.fork()).logits
+    last = model(ids, past_key_values=context, logits_to_keep=1).logits
+    torch.testing.assert_close(last, every[:, -1:], rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_decoding_with_local_tokens_closes_chunks_to_the_same_logits(model, monkeypatch):
+    model.local_tokens = 4
+
+    def decoded():
+        context = model.compress(random_ids(3 * CHUNK + 3), ratio=4)
+        options = {"past_key_values": context, "logits_to_keep": 1}
+        return torch.cat([model(token[None], **options).logits for token in random_ids(CHUNK + 4, 2).T])
+
+    told = decoded()
+    monkeypatch.setattr(forward, "understands_told_masks", lambda *_: False)
+    torch.testing.assert_close(told, decoded(), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_contexts_of_several_lengths_are_generated_from(model):
+    contexts = [model.compress(random_ids(length, length), ratio=4) for length in LENGTHS]
+    ids = random_ids(4, 3, batch=len(LENGTHS))
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    found = model.generate(ids, context=BeaconCache.stack(contexts), **options)
+    for row, context in enumerate(contexts):
+        assert found[row : row + 1].equal(model.generate(ids[row : row + 1], context=context, **options))
+
+
+@torch.no_grad()
+def test_of_entries_only_those_of_lenders_are_told_twice(model, monkeypatch):
+    told = []
+    monkeypatch.setattr(OwnEntries, "attended_to", noting(OwnEntries.attended_to, told))
+    contexts = [model.compress(random_ids(length, length), ratio=4).quantize(8) for length in LENGTHS]
+    model.read_next(contexts, random_ids(1, 9, batch=len(LENGTHS))[:, 0])
+    assert {layer for mask in told for layer in mask.of_layer} == model._beacon.site.lenders
+
+
+def noting(attended_to, masks):
+    def noted(mask, *args, **options):
+        masks.append(mask)
+        return attended_to(mask, *args, **options)
+
+    return noted
+
+
+@torch.no_grad()
+def test_hooks_of_layers_that_keep_nothing_are_called(model):
+    seen = []
+    handle = model.get_decoder().layers[-1].register_forward_hook(lambda *_: seen.append(1))
+    model.compress(random_ids(3 * CHUNK + 7), ratio=4)
+    handle.remove()
+    assert seen
+
+
+def test_a_base_that_hands_its_decoder_no_embeddings_for_layers_is_refused(monkeypatch):
+    base = tiny("gemma4-small-multimodal")
+    monkeypatch.setattr(type(base.model), "forward", lambda self, inputs_embeds=None, **options: None)
+    with pytest.raises(UnsupportedModelError, match="takes no embeddings for its layers beside those of its input"):
+        attach(base, CONFIG)
 
 
 @torch.no_grad()

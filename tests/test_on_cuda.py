@@ -82,7 +82,7 @@ def padded_with_labels(model):
 def quantised_and_moved(model):
     context = model.compress(ids_on(model, 5 * CHUNK + 3), ratio=4)
     away = context.to("cpu")
-    assert all(layer.device.type == "cpu" for layer in away.layers)
+    assert all(layer.device.type == "cpu" for layer in away.layers if layer.has_entries)
     packed = away.to(model.device).quantize(8)
     yield model(ids_on(model, CHUNK, 1), past_key_values=packed).logits
 
@@ -207,27 +207,43 @@ def test_a_context_that_is_loaded_follows_layers_to_several_gpus(tmp_path, cuda)
     assert [layer.device for layer in loaded.layers] == [layer.device for layer in context.layers]
 
 
+OUTSIDE_LAYERS = [
+    f"model.{name}"
+    for name in (
+        "norm", "embed_tokens", "rotary_emb", "embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm",
+    )
+]  # fmt: skip
+
+
 def spread_over_two(model):
     """The layers on two GPUs, with accelerate's hooks between them, as `device_map` leaves a model."""
     hooks = pytest.importorskip("accelerate.hooks")
     first, second = (torch.device("cuda", index) for index in (0, 1))
     layers = model.get_decoder().layers
-    places = {"": first, "model.norm": first, "lm_head": first, "model.embed_tokens": first, "model.rotary_emb": first}
-    places |= {f"model.layers.{index}": first if index < 1 else second for index in range(len(layers))}
+    split = (
+        model._beacon.site.last_kept + 1 if model._beacon.site.lenders else 1
+    )  # lenders apart from those that borrow
+    places = {"": first, **{name: first for name, _ in model.named_modules() if name in ("lm_head", *OUTSIDE_LAYERS)}}
+    places |= {f"model.layers.{index}": first if index < split else second for index in range(len(layers))}
     to_cuda(model)
     for name, device in places.items():
         module = model.get_submodule(name)
         hook = hooks.AlignDevicesHook(execution_device=device, io_same_device=not name, skip_keys="past_key_values")
         hooks.add_hook_to_module(module, hook)
-    for layer in layers[1:]:
+    for layer in layers[split:]:
         to_cuda(layer, second)
     return model
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llama", "paper"), ("llama", "default"), ("mistral", "default")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "paper"), ("llama", "default"), ("mistral", "default"), ("gemma4-small", "default")]
+)
 @torch.no_grad()
 def test_layers_may_be_on_several_gpus(family, kind):
-    assert_paths_agree(model_of(family, kind), spread_over_two)
+    model = model_of(family, kind)
+    if "shared_kv_states" in model._skip_keys_device_placement:
+        pytest.skip("an older transformers leaves lent keys on the lender's GPU")
+    assert_paths_agree(model, spread_over_two)
 
 
 @torch.no_grad()

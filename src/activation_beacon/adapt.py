@@ -242,5 +242,9 @@ def _refuse_known_obstacles(model: PreTrainedModel, config: Any) -> None:
         model.get_decoder()
     ):
         raise unsupported(model, "its layers are given embeddings of the token ids, in a way that is not known")
+    if decoder_inputs.has_layer_embeddings(model.get_decoder()) and not decoder_inputs.hands_layer_embeddings_on(model):
+        raise unsupported(
+            model, "this transformers takes no embeddings for its layers beside those of its input. Update transformers"
+        )
     if getattr(config, "num_kv_shared_layers", 0) and config.model_type not in LENDING:
         raise unsupported(model, "some of its layers share the keys and values of others, in a way that is not known")

@@ -141,8 +141,8 @@ class Chunks:
     def _make_mask(
         self, size: int, held: int, window: int | None, dtype: torch.dtype | None, device: torch.device
     ) -> torch.Tensor | None:
-        if dtype is None and not held and window is None:
-            return None  # sdpa's own causal kernel
+        if dtype is None and window is None and (not held or size == 1):
+            return None  # sdpa's own causal kernel, or one query that sees all
         if dtype is None and window is None and device.type in TOLD_WITH_GRADIENTS:
             return LowerRight.on(device)
         queries = torch.arange(held, held + size, device=device)[:, None]

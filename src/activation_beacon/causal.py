@@ -57,9 +57,12 @@ class ToldMask(torch.Tensor):
 
     Attributes:
         window: of the layer that is being computed: entries that a query sees, its own the last; None for all before it.
+        is_cut: whether the layer computes the last query alone, where the base drops those before it (Gemma 4). That one may come
+            as several, the heads that share keys.
     """
 
     window: int | None = None
+    is_cut = False
 
     @classmethod
     def made(cls, device: torch.device) -> Any:
@@ -104,6 +107,11 @@ class LowerRight(ToldMask):
 
     def attended(self, *args: Any, **options: Any) -> torch.Tensor:
         """Attention (B, H, T, D) of the last slots to all up to themselves."""
+        if self.is_cut:
+            query, key, value = args[:3]
+            seen = slice(None if self.window is None else -self.window, None)
+            options["attn_mask"] = None
+            return nn.functional.scaled_dot_product_attention(query, key[:, :, seen], value[:, :, seen], **options)
         return attend(*args, **options, num_copies=self.num_copies, window=self.window)
 
 
@@ -144,12 +152,14 @@ class Spans(ToldMask):
         **options: Any,
     ) -> torch.Tensor:
         """Attention (B, H, T, D) of queries (B, H, T, D) to keys and values (B, K, S + T, D)."""
-        if self.num_copies and can_be_split(query, key, value, dropout_p):
+        if self.num_copies and not self.is_cut and can_be_split(query, key, value, dropout_p):
             once = _each_head_once(query, key, value, self.num_copies)
             if matmul.can_be_served(query, once[0][0, 0]):
                 return _in_blocks(query, *once, options.get("scale"), self.firsts, self.stops, self.window)
         begin = 0 if self.window is None else max(0, self.least - self.window)
         mask = self.written_out(key.shape[-2], key.device)[..., begin:]
+        if self.is_cut:
+            mask = mask[:, :, -1:]
         return nn.functional.scaled_dot_product_attention(
             query, key[:, :, begin:], value[:, :, begin:], mask, dropout_p, is_causal, **options
         )
@@ -207,13 +217,22 @@ class ToldEntries(ToldMask):
         raise NotImplementedError
 
 
-def tell_layer(attention: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def tell_layer(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of an attention module: a mask is told of its window, and again of the entries that another lends it."""
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, ToldMask):
-        mask.window = attention.beacon_window  # type: ignore[assignment]
+    if not isinstance(mask, ToldMask):
+        return
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    mask.window, mask.is_cut = attention.beacon_window, hidden.shape[1] == 1  # type: ignore[assignment]
     if isinstance(mask, ToldEntries) and attention.beacon_lender is not None:
-        mask.told(mask.of_layer[attention.beacon_lender])  # type: ignore[index]
+        mask.told(_moved(mask.of_layer[attention.beacon_lender], hidden.device))  # type: ignore[index]
+
+
+def _moved(entries: Any, device: torch.device) -> Any:
+    """What a mask has been told, on another device."""
+    if isinstance(entries, torch.Tensor):
+        return entries.to(device)
+    return type(entries)(_moved(each, device) for each in entries) if isinstance(entries, (list, tuple)) else entries
 
 
 def attend(

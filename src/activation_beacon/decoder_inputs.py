@@ -19,6 +19,11 @@ def has_layer_embeddings(decoder: Any) -> bool:
     return bool(getattr(decoder, "hidden_size_per_layer_input", 0)) and hasattr(decoder, "get_per_layer_inputs")
 
 
+def hands_layer_embeddings_on(model: Any) -> bool:
+    """Whether a model hands its decoder those that it is given (Gemma 3n with pictures and sounds does not in older transformers)."""
+    return NAME in inspect.signature(type(model.base_model).forward).parameters
+
+
 def embeddings(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Embeddings (B, T, M) that a model makes of tokens (B, T)."""
     found: torch.Tensor = model.get_input_embeddings()(ids)

@@ -201,7 +201,7 @@ class _Reader:
         mover = KeyMover(self.site.ropes, constant(group.shifts, device))
         mask = ByChunk.on(device)
         layers = [
-            GroupLayer(held, length, group, mover, index, mask, site.attended, lends=index in self.site.lenders)
+            GroupLayer(held, length, group, mover, index, mask, site.attended, lent_as=self.site.lent_as(index))
             if site.has_entries
             else cache.layers[index].at_chunk(is_first=not length)
             for index, (site, held) in enumerate(
@@ -429,7 +429,7 @@ class _Reader:
             return _padding_mask(lengths, counts or [num_rows] * len(lengths), num_rows, slots.device)
         is_by_onednn = self.model.is_by_onednn(num_rows)
         if rows is None and len(set(lengths)) == 1:
-            if num_rows == 1 or not (longest or is_by_onednn):
+            if num_rows == 1 or not (longest or is_by_onednn or self.site.layers_differ):
                 return None  # the base makes none either
             return LowerRight.on(slots.device, num_copies=self.site.num_copies if is_by_onednn else 0)
         firsts, stops = [longest - length for length in lengths], slots.view(-1, num_rows) + longest + 1

@@ -51,7 +51,7 @@ class GroupLayer(ChunkLayer):
         index: of the layer.
         mask: that the pass is given.
         attended: makes keys and values of what the layer caches.
-        lends: whether other layers attend to the same.
+        lent_as: its number, if other layers attend to the same.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class GroupLayer(ChunkLayer):
         mask: ByChunk,
         attended: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
         *,
-        lends: bool = False,
+        lent_as: int | None = None,
     ) -> None:
         super().__init__(held, length)
         self.group = group
@@ -72,7 +72,7 @@ class GroupLayer(ChunkLayer):
         self.index = index
         self.mask = mask
         self.attended = attended
-        self.lends = lends
+        self.lent_as = lent_as
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -103,6 +103,6 @@ class GroupLayer(ChunkLayer):
                 )
                 for size, kept, *new in zip(self.group.sizes, self.group.num_kept, *parts, strict=False)
             ],
-            self.index if self.lends else None,
+            self.lent_as,
         )
         return key_states[:, :, :1], value_states[:, :, :1]

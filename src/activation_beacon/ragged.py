@@ -54,17 +54,17 @@ class RowsLayer(DynamicLayer):
         rows: the layer in each cache; appended to in place.
         mask: told of the rows' entries when the layer is reached.
         site: which layer it is.
-        index: its number.
+        lent_as: its number, if other layers attend to the same.
     """
 
     has_entries = True
 
-    def __init__(self, rows: Sequence[BeaconLayer], mask: OwnEntries, site: LayerSite, index: int) -> None:
+    def __init__(self, rows: Sequence[BeaconLayer], mask: OwnEntries, site: LayerSite, lent_as: int | None) -> None:
         super().__init__()
         self.rows = rows
         self.mask = mask
         self.site = site
-        self.index = index
+        self.lent_as = lent_as
         self.is_initialized = True
 
     def update(
@@ -76,7 +76,7 @@ class RowsLayer(DynamicLayer):
         for row, keys, values in zip(self.rows, key_states.split(1), value_states.split(1), strict=True):
             held_keys, held_values = row.update(keys, values)
             entries.append(self.site.attended(held_keys[:, :, first:], held_values[:, :, first:]))
-        self.mask.told(entries, self.index)
+        self.mask.told(entries, self.lent_as)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -150,7 +150,7 @@ def _append(
     lengths = [cache.num_slots for cache in caches]
     held = [[cache.layers[index] for cache in caches] for index in range(len(site.layers))]
     layers = [
-        RowsLayer(rows, mask, layer, index) if layer.has_entries else StateLayer.begun_together(rows)
+        RowsLayer(rows, mask, layer, site.lent_as(index)) if layer.has_entries else StateLayer.begun_together(rows)
         for index, (rows, layer) in enumerate(zip(held, site.layers, strict=True))
     ]
     is_compressed = any(row.chunks for cache in caches for row in cache.rows)

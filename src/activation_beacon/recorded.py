@@ -109,15 +109,21 @@ class StepLayer(DynamicLayer):
         filled: (B, 1, 1, C), the slots that are seen.
         mask: that the pass is given.
         site: which layer it is.
-        index: its number.
+        lent_as: its number, if other layers attend to the same.
     """
 
     def __init__(
-        self, room: Room, slot: torch.Tensor, filled: torch.Tensor, mask: FilledEntries, site: LayerSite, index: int
+        self,
+        room: Room,
+        slot: torch.Tensor,
+        filled: torch.Tensor,
+        mask: FilledEntries,
+        site: LayerSite,
+        lent_as: int | None,
     ) -> None:
         super().__init__()
         self.site = site
-        self.index = index
+        self.lent_as = lent_as
         self.room = room
         self.slot = slot
         self.filled = filled
@@ -130,7 +136,7 @@ class StepLayer(DynamicLayer):
         """Enter one entry (B, K, 1, D) of each row; returns it, which nobody attends to."""
         for whole, new in zip(self.room.whole, (key_states, value_states), strict=True):
             whole.index_copy_(2, self.slot, new)
-        self.mask.told([*self.site.attended(*self.room.whole), self.filled], self.index)
+        self.mask.told([*self.site.attended(*self.room.whole), self.filled], self.lent_as)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -177,7 +183,7 @@ class RecordedStep:
             }
             mask = FilledEntries.on(device)
             layers = [
-                StepLayer(rooms[number], slot, filled[layer.window], mask, layer, number)
+                StepLayer(rooms[number], slot, filled[layer.window], mask, layer, site.lent_as(number))
                 if number in rooms
                 else StateLayer(0)
                 for number, layer in enumerate(site.layers)

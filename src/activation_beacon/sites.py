@@ -120,6 +120,10 @@ class DecoderSite:
         """Layers whose keys and values others attend to."""
         return frozenset(layer.lender for layer in self.layers if layer.lender is not None)
 
+    def lent_as(self, index: int) -> int | None:
+        """The number of a layer, if others attend to its keys and values."""
+        return index if index in self.lenders else None
+
     @property
     def last_kept(self) -> int:
         """The last layer that leaves something in a cache; those behind it matter to outputs alone."""
@@ -174,8 +178,8 @@ def can_end_early(decoder: Any, site: DecoderSite) -> bool:
     """
     if site.layers[site.last_kept].num_states:  # a state that the pass has yet to make
         return False
-    last = decoder.layers[site.last_kept]
-    hooks = (*decoder._forward_hooks.values(), *last._forward_hooks.values())
+    last, *behind = decoder.layers[site.last_kept : len(site.layers)]
+    hooks = [hook for module in (decoder, last, *behind) for hook in module._forward_hooks.values()]
     is_waited_for = any(getattr(hook, "__module__", None) != OUTPUT_CAPTURING for hook in hooks)
     return not is_waited_for and all(
         "forward" not in vars(module) and module._compiled_call_impl is None for module in (decoder, *last.modules())
