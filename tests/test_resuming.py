@@ -81,9 +81,9 @@ def test_a_text_read_anew_at_another_ratio_holds_nothing():
 # --- what it does not serve ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("why", ["window", "eager", "gradients"])
+@pytest.mark.parametrize("why", ["unknown family", "eager", "gradients"])
 def test_where_masks_of_ours_do_not_serve_all_is_computed(why):
-    model, ids = model_of("mistral" if why == "window" else "llama", **EXACT), random_ids(CHUNK + 1)
+    model, ids = model_of("diffllama" if why == "unknown family" else "llama", **EXACT), random_ids(CHUNK + 1)
     if why == "eager":
         model.set_attn_implementation("eager")
     with torch.set_grad_enabled(why == "gradients"):
