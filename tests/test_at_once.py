@@ -77,9 +77,18 @@ def test_masks_that_are_told_give_the_same_states_and_gradients(family, tail, mo
         torch.testing.assert_close(seen[1][name], written, atol=1e-4 * float(written.abs().max()), rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize(("attention", "config"), [("sdpa", CONFIG), ("eager", CONFIG), ("sdpa", ANCHORED)])
-def test_gradient_checkpointing_gives_the_same_gradients(attention, config):
-    model = with_beacons("gemma3_text", config, attention=attention).train()
+@pytest.mark.parametrize(
+    ("family", "attention", "config"),
+    [
+        ("gemma3_text", "sdpa", CONFIG),
+        ("gemma3_text", "eager", CONFIG),
+        ("gemma3_text", "sdpa", ANCHORED),
+        ("gemma4-small", "sdpa", ANCHORED),
+        ("falcon_h1", "sdpa", EXACT),
+    ],
+)
+def test_gradient_checkpointing_gives_the_same_gradients(family, attention, config):
+    model = with_beacons(family, config, attention=attention).train()
     ids = random_ids(4 * CHUNK + 5)
     with chunks_at_once(model):
         plain = gradients(model, model.hidden_states(ids, RATIOS).square().sum())

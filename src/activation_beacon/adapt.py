@@ -83,8 +83,7 @@ def find_decoder(model: PreTrainedModel, projections: Sequence[str]) -> DecoderS
     ]
     for index in hybrid:
         beside = _recurrent_site(model, layers[index], index, num_states[index])
-        sites[index] = dataclasses.replace(sites[index], told=layers[index])
-        sites.append(dataclasses.replace(beside, told=layers[index], beside=index))
+        sites.append(dataclasses.replace(beside, beside=index))
     is_known = config.model_type in TESTED_FAMILIES | CAUSAL_FAMILIES
     site = DecoderSite(tuple(sites), _max_positions(config), is_known)
     if config.model_type not in TESTED_FAMILIES and next(model.parameters()).device.type != "meta":

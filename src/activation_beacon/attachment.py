@@ -67,10 +67,12 @@ def put_on(model: nn.Module, attachment: Attachment) -> None:
 
 def _put_branches(attachment: Attachment, dtype: torch.dtype) -> None:
     """Hang a beacon projection and the hooks on every site; of this dtype, where the base's own are packed."""
+    told: set[nn.Module] = set()  # a layer may be told for what it has side by side
     for index, layer in enumerate(attachment.site.layers):
         layer.attention.beacon_state = layer.told.beacon_state = attachment.state  # type: ignore[assignment]
-        if layer.beside is None:
+        if is_new := layer.told not in told:
             attachment.handles.append(layer.told.register_forward_pre_hook(take_beacon_slots, with_kwargs=True))
+        told.add(layer.told)
         if layer.num_states:
             layer.attention.beacon_num_states, layer.attention.beacon_index = layer.num_states, index  # type: ignore[assignment]
             attachment.handles.append(layer.attention.register_forward_pre_hook(hand_on_tokens, with_kwargs=True))
@@ -78,7 +80,7 @@ def _put_branches(attachment: Attachment, dtype: torch.dtype) -> None:
         if attachment.site.layers_differ and (layer.has_entries or layer.lender is not None):
             layer.attention.beacon_window, layer.attention.beacon_lender = layer.window, layer.lender  # type: ignore[assignment]
             attachment.handles.append(layer.attention.register_forward_pre_hook(tell_layer, with_kwargs=True))
-        if layer.beside is None:
+        if is_new:
             attachment.handles.append(layer.told.register_forward_hook(forget_beacon_slots, always_call=True))
         for site in layer.projections:
             weight = dense_weight(site.linear, dtype, f"{site.name} of layer {index}")

@@ -172,6 +172,8 @@ def understands_told_masks(model: Any, site: DecoderSite) -> bool:
 def can_end_early(decoder: Any, site: DecoderSite) -> bool:
     """Whether a pass of the decoder may be left from within the last layer that keeps something, because nobody waits for its end.
 
+    Nor for that of a layer behind it, as hooks on whole layers would.
+
     Hooks do (FSDP gathers and frees weights in them), and so may compiled modules and a `forward` that another library
     has put on an instance (accelerate offloads weights there). The hooks that transformers leaves on a model which was once
     asked for hidden states do not: they look at passes that are asked for some, and these are not left.

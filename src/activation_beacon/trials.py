@@ -131,8 +131,7 @@ def _lone_token_entries(
             for layer, held in zip(site.layers, cache.layers, strict=False)
         ]
     told = [
-        one.attention if one.attention in reached and one.told is one.attention else layer
-        for one, layer in zip(site.layers, layers, strict=True)
+        one.attention if one.attention in reached else layer for one, layer in zip(site.layers, layers, strict=True)
     ]
     if not reached.issuperset(told):
         raise unsupported(model, "it does not hand keyword arguments (`beacon_slots`) down to its layers")
