@@ -218,7 +218,10 @@ class ToldEntries(ToldMask):
 
 
 def tell_layer(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an attention module: a mask is told of its window, and again of the entries that another lends it."""
+    """Forward pre-hook of an attention module, whose hidden states are (B, T, M): a mask is told of the layer.
+
+    Of its window; whether it computes one query alone; and again of the entries that another layer lends it.
+    """
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, ToldMask):
         return
@@ -305,7 +308,7 @@ def _in_two_parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s
 def _in_bands(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, options: dict[str, Any]
 ) -> torch.Tensor:
-    """Some queries after others, each with the entries that any of them sees."""
+    """`attend` within a window: some queries (B, H, t, D) after others, each time with the entries that any of them sees."""
     size, total = query.shape[-2], key.shape[-2]
     outputs = []
     for first in range(0, size, max(window, LEAST_BAND)):

@@ -294,8 +294,9 @@ def hand_on_tokens(mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     state.hidden = given["hidden_states"]
     given["hidden_states"] = state.hidden[:, : state.runs[0][0]]
     given["attention_mask"] = None  # texts of such a pass are of one length
+    layer = StateLayer(mixer.beacon_num_states) if layer is None else layer
     given[name] = OneLayerCache(
-        layer or StateLayer(mixer.beacon_num_states), mixer.layer_idx
+        layer, mixer.layer_idx
     )  # some modules ask the last layer of a cache whether there is a state
     return (), given
 

@@ -3,6 +3,7 @@
 And what may be done in a pass over them.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class LayerSite:
         rope: how its keys are rotated; None: not at all.
         window: entries that a slot sees, itself included; None for all before it, and in families that are not known.
         num_states: states of a kind that it carries in the place of keys and values; None where it keeps these, 0: nothing.
-        beside: the layer whose attention it stands beside, where that has a place of its own: both carry something.
+        beside: of a state that a layer carries beside keys and values: the number of that layer; None of layers themselves.
         lender: the layer whose keys and values it attends to, if it keeps none of its own; None: nobody's.
         state_shapes: theirs, rows apart; None where they are not known.
     """
@@ -110,12 +111,12 @@ class DecoderSite:
     is_known: bool = False
     padding_leaves_traces: bool = False
 
-    @property
+    @functools.cached_property
     def layers_differ(self) -> bool:
         """Whether some layers see other entries than those before a slot in their own cache: windows, and those that others lend."""
         return any(layer.window is not None for layer in self.layers) or bool(self.lenders)
 
-    @property
+    @functools.cached_property
     def lenders(self) -> frozenset[int]:
         """Layers whose keys and values others attend to."""
         return frozenset(layer.lender for layer in self.layers if layer.lender is not None)
@@ -124,7 +125,7 @@ class DecoderSite:
         """The number of a layer, if others attend to its keys and values."""
         return index if index in self.lenders else None
 
-    @property
+    @functools.cached_property
     def last_kept(self) -> int:
         """The last layer that leaves something in a cache; those behind it matter to outputs alone."""
         return max(index for index, layer in enumerate(self.layers) if layer.num_states != 0)
