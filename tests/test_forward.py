@@ -39,7 +39,8 @@ def same_cache(cache, expected, tolerance=1e-5):
     assert cache.rows == expected.rows
     assert torch.equal(cache.token_ids, expected.token_ids)
     for layer, other in zip(cache.layers, expected.layers, strict=True):
-        assert layer.keys.shape[2] == layer.values.shape[2] == cache.num_slots
+        assert layer.get_seq_length() == cache.num_slots
+        assert layer.keys.shape[2] == max(row.entries_within(layer.window) for row in cache.rows)
         close(layer.keys, other.keys, tolerance)
         close(layer.values, other.values, tolerance)
 
@@ -436,14 +437,20 @@ def test_lengths_and_bytes_are_exact_on_every_layer(family):
     num_chunks, sinks = 64, 2
     model = with_beacons(family, config(num_sinks=sinks), max_position_embeddings=4096)
     cache = model.compress(random_ids(num_chunks * CHUNK + 5), ratio=8)
-    length = sinks + num_chunks * CHUNK // 8 + 5
-    for layer in cache.layers:
-        assert layer.keys.shape == layer.values.shape == (1, 2, length, 8)
-    per_entry = len(cache.layers) * 2 * 2 * 8 * 4
-    assert cache.cache_length == length
-    assert cache.cache_bytes == length * per_entry
-    assert cache.uncompressed_bytes == (num_chunks * CHUNK + 5) * per_entry
-    assert cache.cache_bytes <= cache.uncompressed_bytes / 8 + CHUNK * per_entry
+    num_tail, num_tokens = 5, num_chunks * CHUNK + 5
+    memory = sinks + num_chunks * CHUNK // 8
+    assert cache.cache_length == memory + num_tail
+    per_entry, full = 2 * 2 * 8 * 4, 0
+    for layer, site in zip(cache.layers, model._beacon.site.layers, strict=True):
+        seen = 10**9 if site.window is None else site.window - 1
+        assert layer.keys.shape == layer.values.shape == (1, 2, min(memory, seen) + num_tail, 8)
+        assert layer.get_seq_length() == cache.cache_length
+        assert layer.num_bytes == (min(memory, seen) + num_tail) * per_entry
+        full += min(num_tokens, seen) * per_entry
+    assert cache.cache_bytes == sum(layer.num_bytes for layer in cache.layers)
+    assert cache.uncompressed_bytes == full
+    if not model._beacon.site.windows:
+        assert cache.cache_bytes <= full / 8 + CHUNK * per_entry * len(cache.layers)
     held = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for layer in cache.layers

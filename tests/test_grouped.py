@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from activation_beacon import BeaconConfig, grouped
+from activation_beacon.entries import ChunkLayer
 from activation_beacon.grouped import ByChunk, GroupLayer
 from activation_beacon.plan import GroupLayout, RawRun, chunk_layout
 from activation_beacon.rope import KeyMover
@@ -202,9 +203,8 @@ def test_each_chunk_is_told_what_it_sees():
     group = GroupLayout((chunk_layout(2, 2, "interleave"), chunk_layout(2, 2, "interleave")))
     mask = ByChunk.on(torch.device("cpu"))
     memory = torch.full((1, 1, 2, 1), -1.0), torch.full((1, 1, 2, 1), -2.0)
-    layer = GroupLayer(
-        lambda: memory, 2, group, KeyMover([None], torch.tensor(group.shifts)), 0, mask, lambda *both: both
-    )
+    held, mover = ChunkLayer(lambda: memory, 2), KeyMover([None], torch.tensor(group.shifts))
+    layer = GroupLayer(held, group, mover, 0, mask, lambda *both: both)
     keys = torch.arange(6.0).view(1, 1, 6, 1)
     layer.update(keys, keys + 10)
     (one, one_keys, one_values), (two, two_keys, two_values) = mask.entries

@@ -197,6 +197,7 @@ class Attached(Host):
             self._beacon.config if local_tokens is None else self._config_with(local_tokens),
             num_layers=len(self._beacon.site.layers),
             num_states=self._beacon.site.num_states,
+            windows=self._beacon.site.windows,
             batch_size=batch_size,
             policy=self._beacon.policy if ratio is None else self.ratio_policy(ratio),
             base_fingerprint=self.base_fingerprint,

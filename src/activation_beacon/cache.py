@@ -29,7 +29,7 @@ from activation_beacon.errors import (
     reason,
 )
 from activation_beacon.files import read_context_file, write_context_file
-from activation_beacon.plan import RatioPolicy, Row
+from activation_beacon.plan import RatioPolicy, Row, within
 from activation_beacon.recurrent import StateLayer
 from activation_beacon.sizes import bytes_text
 
@@ -64,6 +64,7 @@ class BeaconCache(Cache):
         *,
         num_layers: int,
         num_states: Mapping[int, int] | None = None,
+        windows: Mapping[int, int] | None = None,
         batch_size: int = 1,
         policy: RatioPolicy | None = None,
         base_fingerprint: str = "",
@@ -71,9 +72,10 @@ class BeaconCache(Cache):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(layers=[])
-        states = num_states or {}  # of each kind, of the layers without keys and values
+        states, windows = num_states or {}, windows or {}  # of each kind, of the layers without keys and values
         self.layers: list[Any] = [
-            StateLayer(states[index]) if index in states else BeaconLayer() for index in range(num_layers)
+            StateLayer(states[index]) if index in states else BeaconLayer(windows.get(index))
+            for index in range(num_layers)
         ]
         self.config = config
         self.rows: tuple[Row, ...] = (Row(config.chunk_size),) * batch_size
@@ -111,7 +113,7 @@ class BeaconCache(Cache):
 
     @property
     def slots_held(self) -> int:
-        """Slots that its layers have filled, as the first of them says that has any."""
+        """Slots that its layers have filled, those that some have dropped included."""
         return next((layer.get_seq_length() for layer in self.layers if layer.has_entries), 0)
 
     @property
@@ -177,15 +179,19 @@ class BeaconCache(Cache):
 
     @property
     def uncompressed_bytes(self) -> int:
-        """Bytes that keys and values of all tokens seen would take uncompressed, in the same dtype, and states."""
-        per_entry = of_states = 0
+        """Bytes that keys and values of all tokens seen would take uncompressed, in the same dtype, and states.
+
+        In a layer with a sliding window, of those tokens that the next one would see.
+        """
+        total = 0
         for layer in self.layers:
             if not layer.has_entries:
-                of_states += layer.state.num_bytes
+                total += layer.state.num_bytes
             elif layer.keys is not None and layer.values is not None:
                 heads_and_dims = layer.keys.shape[1] * (layer.keys.shape[3] + layer.values.shape[3])
-                per_entry += heads_and_dims * layer.keys.element_size()
-        return of_states + per_entry * sum(row.tokens_seen for row in self.rows)
+                num_entries = sum(within(row.tokens_seen, layer.window) for row in self.rows)
+                total += heads_and_dims * layer.keys.element_size() * num_entries
+        return total
 
     def __str__(self) -> str:
         lines = [f"BeaconCache: {_row_text(row)}" for row in self.rows]
@@ -235,11 +241,23 @@ class BeaconCache(Cache):
         self.token_ids = change(self.token_ids)
 
     def _trim(self) -> None:
-        """Drop slots and columns that are padding in every row, as when the longest row has gone."""
-        surplus = self.slots_held - self.num_slots
-        if surplus > 0:
-            self.layers = [layer.map_slots(lambda tensor: tensor[:, :, surplus:]) for layer in self.layers]
+        """Drop slots and columns that no row is in need of, as when the longest row has gone."""
+        self.layers = self._layers_for(self.rows, [self.slots_held] * self.batch_size)
         self.token_ids = self.token_ids[:, self.token_ids.shape[1] - max(row.tokens_seen for row in self.rows) :]
+
+    def _layers_for(self, rows: Sequence[Row], ends: Sequence[int]) -> list[Any]:
+        """The layers as these rows need them: all of their entries before the slots `ends`, those apart that a window has dropped.
+
+        What one row is in need of, the others hold as well, and it may be anything: no less than that is dropped.
+        """
+        length = max(row.cache_length for row in rows)
+
+        def of(layer: Any) -> Any:
+            most = max(row.entries_within(layer.window) for row in rows)
+            is_right = set(ends) == {length} and length - layer.dropped <= most
+            return layer if is_right else layer.taken(ends, length, most=most)
+
+        return [of(layer) for layer in self.layers]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last `-tokens_to_remove` tokens back; they must still be in the tail.
@@ -269,14 +287,10 @@ class BeaconCache(Cache):
         """Take back so many tokens of each row; they must still be in its tail, and no layer be recurrent."""
         assert not self.is_recurrent, "states cannot be taken back"
         rows = tuple(row.after_reading(-count) for row, count in zip(self.rows, counts, strict=True))
-
-        def cut(tensor: torch.Tensor, longest: int, dim: int) -> torch.Tensor:
-            return take(tensor, range(len(rows)), [tensor.shape[dim] - count for count in counts], longest, dim=dim)
-
-        num_slots = max(row.cache_length for row in rows)
-        layers = [layer.map_slots(lambda tensor: cut(tensor, num_slots, 2)) for layer in self.layers]
-        self.token_ids = cut(self.token_ids, max(row.tokens_seen for row in rows), 1)
-        self.layers, self.rows = layers, rows
+        columns = [self.token_ids.shape[1] - count for count in counts]
+        token_ids = take(self.token_ids, range(len(rows)), columns, max(row.tokens_seen for row in rows), dim=1)
+        self.align(rows, [self.slots_held - count for count in counts])
+        self.token_ids = token_ids
 
     def without_tail(self) -> "BeaconCache":
         """The context of one text as it was when its last chunk was closed; one that has read nothing where none has been."""
@@ -293,11 +307,7 @@ class BeaconCache(Cache):
     def truncate(self, num_slots: int) -> None:
         """Drop the slots from `num_slots` on, as after a pass that failed."""
         for layer in self.layers:
-            length = num_slots - layer.stored_length
-            for name in ("keys", "values"):  # the one may have been appended to before the other
-                tensor = getattr(layer, name)
-                if tensor is not None and tensor.dim() == 4:
-                    setattr(layer, name, tensor[:, :, :length])
+            layer.truncate(num_slots)
 
     @contextlib.contextmanager
     def under(self, policies: tuple[RatioPolicy, ...]) -> Iterator[None]:
@@ -410,14 +420,10 @@ class BeaconCache(Cache):
         if not -self.batch_size <= index < self.batch_size:
             raise InputError(f"There is no row {index} in a batch of {self.batch_size}.")
         index %= self.batch_size
-        row = self.rows[index]
-        slots, length = self.num_slots, row.cache_length
-        ids = self.token_ids[index : index + 1, self.token_ids.shape[1] - row.tokens_seen :]
-        single = self._like(ids)
+        single = self._like(self.token_ids[index : index + 1])
         single._select_rows([index])
         single.layers = [layer.map(lambda t: t[index : index + 1]) for layer in self.layers]
-        if self.is_ragged:
-            single.layers = [layer.map_slots(lambda t: t[:, :, slots - length :]) for layer in single.layers]
+        single._trim()
         return single
 
     def check_same_origin(self, other: "BeaconCache") -> None:
@@ -491,6 +497,7 @@ class BeaconCache(Cache):
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "num_layers": len(self.layers),
             **({"num_states": list(self._num_states.items())} if self._num_states else {}),
+            **({"windows": list(self._windows.items())} if self._windows else {}),
             "quantized_bits": self.quantized_bits,
         }
 
@@ -498,6 +505,11 @@ class BeaconCache(Cache):
     def _num_states(self) -> dict[int, int]:
         """Of each layer without keys and values, how many states of a kind it carries."""
         return {index: layer.number_of_states for index, layer in enumerate(self.layers) if not layer.has_entries}
+
+    @property
+    def _windows(self) -> dict[int, int]:
+        """The window of each layer that has one."""
+        return {index: layer.window for index, layer in enumerate(self.layers) if layer.window is not None}
 
     @classmethod
     def _of(cls, header: ContextHeader, tensors: Mapping[str, torch.Tensor]) -> "BeaconCache":
@@ -519,7 +531,9 @@ class BeaconCache(Cache):
             if index in header.num_states:
                 context.layers[index] = StateLayer.of_named(own, header.num_states[index])
             else:
-                context.layers[index] = BeaconLayer.of_named(own, header.quantized_bits)
+                context.layers[index] = BeaconLayer.of_named(
+                    own, header.quantized_bits, window=header.windows.get(index), num_slots=context.num_slots
+                )
         context._check_contents(len(tensors))
         return context
 
@@ -534,11 +548,20 @@ class BeaconCache(Cache):
         for layer in self.layers:
             shapes = [tuple(tensor.shape) for _, tensor in layer.named_tensors()]
             num_tensors -= len(shapes)
-            is_due = not layer.has_entries or layer.get_seq_length() == self.num_slots
+            is_due = not layer.has_entries or self._has_all_due(layer)
             if not (layer.is_consistent and is_due) or any(shape[0] != self.batch_size for shape in shapes):
                 raise FileFormatError(f"a layer holds {shapes} where {self.num_slots} entries a row are due")
         if num_tensors != 1:
             raise FileFormatError(f"{num_tensors - 1} tensors belong to no layer")
+
+    def _has_all_due(self, layer: BeaconLayer) -> bool:
+        """Whether a layer reaches to the last slot, and has dropped none that a token to come sees."""
+        num_due = max(row.entries_within(layer.window) for row in self.rows)
+        return layer.get_seq_length() == self.num_slots and self.num_slots - layer.dropped >= num_due
+
+    def still_holds(self, row: Row) -> bool:
+        """Whether one text can be taken back to where it held `row`: not if a layer with a window has dropped what was seen there."""
+        return all(row.cache_length - layer.dropped >= row.entries_within(layer.window) for layer in self.layers)
 
     def _check_fits(self, model: Any) -> None:
         """Refuse what no context of this model can hold: other layers, heads, dims, states or ids."""
@@ -595,6 +618,11 @@ class BeaconCache(Cache):
         self.recorded = None
         for name in ("layers", "token_ids", *PER_ROW):
             setattr(self, name, getattr(other, name))
+
+    def align(self, rows: Sequence[Row], ends: Sequence[int]) -> None:
+        """Become `rows`, whose last entries stand before the slots `ends`."""
+        self.layers = self._layers_for(rows, ends)
+        self.rows = tuple(rows)
 
     def memory_ends(self, rows: Sequence[int]) -> list[int]:
         """Slot after the memory of each of `rows`."""

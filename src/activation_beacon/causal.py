@@ -123,6 +123,8 @@ class Spans(ToldMask):
         stops: (1 or B, T); for each query, the entry behind the last that it sees.
         least: none of them is less.
         num_copies: as in `LowerRight`.
+        num_slots: entries that are counted; where fewer are given, as of layers with a window, they are the last of these. None: as
+            many as are given.
         written: the mask as it is written out, for each number of entries, window and device.
     """
 
@@ -130,15 +132,24 @@ class Spans(ToldMask):
     stops: torch.Tensor
     least: int
     num_copies: int
+    num_slots: int | None
     written: dict[tuple[int, int | None, torch.device], torch.Tensor]
 
     @classmethod
     def on(
-        cls, device: torch.device, firsts: Sequence[int], stops: torch.Tensor, *, num_copies: int, least: int = 0
+        cls,
+        device: torch.device,
+        firsts: Sequence[int],
+        stops: torch.Tensor,
+        *,
+        num_copies: int,
+        least: int = 0,
+        num_slots: int | None = None,
     ) -> "Spans":
         """Such a mask."""
         mask: Spans = cls.made(device)
-        mask.firsts, mask.stops, mask.least, mask.num_copies, mask.written = firsts, stops, least, num_copies, {}
+        mask.firsts, mask.stops, mask.least, mask.num_copies = firsts, stops, least, num_copies
+        mask.num_slots, mask.written = num_slots, {}
         return mask
 
     def attended(
@@ -155,8 +166,9 @@ class Spans(ToldMask):
         if self.num_copies and not self.is_cut and can_be_split(query, key, value, dropout_p):
             once = _each_head_once(query, key, value, self.num_copies)
             if matmul.can_be_served(query, once[0][0, 0]):
-                return _in_blocks(query, *once, options.get("scale"), self.firsts, self.stops, self.window)
-        begin = 0 if self.window is None else max(0, self.least - self.window)
+                firsts, stops = self._of_given(key.shape[-2])
+                return _in_blocks(query, *once, options.get("scale"), firsts, stops, self.window)
+        begin = 0 if self.window is None else max(0, self.least - self._num_dropped(key.shape[-2]) - self.window)
         mask = self.written_out(key.shape[-2], key.device)[..., begin:]
         if self.is_cut:
             mask = mask[:, :, -1:]
@@ -168,15 +180,29 @@ class Spans(ToldMask):
         """The mask (1 or B, 1, T, S + T) of so many entries, in the layer's window; on the layer's device, or where it was told."""
         kind = (num_entries, self.window, device or self.stops.device)
         if kind not in self.written:
-            stops = self.stops.to(kind[2])[..., None]
+            firsts, all_stops = self._of_given(num_entries)
+            stops = all_stops.to(kind[2])[..., None]
             entries = torch.arange(num_entries, device=stops.device)
             seen: torch.Tensor = entries < stops
-            if any(self.firsts):
-                seen = seen & (entries >= sent(self.firsts, entries.device)[:, None, None])
+            if any(firsts):
+                seen = seen & (entries >= sent(firsts, entries.device)[:, None, None])
             if self.window is not None:
                 seen = seen & (entries >= stops - self.window)
             self.written[kind] = seen[:, None]
         return self.written[kind]
+
+    def _num_dropped(self, num_entries: int) -> int:
+        """Slots before so many entries, if these are not all."""
+        return 0 if self.num_slots is None else self.num_slots - num_entries
+
+    def _of_given(self, num_entries: int) -> tuple[Sequence[int], torch.Tensor]:
+        """`firsts` and `stops`, counted from the first of so many entries."""
+        dropped = self._num_dropped(num_entries)
+        return (
+            ([max(0, first - dropped) for first in self.firsts], self.stops - dropped)
+            if dropped
+            else (self.firsts, self.stops)
+        )
 
 
 class ToldEntries(ToldMask):

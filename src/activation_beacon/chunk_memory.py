@@ -1,45 +1,52 @@
 """What a pass that closes chunks is lent of a cache, and a layer of the cache after it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from transformers import Cache
 
 from activation_beacon.cache import BeaconCache
-from activation_beacon.entries import BeaconLayer, ChunkLayer, Quantized, merge, take
+from activation_beacon.entries import BeaconLayer, ChunkLayer, Quantized, take
+from activation_beacon.plan import Row, within
 from activation_beacon.resuming import ChunkRows
 
-# B batch · K kv heads · m entries before the chunks · n entries that a chunk leaves · D head dim
+# B batch · K kv heads · n entries that a chunk leaves · D head dim
+
+Lent = Callable[[], tuple[torch.Tensor, torch.Tensor]] | None
 
 
-def memory_view(cache: BeaconCache, members: Sequence[int], length: int, rows: ChunkRows | None) -> Cache:
+def memory_view(cache: BeaconCache, members: Sequence[int], length: int, rows: ChunkRows | None = None) -> Cache:
     """What some rows hold, as the cache of a chunk's pass: their memory, and what `rows` says is held of the chunk."""
     num_held, num_repeated = (0, 0) if rows is None else (rows.num_held, rows.num_repeated)
     ends = [end + num_held for end in cache.memory_ends(members)]
-    held = lent(cache, members, ends, length + num_held)
+
+    def lending(layer: BeaconLayer) -> ChunkLayer:
+        num_lent = within(length, layer.window)
+        return ChunkLayer(
+            lent(layer, members, ends, num_lent + num_held),
+            length,
+            lent=num_lent,
+            num_held=num_held,
+            num_repeated=num_repeated,
+            is_sliding=layer.is_sliding,
+        )
+
     return Cache(
-        layers=[
-            ChunkLayer(each, length, num_held=num_held, num_repeated=num_repeated)
-            if layer.has_entries
-            else layer.at_chunk(is_first=not length)
-            for layer, each in zip(cache.layers, held, strict=True)
-        ]
+        layers=[lending(layer) if layer.has_entries else layer.at_chunk(is_first=not length) for layer in cache.layers]
     )
 
 
-def lent(
-    cache: BeaconCache, members: Sequence[int], ends: Sequence[int], length: int
-) -> list[Callable[[], tuple[torch.Tensor, torch.Tensor]] | None]:
-    """For each layer what cuts out of it, when it is needed, the `length` slots before each row's of `ends`; None for none."""
+def lent(layer: BeaconLayer, members: Sequence[int], ends: Sequence[int], length: int) -> Lent:
+    """What cuts out of a layer, when it is needed, the `length` slots before each row's of `ends`; None for none."""
+    if not length:
+        return None
 
-    def lend(layer: BeaconLayer) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        def cut() -> tuple[torch.Tensor, torch.Tensor]:
-            keys, values = layer.entries()
-            return take(keys, members, ends, length, dim=2), take(values, members, ends, length, dim=2)
+    def cut() -> tuple[torch.Tensor, torch.Tensor]:
+        own_ends = [end - layer.dropped for end in ends]
+        keys, values = (take(tensor, members, own_ends, length, dim=2) for tensor in layer.entries())
+        return keys, values
 
-        return cut
-
-    return [lend(layer) if length else None for layer in cache.layers]
+    return cut
 
 
 def joined_layer(
@@ -48,25 +55,45 @@ def joined_layer(
     keys: torch.Tensor,
     values: torch.Tensor,
     members: Sequence[int],
-    others: Sequence[int],
-    longest_other: int,
+    others: Mapping[int, Row],
 ) -> BeaconLayer:
-    """One layer after a chunk has been closed: memory and kept entries of `members`, all entries of the others."""
-    if layer.stored is not None and not others and chunk.length in (0, layer.stored_length):
+    """One layer after a chunk has been closed: memory and kept entries of `members`, all entries of the others, within its window.
+
+    Args:
+        layer: before it.
+        chunk: that the pass was given.
+        keys: that are kept of the chunk, (B, K, n, D).
+        values: as keys.
+        members: the rows that have closed it.
+        others: the rest.
+    """
+    length, num_new = chunk.length + keys.shape[2], keys.shape[2]
+    num_seen = within(length, layer.window)
+    num_old = max(0, num_seen - num_new)  # of the memory
+    keys, values = (states[:, :, max(0, num_new - num_seen) :] for states in (keys, values))
+    if layer.stored is not None and not others and chunk.length in (0, layer.dropped + layer.stored_length):
         # Nothing is lent where the text is read anew: what was stored goes.
-        held = [part.map(lambda codes: codes[:, :, : chunk.length]) for part in layer.stored]
+        first = layer.stored_length - num_old
+        held = [part.map(lambda codes: codes[:, :, first:] if num_old else codes[:, :, :0]) for part in layer.stored]
         parts = [part.joined(Quantized.of(new, part.bits)) for part, new in zip(held, (keys, values), strict=True)]
-        return BeaconLayer.of(keys[:, :, :0], values[:, :, :0], (parts[0], parts[1]))
-    if chunk.held is not None:
-        held_keys, held_values = chunk.memory()
-        keys, values = torch.cat((held_keys, keys), dim=2), torch.cat((held_values, values), dim=2)
+        empty = keys[:, :, :0]
+        return BeaconLayer.of(
+            empty, values[:, :, :0], (parts[0], parts[1]), window=layer.window, dropped=length - num_seen
+        )
+    if num_old:
+        memory = (states[:, :, chunk.lent - num_old :] for states in chunk.memory())
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(memory, (keys, values), strict=True))
+    joined = BeaconLayer.of(keys, values, window=layer.window, dropped=length - num_seen)
     if not others:
-        return BeaconLayer.of(keys, values)
+        return joined
     if layer.keys is None:
-        rest_keys, rest_values = (t.new_zeros((len(others), *t.shape[1:2], 0, t.shape[3])) for t in (keys, values))
+        empty_keys, empty_values = (t.new_zeros((len(others), t.shape[1], 0, t.shape[3])) for t in (keys, values))
+        rest = BeaconLayer.of(empty_keys, empty_values)
     else:
-        ends = [layer.get_seq_length()] * len(others)
-        rest_keys, rest_values = (take(t, others, ends, longest_other, dim=2) for t in layer.entries())
-    return BeaconLayer.of(
-        merge([(members, keys), (others, rest_keys)], dim=2), merge([(members, values), (others, rest_values)], dim=2)
-    )
+        rest = layer.taken(
+            [layer.get_seq_length()] * len(others),
+            max(row.cache_length for row in others.values()),
+            rows=list(others),
+            most=max(row.entries_within(layer.window) for row in others.values()),
+        )
+    return BeaconLayer.merged([(members, joined), (list(others), rest)])

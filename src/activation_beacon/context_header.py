@@ -28,6 +28,7 @@ class ContextHeader:
     context_lengths: tuple[int, ...]
     num_layers: int
     num_states: dict[int, int]
+    windows: dict[int, int]
     quantized_bits: int | None
     base_fingerprint: str
     adapter_fingerprint: str
@@ -55,7 +56,8 @@ class ContextHeader:
             policies=tuple(_policy(policy, config) for policy in policies),
             context_lengths=tuple(_int("a length of a context", length) for length in lengths),
             num_layers=_int("num_layers", values.get("num_layers"), 1, MOST_LAYERS),
-            num_states=dict(map(_states, _field(values, "num_states", list) if "num_states" in values else [])),
+            num_states=_of_layers(values, "num_states", 0, MOST_STATES),
+            windows=_of_layers(values, "windows", 1, None),
             quantized_bits=_bits(values.get("quantized_bits")),
             base_fingerprint=_field(values, "base_fingerprint", str),
             adapter_fingerprint=_field(values, "adapter_fingerprint", str),
@@ -83,10 +85,14 @@ def _bits(value: object) -> int | None:
     raise FileFormatError(f"quantized_bits must be 8, 4 or null; got {reprlib.repr(value)}")
 
 
-def _states(values: object) -> tuple[int, int]:
-    if not isinstance(values, list) or len(values) != 2:
-        raise FileFormatError(f"num_states must be of layers and their numbers; got {reprlib.repr(values)}")
-    return _int("a layer with states", values[0], 0, MOST_LAYERS), _int("num_states", values[1], 0, MOST_STATES)
+def _of_layers(values: Mapping[str, Any], name: str, least: int, most: int | None) -> dict[int, int]:
+    """A number for each of some layers; none where the header has no such field."""
+    numbers = {}
+    for pair in _field(values, name, list) if name in values else []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise FileFormatError(f"{name} must be of layers and their numbers; got {reprlib.repr(pair)}")
+        numbers[_int(f"a layer of {name}", pair[0], 0, MOST_LAYERS)] = _int(name, pair[1], least, most)
+    return numbers
 
 
 def _policy(values: object, config: BeaconConfig) -> RatioPolicy:

@@ -138,17 +138,22 @@ class PassEnded(Exception):  # noqa: N818 - nothing went wrong
 class BeaconLayer(DynamicLayer):
     """One layer's entries: floats in `keys` and `values` (B, K, S, D), after quantised ones if there are any.
 
-    Without gradients, what decoding appends goes into room behind them; a text that is read leaves no room.
+    Without gradients, what decoding appends goes into room behind them; a text that is read leaves no room. Of a layer with a
+    sliding window, slots that no token to come sees are dropped: they are counted, and not held.
 
     Attributes:
         ends_pass: whether nothing is wanted of the pass in progress beyond this layer's entries.
+        window: entries that a slot sees, its own the last; None for all before it.
+        dropped: slots before the first that is held.
     """
 
     has_entries = True
     ends_pass = False
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None = None) -> None:
         super().__init__()
+        self.window = window
+        self.dropped = 0
         self.room: Room | None = None
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
@@ -156,13 +161,34 @@ class BeaconLayer(DynamicLayer):
 
     @classmethod
     def of(
-        cls, keys: torch.Tensor, values: torch.Tensor, stored: tuple[Quantized, Quantized] | None = None
+        cls,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        stored: tuple[Quantized, Quantized] | None = None,
+        *,
+        window: int | None = None,
+        dropped: int = 0,
     ) -> "BeaconLayer":
         """A layer that holds these tensors, not copies of them."""
-        layer = cls()
+        layer = cls(window)
         layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-        layer.keys, layer.values, layer.stored = keys, values, stored
+        layer.keys, layer.values, layer.stored, layer.dropped = keys, values, stored, dropped
         return layer
+
+    def _holding(
+        self, keys: torch.Tensor, values: torch.Tensor, stored: tuple[Quantized, Quantized] | None = None
+    ) -> "BeaconLayer":
+        """A layer that holds these tensors in place of its own."""
+        return BeaconLayer.of(keys, values, stored, window=self.window, dropped=self.dropped)
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether it has a window: transformers sizes the masks of such layers by one of them."""
+        return self.window is not None
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots that a pass of so many attends to, and those before them that are dropped."""
+        return self.get_seq_length() - self.dropped + query_length, self.dropped
 
     @property
     def stored_length(self) -> int:
@@ -170,8 +196,10 @@ class BeaconLayer(DynamicLayer):
         return 0 if self.stored is None else self.stored[0].length
 
     def get_seq_length(self) -> int:
-        """Slots held, padding included."""
-        return self.stored_length + (0 if self.keys is None or self.keys.dim() < 4 else self.keys.shape[-2])
+        """Slots up to the last, padding and those that are dropped included."""
+        return (
+            self.dropped + self.stored_length + (0 if self.keys is None or self.keys.dim() < 4 else self.keys.shape[-2])
+        )
 
     @property
     def is_consistent(self) -> bool:
@@ -188,7 +216,7 @@ class BeaconLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append new entries (B, K, T, D); returns all entries, dense.
+        """Append new entries (B, K, T, D); returns all that are held, dense.
 
         Raises:
             PassEnded: where it `ends_pass`.
@@ -227,7 +255,7 @@ class BeaconLayer(DynamicLayer):
         self.keys, self.values = self.room.fill(1)
 
     def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all slots (B, K, S, D), dense."""
+        """Keys and values of all slots held (B, K, S, D), dense."""
         assert self.keys is not None, "an empty layer has no entries"
         assert self.values is not None
         if self.stored is None:
@@ -238,8 +266,8 @@ class BeaconLayer(DynamicLayer):
     def copy(self) -> "BeaconLayer":
         """A layer of its own that shares the tensors."""
         if self.keys is None or self.values is None:
-            return BeaconLayer()
-        return BeaconLayer.of(self.keys, self.values, self.stored)
+            return self.emptied()
+        return self._holding(self.keys, self.values, self.stored)
 
     def begun(self) -> "BeaconLayer":
         """The layer for a pass over what follows: itself, to be appended to."""
@@ -247,19 +275,41 @@ class BeaconLayer(DynamicLayer):
 
     def emptied(self) -> "BeaconLayer":
         """A layer of the kind without entries."""
-        return BeaconLayer()
+        return BeaconLayer(self.window)
 
     def dense(self) -> "BeaconLayer":
         """The same entries with nothing quantised."""
-        return self if self.stored is None else BeaconLayer.of(*self.entries())
+        return self if self.stored is None else self._holding(*self.entries())
 
-    def map_slots(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "BeaconLayer":
-        """The same change made to keys and values (B, K, S, D) of all slots; it may select slots."""
-        return self.dense().map(change)
+    def taken(
+        self, ends: Sequence[int], length: int, *, rows: Sequence[int] | None = None, most: int | None = None
+    ) -> "BeaconLayer":
+        """The `length` slots before each row's own of `ends`, with nothing quantised; what lies before slot 0 is padding.
+
+        Args:
+            ends: counted from slot 0, whether that is held or not.
+            rows: which these are; None for all.
+            most: slots to hold, the last ones; None for all that there are.
+        """
+        if self.keys is None:
+            return self.emptied()
+        dropped = max(0, self.dropped + length - max(ends), 0 if most is None else length - most)
+        keys, values = (
+            take(tensor, rows or range(len(ends)), [end - self.dropped for end in ends], length - dropped, dim=2)
+            for tensor in self.entries()
+        )
+        return BeaconLayer.of(keys, values, window=self.window, dropped=dropped)
 
     def cut(self, num_slots: int) -> "BeaconLayer":
         """The first slots."""
-        return self.map_slots(lambda tensor: tensor[:, :, :num_slots])
+        return self.copy() if self.keys is None else self.taken([num_slots] * self.keys.shape[0], num_slots)
+
+    def truncate(self, num_slots: int) -> None:
+        """Keep the first slots, in place: the last of them are dense. Keys may have been appended to before values."""
+        for name in ("keys", "values"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.dim() == 4:
+                setattr(self, name, tensor[:, :, : num_slots - self.dropped - self.stored_length])
 
     def at_chunk_end(self, num_slots: int) -> "BeaconLayer":
         """The first slots, as many as the last closed chunk has left."""
@@ -268,33 +318,43 @@ class BeaconLayer(DynamicLayer):
     @staticmethod
     def stack(layers: Sequence["BeaconLayer"]) -> "BeaconLayer":
         """One layer of a batch out of those of several texts, rows aligned at the right."""
-        entries = [layer.entries() for layer in layers]
-        starts = itertools.accumulate((keys.shape[0] for keys, _ in entries), initial=0)
-        rows = [range(start, start + keys.shape[0]) for start, (keys, _) in zip(starts, entries, strict=False)]
-        keys, values = (merge(list(zip(rows, parts, strict=True)), dim=2) for parts in zip(*entries, strict=True))
-        return BeaconLayer.of(keys, values)
+        counts = [layer.keys.shape[0] for layer in layers if layer.keys is not None]
+        starts = itertools.accumulate(counts, initial=0)
+        rows = [range(start, start + count) for start, count in zip(starts, counts, strict=False)]
+        return BeaconLayer.merged(list(zip(rows, layers, strict=True)))
+
+    @staticmethod
+    def merged(parts: Sequence[tuple[Sequence[int], "BeaconLayer"]]) -> "BeaconLayer":
+        """One layer of a batch out of layers that hold some of its rows each, aligned at the right."""
+        entries = [layer.entries() for _, layer in parts]
+        rows = [rows for rows, _ in parts]
+        keys, values = (merge(list(zip(rows, tensors, strict=True)), dim=2) for tensors in zip(*entries, strict=True))
+        dropped = max(layer.get_seq_length() for _, layer in parts) - keys.shape[2]
+        window = next((layer.window for _, layer in parts if layer.window is not None), None)
+        return BeaconLayer.of(keys, values, window=window, dropped=dropped)
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "BeaconLayer":
-        """The same change made to every tensor."""
+        """The same change made to every tensor; it leaves the slots as they are."""
         if self.keys is None or self.values is None:
-            return BeaconLayer()
+            return self.emptied()
         stored = None if self.stored is None else (self.stored[0].map(change), self.stored[1].map(change))
-        return BeaconLayer.of(change(self.keys), change(self.values), stored)
+        return self._holding(change(self.keys), change(self.values), stored)
 
     def with_dtype(self, dtype: torch.dtype) -> "BeaconLayer":
         """The same entries in another float dtype; quantised ones stay as they are and become that dtype when used."""
         if self.keys is None or self.values is None:
-            return BeaconLayer()
+            return self.emptied()
         stored = None
         if self.stored is not None:
             stored = (replace(self.stored[0], dtype=dtype), replace(self.stored[1], dtype=dtype))
-        return BeaconLayer.of(self.keys.to(dtype), self.values.to(dtype), stored)
+        return self._holding(self.keys.to(dtype), self.values.to(dtype), stored)
 
     def quantized(self, bits: int, length: int) -> "BeaconLayer":
-        """The first `length` slots in `bits` bits, the rest dense."""
+        """The first `length` slots in `bits` bits, those that are dropped among them, the rest dense."""
         keys, values = self.entries()
+        length -= self.dropped
         stored = (Quantized.of(keys[:, :, :length], bits), Quantized.of(values[:, :, :length], bits))
-        return BeaconLayer.of(keys[:, :, length:].clone(), values[:, :, length:].clone(), stored)
+        return self._holding(keys[:, :, length:].clone(), values[:, :, length:].clone(), stored)
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors by the names that they have in a file."""
@@ -305,19 +365,35 @@ class BeaconLayer(DynamicLayer):
             yield from ((f"{what}.codes", part.codes), (f"{what}.scale", part.scale), (f"{what}.least", part.least))
 
     @classmethod
-    def of_named(cls, tensors: Mapping[str, torch.Tensor], bits: int | None) -> "BeaconLayer":
-        """The layer that `named_tensors` was called on; `bits` are those of its quantised part, None without one."""
-        if "keys" not in tensors:
-            return cls()
-        keys, values = tensors["keys"], tensors["values"]
-        if bits is None:
-            return cls.of(keys, values)
+    def of_named(
+        cls,
+        tensors: Mapping[str, torch.Tensor],
+        bits: int | None,
+        *,
+        window: int | None = None,
+        num_slots: int | None = None,
+    ) -> "BeaconLayer":
+        """The layer that `named_tensors` was called on.
 
-        def part(what: str) -> Quantized:
+        Args:
+            tensors: by their names.
+            bits: those of its quantised part, None without one.
+            window: of the layer.
+            num_slots: up to the last; what is missing of them has been dropped. None where nothing has been.
+        """
+        if "keys" not in tensors:
+            return cls(window)
+        keys, values = tensors["keys"], tensors["values"]
+
+        def part(what: str, bits: int) -> Quantized:
             codes, scale, least = (tensors[f"{what}.{name}"] for name in ("codes", "scale", "least"))
             return Quantized(codes, scale, least, bits, keys.dtype)
 
-        return cls.of(keys, values, (part("keys"), part("values")))
+        stored = None if bits is None else (part("keys", bits), part("values", bits))
+        layer = cls.of(keys, values, stored, window=window)
+        if window is not None and num_slots is not None:
+            layer.dropped = max(0, num_slots - layer.get_seq_length())
+        return layer
 
     @property
     def num_bytes(self) -> int:
@@ -333,9 +409,11 @@ class ChunkLayer(DynamicLayer):
     Args:
         held: makes the keys and values (B, K, m + h, D) that stand before the pass; called when the layer is reached, so that
             copies of one layer at a time are alive. None where nothing is held.
-        length: m, entries before the chunk.
+        length: of the text, entries before the chunk.
+        lent: m, those of them that the layer's window reaches; None for all.
         num_held: h, tokens of the chunk that have been read already.
         num_repeated: first slots of the pass that are among these; their keys and values are dropped.
+        is_sliding: whether it has a window.
 
     Attributes:
         ends_pass: whether nothing is wanted of the pass beyond this layer's keys and values.
@@ -348,12 +426,16 @@ class ChunkLayer(DynamicLayer):
         held: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None,
         length: int,
         *,
+        lent: int | None = None,
         num_held: int = 0,
         num_repeated: int = 0,
+        is_sliding: bool = False,
     ) -> None:
         super().__init__()
         self.held = held
         self.length = length
+        self.lent = length if lent is None else lent
+        self.is_sliding = is_sliding
         self.num_held = num_held
         self.num_repeated = num_repeated
         self.ends_pass = False
@@ -378,11 +460,11 @@ class ChunkLayer(DynamicLayer):
         """The keys and values (B, K, m, D) that stand before the chunk; not for a layer that holds nothing."""
         assert self.held is not None, "nothing is held"
         keys, values = self.held()
-        return keys[:, :, : self.length], values[:, :, : self.length]
+        return keys[:, :, : self.lent], values[:, :, : self.lent]
 
     def chunk(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values (B, K, T, D) of the chunk's slots, those read already among them."""
-        return self._behind(self.length) if self.num_held else (self.keys, self.values)
+        return self._behind(self.lent) if self.num_held else (self.keys, self.values)
 
     def forget(self) -> None:
         """Let go of what the pass has left here."""
@@ -398,3 +480,7 @@ class ChunkLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Entries before the chunk."""
         return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Slots that a pass of so many attends to, and those before them that it does not reach."""
+        return self.lent + query_length, self.length - self.lent

@@ -18,7 +18,7 @@ from activation_beacon.batch import NewTokens
 from activation_beacon.cache import BeaconCache
 from activation_beacon.causal import FEWEST_IN_SPANS, TOLD_WITH_GRADIENTS, LowerRight, Spans, without_cudnn
 from activation_beacon.chunk_inputs import ReadingModel, anchor_slots, anchors_of_all, interleave, laid_end_to_end
-from activation_beacon.chunk_memory import joined_layer, lent, memory_view
+from activation_beacon.chunk_memory import joined_layer, memory_view
 from activation_beacon.constants import constant, sent
 from activation_beacon.entries import PassEnded, take
 from activation_beacon.errors import UnsupportedError
@@ -201,11 +201,11 @@ class _Reader:
         mover = KeyMover(self.site.ropes, constant(group.shifts, device))
         mask = ByChunk.on(device)
         layers = [
-            GroupLayer(held, length, group, mover, index, mask, site.attended, lent_as=self.site.lent_as(index))
+            GroupLayer(memory, group, mover, index, mask, site.attended, lent_as=self.site.lent_as(index))
             if site.has_entries
-            else cache.layers[index].at_chunk(is_first=not length)
-            for index, (site, held) in enumerate(
-                zip(self.site.layers, lent(cache, members, cache.memory_ends(members), length), strict=True)
+            else memory
+            for index, (site, memory) in enumerate(
+                zip(self.site.layers, memory_view(cache, members, length).layers, strict=True)
             )
         ]
         layers[self.site.last_kept].ends_pass = can_end_early(self.model.get_decoder(), self.site)
@@ -310,15 +310,14 @@ class _Reader:
     ) -> None:
         """Append what chunks leave behind, for each layer (B, K, n, D), to the memory of their rows, and drop the rest."""
         cache = self.cache
-        others = [row for row in range(cache.batch_size) if row not in members]
-        longest_other = max((cache.rows[row].cache_length for row in others), default=0)
+        others = {index: row for index, row in enumerate(cache.rows) if index not in members}
         for index, (chunk, entries) in enumerate(zip(passed, kept, strict=True)):
             if entries is None:
                 assert not (others and chunk.number_of_states), "rows that differ are read in turn"
                 cache.layers[index] = chunk.closed()
                 continue
             chunk.forget()
-            cache.layers[index] = joined_layer(cache.layers[index], chunk, *entries, members, others, longest_other)
+            cache.layers[index] = joined_layer(cache.layers[index], chunk, *entries, members, others)
             chunk.held = None  # what was held is free before the next layer's is joined
         for layout in layouts:
             cache.rows = tuple(row.after_closing(layout) if b in members else row for b, row in enumerate(cache.rows))
@@ -335,9 +334,9 @@ class _Reader:
         step = recorded_step(self.model, self.site, cache)
         if step is None:
             return False
-        num_slots, lengths = cache.num_slots, [row.cache_length for row in cache.rows]
+        num_slots = cache.num_slots
         self.readout.logits = step.run(cache, self.new.ids)
-        self._settle(lengths, [1] * len(lengths), num_slots, left=False)
+        self._settle([1] * cache.batch_size, num_slots, left=False)
         return True
 
     def read_tail(self) -> None:
@@ -380,7 +379,7 @@ class _Reader:
                 if self.wanted.first_column is not None and self.readout.logits is None:  # what was wanted is padding
                     shape = (len(counts), self.new.columns - self.wanted.first_column, output.logits.shape[-1])
                     self.readout.logits = output.logits.new_zeros(shape)
-            self._settle(lengths, counts, num_slots, left)
+            self._settle(counts, num_slots, left)
         except BaseException:  # nothing of what was held but its slots has changed
             cache.layers = held
             cache.truncate(num_slots)
@@ -388,17 +387,12 @@ class _Reader:
         finally:
             last.ends_pass = False
 
-    def _settle(self, lengths: list[int], counts: list[int], num_slots: int, left: bool) -> None:
+    def _settle(self, counts: list[int], num_slots: int, left: bool) -> None:
         """Note what the tail's pass has added, and align rows of different lengths at the right again: all of it or nothing."""
         cache = self.cache
         rows = tuple(row.after_reading(reading.stop - row.tokens_seen) for row, reading in self._rows_and_readings())
         if not left and len(set(counts)) > 1:
-            ends = [num_slots + count for count in counts]
-            longest = max(length + count for length, count in zip(lengths, counts, strict=True))
-            cache.layers = [
-                layer.map_slots(lambda tensor: take(tensor, range(len(ends)), ends, longest, dim=2))
-                for layer in cache.layers
-            ]
+            cache.align(rows, [num_slots + count for count in counts])
         cache.token_ids, cache.rows = self.ids, rows
 
     # --- what both share ---
@@ -434,10 +428,9 @@ class _Reader:
             return LowerRight.on(slots.device, num_copies=self.site.num_copies if is_by_onednn else 0)
         firsts, stops = [longest - length for length in lengths], slots.view(-1, num_rows) + longest + 1
         num_copies = self.site.num_copies if is_by_onednn and num_rows >= FEWEST_IN_SPANS else 0
-        spans = Spans.on(slots.device, firsts, stops, num_copies=num_copies, least=longest + 1)
-        if num_copies or self.site.layers_differ:
-            return spans
-        return spans.written_out(longest + (num_rows if rows is None else rows.num_slots))
+        num_slots = longest + (num_rows if rows is None else rows.num_slots)
+        spans = Spans.on(slots.device, firsts, stops, num_copies=num_copies, least=longest + 1, num_slots=num_slots)
+        return spans if num_copies or self.site.layers_differ else spans.written_out(num_slots)
 
     def _is_compressed(self) -> bool:
         """Whether a chunk of some row has been closed; until then outputs are the base's, to the bit."""

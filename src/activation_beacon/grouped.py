@@ -44,8 +44,7 @@ class GroupLayer(ChunkLayer):
     """One layer during a pass over several chunks: keeps what they leave behind, and tells the mask what each of them sees.
 
     Args:
-        held: makes the keys and values (B, K, m, D) of the memory; called when the layer is reached. None where it is empty.
-        length: m.
+        memory: lends what is held before the chunks.
         group: the chunks.
         mover: moves the keys that are kept.
         index: of the layer.
@@ -56,8 +55,7 @@ class GroupLayer(ChunkLayer):
 
     def __init__(
         self,
-        held: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None,
-        length: int,
+        memory: ChunkLayer,
         group: GroupLayout,
         mover: KeyMover,
         index: int,
@@ -66,7 +64,7 @@ class GroupLayer(ChunkLayer):
         *,
         lent_as: int | None = None,
     ) -> None:
-        super().__init__(held, length)
+        super().__init__(memory.held, memory.length, lent=memory.lent, is_sliding=memory.is_sliding)
         self.group = group
         self.mover = mover
         self.index = index
@@ -97,7 +95,7 @@ class GroupLayer(ChunkLayer):
                 (
                     size,
                     *(
-                        torch.cat((old[:, :, : self.length + kept], own), dim=2)
+                        torch.cat((old[:, :, : self.lent + kept], own), dim=2)
                         for old, own in zip(before, new, strict=True)
                     ),
                 )

@@ -1,7 +1,6 @@
 """The forward of an attached model: texts that close no chunk are left to the base, longer ones are read chunk by chunk."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,6 @@ from activation_beacon.at_once import read_at_once
 from activation_beacon.batch import NewTokens, has_one_run_each, mean_loss, targets, token_losses
 from activation_beacon.cache import BeaconCache
 from activation_beacon.constants import sent
-from activation_beacon.entries import take
 from activation_beacon.errors import InputError, UnsupportedError
 from activation_beacon.forward import read
 from activation_beacon.generation import BeaconGeneration
@@ -280,9 +278,7 @@ def _note_read(cache: BeaconCache, new: NewTokens) -> None:
     rows = tuple(row.after_reading(count) for row, count in zip(cache.rows, new.counts, strict=True))
     token_ids = new.right_aligned()
     if len(set(new.counts)) > 1 or new.counts[0] < new.columns:
-        ends = [start + count for start, count in zip(new.starts, new.counts, strict=True)]
-        cut = functools.partial(take, rows=range(len(ends)), ends=ends, length=max(new.counts), dim=2)
-        cache.layers = [layer.map_slots(cut) for layer in cache.layers]
+        cache.align(rows, [start + count for start, count in zip(new.starts, new.counts, strict=True)])
     cache.token_ids, cache.rows = token_ids, rows
 
 

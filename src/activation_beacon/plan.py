@@ -335,6 +335,11 @@ class GroupLayout:
 # --- one text --------------------------------------------------------------------------------------------------------
 
 
+def within(length: int, window: int | None) -> int:
+    """Of so many entries, those that the next token sees in a layer with a sliding window of `window`, its own entry included."""
+    return length if window is None else min(length, window - 1)
+
+
 @dataclass(frozen=True)
 class Row:
     """One text as far as it has been read: what its cache holds, in numbers. Part of a batch's row, hence the name."""
@@ -363,6 +368,15 @@ class Row:
     def cache_length(self) -> int:
         """Entries held now; also the position of the next token."""
         return self.memory_length + self.tail_length
+
+    def entries_within(self, window: int | None) -> int:
+        """Entries that a layer with this window has to hold: of the memory those that a token behind it sees, and all of the tail."""
+        return within(self.memory_length, window) + self.tail_length
+
+    def at_token(self, num_tokens: int) -> "Row":
+        """The row as it was with its first tokens, up to a chunk's end or to a token of the tail."""
+        chunks = self.chunks[: num_tokens // self.chunk_size]
+        return Row(self.chunk_size, num_tokens, self.num_sinks if chunks else 0, chunks)
 
     def after_closing(self, layout: ChunkLayout) -> "Row":
         """The row once its next chunk has been closed and what stood after it is unread."""

@@ -165,25 +165,27 @@ class RecordedStep:
         # Kept, so that no other weights come to stand where these did: a model that has moved is known by their place.
         self._embeddings = model.get_input_embeddings().weight.detach()
         device = cache.token_ids.device
-        num_slots, size = cache.num_slots, self.rooms[0].num_slots
+        num_slots = cache.num_slots
         with torch.inference_mode(False):  # where they are made there, they are written nowhere else
             ids = torch.zeros((cache.batch_size, 1), dtype=torch.long, device=device)
             slot = torch.full((1,), num_slots, dtype=torch.long, device=device)
         first = torch.tensor(self.padding, device=device)[:, None]
-        places = torch.arange(size, device=device)[None]
         # Not through `self`, which keeps the step: a circle would hold the rooms until Python looks for it.
         numbers = [number for number, layer in enumerate(site.layers) if layer.has_entries]
         rooms = dict(zip(numbers, self.rooms, strict=True))
+        kinds = {
+            number: (room.num_slots, cache.layers[number].dropped, site.layers[number].window)
+            for number, room in rooms.items()
+        }
 
         def step() -> torch.Tensor:
-            seen = (places >= first) & (places <= slot)
-            filled = {
-                window: (seen if window is None else seen & (places > slot - window))[:, None, None]
-                for window in {layer.window for layer in site.layers}
-            }
+            filled = {kind: _filled(slot, first, *kind) for kind in set(kinds.values())}
+            slots = {dropped: slot - dropped for _, dropped, _ in filled}
             mask = FilledEntries.on(device)
             layers = [
-                StepLayer(rooms[number], slot, filled[layer.window], mask, layer, site.lent_as(number))
+                StepLayer(
+                    rooms[number], slots[kinds[number][1]], filled[kinds[number]], mask, layer, site.lent_as(number)
+                )
                 if number in rooms
                 else StateLayer(0)
                 for number, layer in enumerate(site.layers)
@@ -237,6 +239,19 @@ class RecordedStep:
         for layer in _with_entries(cache):
             layer.fill_next()
         return self._logits.clone()
+
+
+def _filled(slot: torch.Tensor, first: torch.Tensor, num_slots: int, dropped: int, window: int | None) -> torch.Tensor:
+    """Which slots (B, 1, 1, C) of a layer's room the token at `slot` (1,) sees, of rows that begin at `first` (B, 1).
+
+    Args:
+        num_slots: C.
+        dropped: slots before the room's first.
+        window: of the layer.
+    """
+    places = torch.arange(dropped, dropped + num_slots, device=slot.device)[None]
+    seen = (places >= first) & (places <= slot)
+    return (seen if window is None else seen & (places > slot - window))[:, None, None]
 
 
 def recorded_step(model: ReadingModel, site: DecoderSite, cache: BeaconCache) -> RecordedStep | None:

@@ -107,8 +107,8 @@ class StateLayer(LinearAttentionLayer):
     """
 
     has_entries = False
-    stored = room = keys = values = None
-    stored_length = 0
+    stored = room = keys = values = window = None
+    stored_length = dropped = 0
 
     def __init__(self, num_states: int) -> None:
         super().__init__(number_of_states=num_states)
@@ -185,9 +185,12 @@ class StateLayer(LinearAttentionLayer):
         """The same change made to every tensor: it may select rows, or move them to a device."""
         return StateLayer.of(self.state.map(change), self.settled.map(change))
 
-    def map_slots(self, _change: Callable[[torch.Tensor], torch.Tensor]) -> "StateLayer":
+    def taken(self, *_args: Any, **_kwargs: Any) -> "StateLayer":
         """Itself: it has no slots."""
         return self
+
+    def truncate(self, _num_slots: int) -> None:
+        """Nothing: it has no slots."""
 
     def cut(self, _num_slots: int) -> "StateLayer":
         """The layer as it is: it has no slots."""

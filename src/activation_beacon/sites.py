@@ -131,6 +131,11 @@ class DecoderSite:
         return max(index for index, layer in enumerate(self.layers) if layer.num_states != 0)
 
     @property
+    def windows(self) -> dict[int, int]:
+        """Of each layer that keeps keys and values and has a sliding window, that window."""
+        return {index: layer.window for index, layer in enumerate(self.layers) if layer.has_entries and layer.window}
+
+    @property
     def num_states(self) -> dict[int, int]:
         """Of each layer without keys and values, how many states of a kind it carries."""
         return {index: n for index, layer in enumerate(self.layers) if (n := layer.num_states) is not None}

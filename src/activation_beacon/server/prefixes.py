@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from activation_beacon.cache import BeaconCache
-from activation_beacon.plan import ClosedChunk, Row, TextPlanner, chunks_closed
+from activation_beacon.plan import ClosedChunk, TextPlanner, chunks_closed
 
 
 def common_length(one: torch.Tensor, other: torch.Tensor) -> int:
@@ -19,23 +19,23 @@ def reusable_length(cache: BeaconCache, ids: torch.Tensor) -> int:
     """Tokens of a text (N,) that a cache of one row can stand for; at least one is always left to be read.
 
     The tail can be cut anywhere. Behind a closed chunk the cut is at a chunk's end: beacons cannot be taken apart. States stand
-    after the last token, and after the last closed chunk.
+    after the last token, and after the last closed chunk; layers with a window hold what is seen there, and may not have what was
+    seen before.
     """
     row = cache.rows[0]
     common = common_length(cache.token_ids[0], ids[:-1])
     num_closed = chunks_closed(len(ids), row.chunk_size, cache.config.local_tokens)
     num_chunks = min(len(row.chunks), common // row.chunk_size, num_closed)
-    if cache.is_recurrent and (num_chunks < len(row.chunks) or common < row.tokens_seen):
-        return num_chunks * row.chunk_size if num_chunks == len(row.chunks) else 0
-    return common if num_chunks == len(row.chunks) else num_chunks * row.chunk_size
+    at_chunk_end = num_chunks * row.chunk_size
+    if num_chunks < len(row.chunks):
+        return at_chunk_end if not cache.is_recurrent and cache.still_holds(row.at_token(at_chunk_end)) else 0
+    return at_chunk_end if cache.is_recurrent and common < row.tokens_seen else common
 
 
 def opening(cache: BeaconCache, num_tokens: int) -> BeaconCache:
     """A cache of the first `num_tokens` tokens, a number that `reusable_length` gave."""
     row = cache.rows[0]
-    chunks = row.chunks[: num_tokens // row.chunk_size]
-    num_sinks = row.num_sinks if chunks else 0
-    kept = Row(row.chunk_size, num_tokens, num_sinks, chunks)
+    kept = row.at_token(num_tokens)
     short = cache.fork()
     is_at_chunk_end = cache.is_recurrent and num_tokens < row.tokens_seen
     short.layers = [
