@@ -13,7 +13,9 @@ from activation_beacon.bench.cost import (
     SHAPES,
     Compression,
     ModelShape,
+    Run,
     break_even,
+    cache_bytes,
     decode_bytes,
     decode_flops,
     end_to_end_speedup,
@@ -22,11 +24,12 @@ from activation_beacon.bench.cost import (
     obstacle,
     prefill_flops,
 )
-from activation_beacon.bench.shapes import read_shape
+from activation_beacon.bench.shapes import MANY_POSITIONS, known_config, read_shape
 from activation_beacon.cli import app
 from activation_beacon.config import BeaconConfig
 from activation_beacon.default_base import _default_config
 from activation_beacon.errors import BaseModelError, CapacityError, ConfigError, UnsupportedModelError
+from activation_beacon.evaluation.contexts import base_cache_bytes
 from activation_beacon.hub import default_adapter_folder
 from activation_beacon.persistence import load_adapter_config
 from activation_beacon.plan import Row, TextPlanner, as_policy, chunks_closed, entries_held
@@ -75,6 +78,48 @@ def test_entries_and_bytes_are_those_of_a_real_cache():
         how = Compression(4, 16, 3)
         assert how.entries(length) == cache.cache_length
         assert shape.cache_bytes(how.entries(length), 4) == cache.cache_bytes
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_oss"])
+def test_layers_with_a_window_hold_what_is_counted(family):
+    model = with_beacons(family, BeaconConfig(chunk_size=16, ratios=(2, 4), num_sinks=3))
+    windows, sizes = model._beacon.site.windows, SIZES | FAMILIES[family][1]
+    heads = {"num_heads": 4, "num_kv_heads": sizes["num_key_value_heads"], "head_dim": model.config.head_dim}
+    shape = dataclasses.replace(
+        TINY, num_layers=3, **heads, num_windowed=len(windows), window=next(iter(windows.values()))
+    )
+    for length in (1, 16, 17, 40, 65, 120, 200):
+        cache = model.compress(random_ids(length), ratio=4)
+        assert cache_bytes(shape, length, Compression(4, 16, 3), 4) == cache.cache_bytes
+        with model.beacon_disabled():
+            full = model(random_ids(length), use_cache=True).past_key_values
+        assert cache_bytes(shape, length, FULL_ATTENTION, 4) == base_cache_bytes(full) == cache.uncompressed_bytes
+
+
+@pytest.mark.parametrize(("rows", "held", "step"), [(1, 0, 1), (9, 0, 1), (9, 4, 1), (5, 30, 1), (6, 3, 4), (1, 8, 2)])
+def test_within_a_window_pairs_are_those_that_counting_one_by_one_gives(rows, held, step):
+    for window in (1, 2, 7, 8, 9, 12, 13, 31, 100):
+        seen = [min(window, held + step * (row + 1)) for row in range(rows)]
+        assert Run(rows, held, step).pairs(window) == sum(seen)
+
+
+def test_reading_and_writing_within_a_window_cost_less_by_what_is_beyond_it():
+    windowed, how = dataclasses.replace(TINY, num_windowed=2, window=6), Compression(4, 8)
+    beyond = sum(max(0, entries - 6) for entries in range(1, 21))
+    per_pair = TINY.attention_flops(1)
+    full = prefill_flops(TINY, 20, FULL_ATTENTION)
+    assert full - prefill_flops(windowed, 20, FULL_ATTENTION) == beyond * per_pair
+    closed = [held + slot + 1 for held in (0, 2) for slot in range(10)] + [4 + slot + 1 for slot in range(4)]
+    assert prefill_flops(TINY, 20, how) - prefill_flops(windowed, 20, how) == per_pair * sum(
+        max(0, entries - 6) for entries in closed
+    )
+    written = [how.entries(length) for length in (21, 22, 23)]
+    assert decode_flops(TINY, 20, 3, how) - decode_flops(windowed, 20, 3, how) == per_pair * sum(
+        max(0, entries - 6) for entries in written
+    )
+    half = dataclasses.replace(windowed, num_windowed=1)
+    assert full - prefill_flops(half, 20, FULL_ATTENTION) == beyond * per_pair // 2
+    assert memory_bytes(windowed, 200, how, 2) < memory_bytes(half, 200, how, 2) < memory_bytes(TINY, 200, how, 2)
 
 
 LOCAL = BeaconConfig(chunk_size=16, ratios=(2, 4, 8), num_sinks=3, local_tokens=10, placement="append", anchored=True)
@@ -128,7 +173,15 @@ def test_weights_are_those_of_real_models():
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("smollm2-135m", 0.1345), ("llama-2-7b", 6.738), ("llama-3-8b", 8.03), ("qwen2-7b", 7.615)]
+    ("name", "billions"),
+    [
+        ("smollm2-135m", 0.1345),
+        ("llama-2-7b", 6.738),
+        ("llama-3-8b", 8.03),
+        ("qwen2-7b", 7.615),
+        ("gemma-3-1b", 1.0),  # with 4B those of the technical report, table 1: 302M and 675M are embeddings
+        ("gemma-3-4b", 3.884),
+    ],
 )
 def test_known_shapes_have_as_many_weights_as_the_models(name, billions):
     assert SHAPES[name].num_weights / 1e9 == pytest.approx(billions, rel=0.002)
@@ -340,7 +393,14 @@ def test_a_config_alone_gives_the_shape_of_the_model(tmp_path, family):
     matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert (shape.num_weights, shape.max_positions) == (matrices, 512)
-    assert shape.num_windowed == {"mistral": 3, "gemma3_text": 2}.get(family, 0)
+    windows = {"mistral": (3, 24), "gemma3_text": (2, 20)}
+    assert (shape.num_windowed, shape.window) == windows.get(family, (0, None))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_config_of_a_known_shape_is_of_that_shape(tmp_path, name):
+    known_config(name).save_pretrained(tmp_path)
+    assert read_shape(str(tmp_path)) == dataclasses.replace(SHAPES[name], max_positions=MANY_POSITIONS)
 
 
 def test_longrope_counts_with_its_original_positions(tmp_path):
@@ -428,13 +488,13 @@ def test_the_plan_of_a_model_of_ones_own_needs_its_config_only(tmp_path):
     lines = plan(*args).stdout.splitlines()
     assert "full attention: up to 512 tokens (positions)" in lines
     # 56 chunks closed leave 448 entries, and 64 tokens behind them fill the positions.
-    assert lines[-4].endswith(f", up to {57 * 64:,} tokens (positions)")
-    assert lines[-3:] == [
+    assert lines[-3].endswith(f", up to {57 * 64:,} tokens (positions)")
+    assert lines[-2:] == [
         "400 tokens: fits with full attention, ratio 2, ratio 8",
         "4,000 tokens: fits with none of these",
-        "3 of 3 layers have sliding windows: full attention takes less than is counted.",
     ]
     values = json.loads(plan(*args, "--json").stdout)
+    assert (values["shape"]["num_windowed"], values["shape"]["window"]) == (3, 24)
     assert (values["model"], values["shape"]["hidden_size"], values["shape"]["max_positions"]) == (name, 32, 512)
     assert [row["too_long_for"] for row in values["rows"]] == [None] * 3 + ["positions"] * 3
 
@@ -479,7 +539,10 @@ def test_the_break_evens_in_the_docs_are_those_that_are_computed(shape, placemen
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--shape", "gpt-5"), "--shape must be one of smollm2-135m, llama-2-7b, llama-3-8b, qwen2-7b; got 'gpt-5'."),
+        (
+            ("--shape", "gpt-5"),
+            "--shape must be one of smollm2-135m, llama-2-7b, llama-3-8b, qwen2-7b, gemma-3-1b, gemma-3-4b; got 'gpt-5'.",
+        ),
         (("--shape", "qwen2-7b", "--model", "default"), "--shape (qwen2-7b) and --model (default) name two models."),
         (("--model", "no/such/folder"), "The config of 'no/such/folder' cannot be read"),
         (("--model", ""), "The config of '' cannot be read"),

@@ -13,6 +13,7 @@ from activation_beacon.bench.records import FILE, Records
 from activation_beacon.bench.timing import Run
 from activation_beacon.cli import app
 from activation_beacon.errors import CapacityError, MismatchError
+from activation_beacon.evaluation.contexts import base_cache_bytes
 from activation_beacon.room import Room
 from evaluation_models import beacon_model, byte_tokenizer
 from families import with_beacons
@@ -56,6 +57,16 @@ def test_both_ways_are_run_to_the_same_end(batch_size):
         assert 0 < run.step_s <= run.slowest_step_s < run.total_s
         assert run.first_token_s < run.total_s
         assert run.peak_bytes is None or run.peak_bytes > run.cache_bytes
+
+
+@pytest.mark.parametrize("is_tuned", [False, True])
+def test_full_attention_holds_what_layers_with_a_window_need(is_tuned):
+    attached = with_beacons("gemma3_text", BeaconConfig(chunk_size=CHUNK, ratios=(2, 4, 8)), attention="sdpa")
+    full = measure.run(attached, Cell(5 * CHUNK, 1, None, 0, is_tuned=is_tuned), 3)
+    with attached.beacon_disabled():
+        read = attached(torch.zeros((1, 5 * CHUNK + 3), dtype=torch.long), use_cache=True)
+    assert full.cache_bytes == base_cache_bytes(read.past_key_values)
+    assert full.cache_bytes < (5 * CHUNK + 3) * ModelShape.of(attached.config).cache_bytes(1, 4)
 
 
 def test_tuned_full_attention_has_what_beacons_have_besides_beacons(monkeypatch):

@@ -16,6 +16,7 @@ FLOORS = [
     {
         "answer_scores",
         "causal",
+        "context_checks",
         "context_header",
         "files",
         "json_schema",

@@ -18,6 +18,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from activation_beacon.config import BeaconConfig, is_same_fingerprint
+from activation_beacon.context_checks import check_contents, check_fits
 from activation_beacon.context_header import BITS, ContextHeader
 from activation_beacon.entries import BeaconLayer, merge, take
 from activation_beacon.errors import (
@@ -477,7 +478,9 @@ class BeaconCache(Cache):
         moved = context.to(weight.device, weight.dtype)
         model.check_context(moved)
         with _refused_as_a_whole(path):
-            context._check_fits(model)
+            check_fits(context, model)
+        for index, window in model._beacon.site.windows.items():
+            moved.layers[index].window = window
         return moved
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -496,18 +499,18 @@ class BeaconCache(Cache):
             **({"context_lengths": self.context_lengths} if any(self.context_lengths) else {}),
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "num_layers": len(self.layers),
-            **({"num_states": list(self._num_states.items())} if self._num_states else {}),
-            **({"windows": list(self._windows.items())} if self._windows else {}),
+            **({"num_states": list(self.num_states.items())} if self.num_states else {}),
+            **({"windows": list(self.windows.items())} if self.windows else {}),
             "quantized_bits": self.quantized_bits,
         }
 
     @property
-    def _num_states(self) -> dict[int, int]:
+    def num_states(self) -> dict[int, int]:
         """Of each layer without keys and values, how many states of a kind it carries."""
         return {index: layer.number_of_states for index, layer in enumerate(self.layers) if not layer.has_entries}
 
     @property
-    def _windows(self) -> dict[int, int]:
+    def windows(self) -> dict[int, int]:
         """The window of each layer that has one."""
         return {index: layer.window for index, layer in enumerate(self.layers) if layer.window is not None}
 
@@ -534,58 +537,14 @@ class BeaconCache(Cache):
                 context.layers[index] = BeaconLayer.of_named(
                     own, header.quantized_bits, window=header.windows.get(index), num_slots=context.num_slots
                 )
-        context._check_contents(len(tensors))
+        check_contents(context, len(tensors))
         return context
 
-    def _check_contents(self, num_tensors: int) -> None:
-        """Refuse what a right hash does not rule out: tensors that do not belong together, or to the rows."""
-        longest = max(row.tokens_seen for row in self.rows)
-        shape, dtype = tuple(self.token_ids.shape), self.token_ids.dtype
-        if shape != (self.batch_size, longest) or dtype != torch.long:
-            raise FileFormatError(f"ids are {shape} of {dtype} where {(self.batch_size, longest)} integers are due")
-        if longest and int(self.token_ids.min()) < 0:
-            raise FileFormatError(f"ids must be 0 or more; got {int(self.token_ids.min())}")
-        for layer in self.layers:
-            shapes = [tuple(tensor.shape) for _, tensor in layer.named_tensors()]
-            num_tensors -= len(shapes)
-            is_due = not layer.has_entries or self._has_all_due(layer)
-            if not (layer.is_consistent and is_due) or any(shape[0] != self.batch_size for shape in shapes):
-                raise FileFormatError(f"a layer holds {shapes} where {self.num_slots} entries a row are due")
-        if num_tensors != 1:
-            raise FileFormatError(f"{num_tensors - 1} tensors belong to no layer")
-
-    def _has_all_due(self, layer: BeaconLayer) -> bool:
-        """Whether a layer reaches to the last slot, and has dropped none that a token to come sees."""
-        num_due = max(row.entries_within(layer.window) for row in self.rows)
-        return layer.get_seq_length() == self.num_slots and self.num_slots - layer.dropped >= num_due
+    # --- the forward's side ---
 
     def still_holds(self, row: Row) -> bool:
         """Whether one text can be taken back to where it held `row`: not if a layer with a window has dropped what was seen there."""
         return all(row.cache_length - layer.dropped >= row.entries_within(layer.window) for layer in self.layers)
-
-    def _check_fits(self, model: Any) -> None:
-        """Refuse what no context of this model can hold: other layers, heads, dims, states or ids."""
-        site, size = model._beacon.site, model.get_input_embeddings().weight.shape[0]
-        shapes = site.entry_shapes
-        if len(self.layers) != len(shapes):
-            raise FileFormatError(f"num_layers must be the model's {len(shapes)}; got {len(self.layers)}")
-        if self._num_states != site.num_states:
-            raise FileFormatError(f"num_states must be the model's {site.num_states}; got {self._num_states}")
-        has_read, has_closed = self.num_slots > 0, any(row.chunks for row in self.rows)
-        for index in site.num_states:
-            layer, due = self.layers[index], site.layers[index].state_shapes
-            for state, is_due in ((layer.state, has_read), (layer.settled, has_closed)):
-                if state.shapes != due and (is_due or any(state.shapes)):
-                    raise FileFormatError(f"layer {index} must have states {due} as the model; got {state.shapes}")
-        for index, (layer, due) in enumerate(zip(self.layers, shapes, strict=True)):
-            for tensor, wanted in zip((layer.keys, layer.values), due or (None, None), strict=True):
-                found = None if tensor is None else (tensor.shape[1], tensor.shape[3])
-                if wanted is not None and found not in (None, wanted):
-                    raise FileFormatError(f"layer {index} must have (heads, dims) {wanted} as the model; got {found}")
-        if self.token_ids.numel() and int(self.token_ids.max()) >= size:
-            raise FileFormatError(f"ids must be within 0..{size - 1}; got {int(self.token_ids.max())}")
-
-    # --- the forward's side ---
 
     def stays_raw(self, num_new: int) -> bool:
         """Whether no beacons are held, nor will be when so many tokens have been read: beacon weights do not matter then."""

@@ -1,7 +1,7 @@
 """Operations and bytes on paper: what reading and writing cost with full attention, and with beacons. Integers, no torch.
 
 Counted are multiplications and additions of matrix products: 2 for each weight and token, and 4 for each query, key and
-feature in attention. Norms, rotations and softmax are left out, and so is what a base model with sliding windows saves.
+feature in attention, in layers with a sliding window those within it. Norms, rotations and softmax are left out.
 Operations are those of one text; bytes and what fits are those of a batch of texts of one length.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from activation_beacon.config import BeaconConfig, Placement
 from activation_beacon.errors import ConfigError, UnsupportedError
 from activation_beacon.families import is_recurrent
-from activation_beacon.plan import ROWS_TOGETHER_ON_CUDA, chunks_closed
+from activation_beacon.plan import ROWS_TOGETHER_ON_CUDA, chunks_closed, within
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class ModelShape:
         vocab_size: of the head.
         is_tied: whether the head is the token embedding.
         max_positions: that it was made for; None where it has no limit.
-        num_windowed: layers with a sliding window, which are counted as if they had none.
+        num_windowed: layers with a sliding window.
+        window: entries that a token sees in these, its own the last.
     """
 
     num_layers: int
@@ -43,6 +44,7 @@ class ModelShape:
     is_tied: bool = False
     max_positions: int | None = None
     num_windowed: int = 0
+    window: int | None = None
 
     @classmethod
     def of(cls, config: Any) -> "ModelShape":
@@ -105,13 +107,17 @@ class ModelShape:
         """Of the head."""
         return 2 * num_tokens * self.vocab_size * self.hidden_size
 
-    def attention_flops(self, num_pairs: int) -> int:
-        """Of attention in all layers, for so many pairs of a query and a key it sees."""
-        return 4 * num_pairs * self.num_layers * self.num_heads * self.head_dim
+    def attention_flops(self, num_pairs: int, num_in_window: int = 0) -> int:
+        """Of attention in all layers, for so many pairs of a query and a key it sees, and so many in a layer with a window."""
+        return 4 * self._in_all_layers(num_pairs, num_in_window) * self.num_heads * self.head_dim
 
-    def cache_bytes(self, num_entries: int, element_bytes: int) -> int:
-        """Keys and values of all layers."""
-        return 2 * num_entries * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes
+    def cache_bytes(self, num_entries: int, element_bytes: int, num_in_window: int = 0) -> int:
+        """Keys and values of all layers, which hold so many entries, those with a window so many."""
+        numbers = self._in_all_layers(num_entries, num_in_window)
+        return 2 * numbers * self.num_kv_heads * self.head_dim * element_bytes
+
+    def _in_all_layers(self, number: int, num_in_window: int) -> int:
+        return (self.num_layers - self.num_windowed) * number + self.num_windowed * num_in_window
 
 
 DEFAULT_SHAPE = "smollm2-135m"
@@ -122,26 +128,58 @@ SHAPES = {
     "llama-2-7b": ModelShape(32, 4096, 32, 32, 128, 11_008, 32_000, max_positions=4096),
     "llama-3-8b": ModelShape(32, 4096, 32, 8, 128, 14_336, 128_256, max_positions=8192),
     "qwen2-7b": ModelShape(28, 3584, 28, 4, 128, 18_944, 152_064, max_positions=32_768),
+    "gemma-3-1b": ModelShape(
+        26, 1152, 4, 1, 256, 6912, 262_144, is_tied=True, max_positions=32_768, num_windowed=22, window=512
+    ),
+    "gemma-3-4b": ModelShape(
+        34, 2560, 8, 4, 256, 10_240, 262_208, is_tied=True, max_positions=131_072, num_windowed=29, window=1024
+    ),
 }
+
+
+class Run(NamedTuple):
+    """Rows of a pass of which each sees more than the one before.
+
+    Attributes:
+        rows: how many.
+        held: entries before the first.
+        step: entries that each row sees more, the first than what is held.
+    """
+
+    rows: int
+    held: int
+    step: int = 1
+
+    def pairs(self, window: int | None) -> int:
+        """Pairs of a row and an entry that it sees, of which there are `window` at most."""
+        free = self.rows if window is None else min(self.rows, max(0, (window - self.held) // self.step))
+        return free * self.held + self.step * free * (free + 1) // 2 + (self.rows - free) * (window or 0)
 
 
 class Pass(NamedTuple):
     """One pass of the model over a part of a text.
 
     Attributes:
-        rows: tokens and beacons that are computed.
-        pairs: of a row and an entry it sees.
         held: entries before the part.
+        runs: tokens and beacons that are computed.
     """
 
-    rows: int
-    pairs: int
     held: int
+    runs: tuple[Run, ...]
 
     @classmethod
     def causal(cls, rows: int, held: int) -> "Pass":
         """Each row sees what is held, and the rows up to itself."""
-        return cls(rows, rows * held + rows * (rows + 1) // 2, held)
+        return cls(held, (Run(rows, held),))
+
+    @property
+    def rows(self) -> int:
+        """Tokens and beacons that are computed."""
+        return sum(run.rows for run in self.runs)
+
+    def pairs(self, window: int | None) -> int:
+        """Pairs of a row and an entry that it sees in a layer with this window."""
+        return sum(run.pairs(window) for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -190,21 +228,26 @@ class Compression:
             return 0
         return self.num_sinks + chunk * (self.chunk_size // self.ratio)
 
-    def entries(self, num_tokens: int) -> int:
-        """Entries that the cache holds after so many tokens."""
+    def entries(self, num_tokens: int, window: int | None = None) -> int:
+        """Entries that a layer with this window holds after so many tokens: of a text to be compressed, all of the tail."""
+        if self.ratio is None:
+            return within(num_tokens, window)
         closed = self.num_closed(num_tokens)
-        return self.held_before(closed) + num_tokens - closed * self.chunk_size
+        return within(self.held_before(closed), window) + num_tokens - closed * self.chunk_size
 
-    def peak_entries(self, num_tokens: int, num_new: int = 0) -> int:
+    def peak_entries(self, num_tokens: int, num_new: int = 0, window: int | None = None) -> int:
         """Entries held at most while a text is read and written on: the last closed chunk's slots, or the tail."""
         stop = num_tokens + num_new
         closed = self.num_closed(stop)
         if not closed:
-            return self.entries(stop)
-        peak = max(self.entries(stop), self.held_before(closed - 1) + self.closing_slots)
+            return self.entries(stop, window)
+        before = within(self.held_before(closed - 1), window)
+        peak = max(self.entries(stop, window), before + self.closing_slots)
         if closed == self.num_closed(num_tokens):
             return peak
-        return max(peak, self.entries(self.longest_raw(closed - 1)))  # writing closed it: all of its tail was held
+        return max(
+            peak, self.entries(self.longest_raw(closed - 1), window)
+        )  # writing closed it: all of its tail was held
 
     def longest_raw(self, num_closed: int) -> int:
         """Tokens of the longest text of which no more chunks than these are closed."""
@@ -222,12 +265,10 @@ class Compression:
             if self.placement != "append":
                 yield anew
                 continue
-            before = anew.held + self.chunk_size
-            pairs = beacons * before + beacons * (beacons + 1) // 2
+            runs = [Run(beacons, anew.held + self.chunk_size)]
             if self.anchored:  # evenly spaced: the last token of each unit
-                unit = self.chunk_size // beacons
-                pairs += beacons * anew.held + unit * beacons * (beacons + 1) // 2
-            yield Pass(beacons * (2 if self.anchored else 1), pairs, anew.held)
+                runs.append(Run(beacons, anew.held, self.chunk_size // beacons))
+            yield Pass(anew.held, tuple(runs))
 
     def tails_read_again(self, start: int, stop: int) -> Iterator[Pass]:
         """Each pass over the local tokens behind a chunk that is closed in writing: they stand at other positions then."""
@@ -272,14 +313,15 @@ def decode_flops(shape: ModelShape, num_tokens: int, num_new: int, how: Compress
     """Operations of writing `num_new` tokens behind a text of `num_tokens`, chunks closed on the way included."""
     stop = num_tokens + num_new
     total = num_new * (shape.token_flops(1) + shape.head_flops(1))
-    total += shape.attention_flops(sum(how.entries(length) for length in range(num_tokens + 1, stop + 1)))
+    held = [how.entries(length) for length in range(num_tokens + 1, stop + 1)]
+    total += shape.attention_flops(sum(held), sum(min(each, shape.window or each) for each in held))
     closings = (*how.resumed_closings(num_tokens, stop), *how.tails_read_again(num_tokens, stop))
     return total + sum(pass_flops(shape, each) for each in closings)
 
 
 def pass_flops(shape: ModelShape, each: Pass) -> int:
     """Operations of all layers in one pass."""
-    return shape.token_flops(each.rows) + shape.attention_flops(each.pairs)
+    return shape.token_flops(each.rows) + shape.attention_flops(each.pairs(None), each.pairs(shape.window))
 
 
 def end_to_end_speedup(shape: ModelShape, num_tokens: int, num_new: int, how: Compression) -> float:
@@ -313,13 +355,18 @@ def break_even(shape: ModelShape, how: Compression, *, num_new: int = 0, limit: 
 # --- bytes, and what fits --------------------------------------------------------------------------------------------
 
 
+def cache_bytes(shape: ModelShape, num_tokens: int, how: Compression, element_bytes: int) -> int:
+    """Bytes of the cache after so many tokens."""
+    return shape.cache_bytes(how.entries(num_tokens), element_bytes, how.entries(num_tokens, shape.window))
+
+
 def decode_bytes(
     shape: ModelShape, num_tokens: int, how: Compression, element_bytes: int, *, batch_size: int = 1
 ) -> int:
     """Bytes that writing one token to each text reads: all weights but the token embedding's table, and the caches."""
     embedding = 0 if shape.is_tied else shape.vocab_size * shape.hidden_size
     weights = (shape.num_weights - embedding) * element_bytes
-    return weights + batch_size * shape.cache_bytes(how.entries(num_tokens), element_bytes)
+    return weights + batch_size * cache_bytes(shape, num_tokens, how, element_bytes)
 
 
 def memory_bytes(
@@ -340,7 +387,8 @@ def memory_bytes(
     weights = (shape.num_weights + adapter) * element_bytes
     slots = how.widest_pass(num_tokens, num_new, most_together=ROWS_TOGETHER_ON_CUDA // batch_size)
     activations = slots * (3 * shape.intermediate_size + 4 * shape.hidden_size) * element_bytes
-    caches = shape.cache_bytes(how.peak_entries(num_tokens, num_new), element_bytes)
+    entries, in_window = (how.peak_entries(num_tokens, num_new, window) for window in (None, shape.window))
+    caches = shape.cache_bytes(entries, element_bytes, in_window)
     return weights + batch_size * (activations + caches + caches // shape.num_layers)
 
 

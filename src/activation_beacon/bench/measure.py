@@ -16,7 +16,6 @@ from transformers import Cache, DynamicCache
 from activation_beacon import attach, detach
 from activation_beacon.bench.timing import Run, keep_pages, now, random_ids, timed
 from activation_beacon.causal import without_cudnn
-from activation_beacon.families import is_recurrent
 from activation_beacon.grouped import rows_together
 from activation_beacon.matmul import training_products
 
@@ -82,13 +81,19 @@ def run(model: Any, cell: Cell, num_new: int) -> Run:
         with model.beacon_disabled():
             if not cell.is_tuned:
                 return timed(model, _base_cache(model.config), ids, num_new)
-            return timed(_tuned(model), Cache(layers=model.new_cache().layers), ids, num_new)
+            return timed(_tuned(model), _tuned_cache(model), ids, num_new)
     return timed(model, model.new_cache(cell.batch_size, ratio=cell.ratio), ids, num_new)
 
 
 def _base_cache(config: Any) -> DynamicCache:
-    """An empty cache of transformers, which has to know of layers that carry states."""
-    return DynamicCache(config=config) if is_recurrent(config.get_text_config(decoder=True)) else DynamicCache()
+    """An empty cache of transformers, which has to know of layers that carry states, or have a sliding window."""
+    return DynamicCache(config=config)
+
+
+def _tuned_cache(model: Any) -> Cache:
+    """The same with room behind entries, as in caches of beacons, but for layers whose window keeps them short."""
+    ours, base = model.new_cache().layers, _base_cache(model.config).layers
+    return Cache(layers=[base[index] if own.window else own for index, own in enumerate(ours)])
 
 
 def _tuned(model: Any) -> Callable[..., Any]:

@@ -19,14 +19,25 @@ from activation_beacon.config import DEFAULT_KIND
 from activation_beacon.errors import BaseModelError, UnsupportedModelError, reason
 from activation_beacon.persistence import CONFIG_FILE, load_adapter_config
 
-FAMILIES = {"qwen2-7b": "qwen2"}  # the others are Llamas
+FAMILIES = {  # the others are Llamas
+    "qwen2-7b": "qwen2",
+    "gemma-3-1b": "gemma3_text",
+    "gemma-3-4b": "gemma3_text",
+}
 MANY_POSITIONS = 1 << 22  # so that no length is refused
 
 
 def random_model(shape: str, *, chunk_size: int, device: torch.device | str, dtype: torch.dtype) -> Any:
     """A model of one of `cost.SHAPES` with untrained beacons on, of the default adapter's kind, drawn on the device itself."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(known_config(shape), dtype=dtype, attn_implementation="sdpa").eval()
+        return attach(model, BeaconConfig(chunk_size, **DEFAULT_KIND))
+
+
+def known_config(shape: str) -> Any:
+    """The transformers config of one of `cost.SHAPES`, without its limit of positions."""
     sizes = SHAPES[shape]
-    config = CONFIG_MAPPING[FAMILIES.get(shape, "llama")](
+    return CONFIG_MAPPING[FAMILIES.get(shape, "llama")](
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.intermediate_size,
@@ -36,10 +47,8 @@ def random_model(shape: str, *, chunk_size: int, device: torch.device | str, dty
         head_dim=sizes.head_dim,
         max_position_embeddings=MANY_POSITIONS,
         tie_word_embeddings=sizes.is_tied,
+        **({"sliding_window": sizes.window} if sizes.window else {}),
     )
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-        return attach(model, BeaconConfig(chunk_size, **DEFAULT_KIND))
 
 
 def read_shape(name: str) -> ModelShape:
@@ -74,7 +83,8 @@ def read_shape(name: str) -> ModelShape:
     return dataclasses.replace(
         _counted(name, model, config),
         max_positions=site.max_positions,
-        num_windowed=sum(layer.window is not None for layer in site.layers),
+        num_windowed=len(site.windows),
+        window=next(iter(site.windows.values()), None),
     )
 
 

@@ -153,7 +153,8 @@ def plan(
         str | None,
         typer.Option(
             "--shape",
-            help="Sizes of a known model: smollm2-135m (if no --model is named), llama-2-7b, llama-3-8b or qwen2-7b.",
+            help="Sizes of a known model: smollm2-135m (if no --model is named), llama-2-7b, llama-3-8b, qwen2-7b, "
+            "gemma-3-1b or gemma-3-4b.",
         ),
     ] = None,
     model: Annotated[
@@ -224,10 +225,6 @@ def plan(
     typer.echo("\n".join([_plan_line(PLAN_HEAD), *map(_row_line, rows), "", *map(_limit_line, limits)]))
     for length, fitting in _ways_that_fit(rows).items():
         typer.echo(f"{length:,} tokens: {'fits with ' + ', '.join(fitting) if fitting else 'fits with none of these'}")
-    if known.num_windowed:
-        typer.echo(
-            f"{known.num_windowed} of {known.num_layers} layers have sliding windows: full attention takes less than is counted."
-        )
 
 
 PLAN_HEAD = (
@@ -280,6 +277,7 @@ def _planned(
     step, full_step = (
         cost.decode_bytes(shape, length, way, element_bytes, batch_size=batch_size) for way in (how, full)
     )
+    cache, full_cache = (cost.cache_bytes(shape, length, way, element_bytes) for way in (how, full))
     batch: dict[str, int] = {"batch_size": batch_size, "num_new": new_tokens}
     return {
         "tokens": length,
@@ -291,8 +289,8 @@ def _planned(
         "speedup": cost.end_to_end_speedup(shape, length, new_tokens, how),
         "decode_bytes": step,
         "decode_bytes_factor": full_step / step,
-        "cache_bytes": batch_size * shape.cache_bytes(how.entries(length), element_bytes),
-        "cache_factor": full.entries(length) / how.entries(length),
+        "cache_bytes": batch_size * cache,
+        "cache_factor": full_cache / cache,
         "peak_bytes": cost.memory_bytes(shape, length, how, element_bytes, **batch),
         "too_long_for": cost.obstacle(shape, length, how, element_bytes, gpu_bytes=gpu_bytes, **batch),
     }

@@ -174,6 +174,7 @@ def check_at_once(model: Any) -> None:
         config,
         num_layers=len(model._beacon.site.layers),
         num_states=model._beacon.site.num_states,
+        windows=model._beacon.site.windows,
         policy=as_policy(config, ratio),
         base_fingerprint=model.base_fingerprint,
         adapter_fingerprint=model.adapter_fingerprint,
