@@ -72,7 +72,7 @@ def test_operations_of_weights_and_attention_are_those_of_their_products():
 
 def test_entries_and_bytes_are_those_of_a_real_cache():
     model = with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4), num_sinks=3))
-    shape = ModelShape.of(model.config)
+    shape = ModelShape.of(model.config, {})
     for length in (16, 17, 40, 65):
         cache = model.compress(random_ids(length), ratio=4)
         how = Compression(4, 16, 3)
@@ -164,10 +164,10 @@ def test_operations_and_entries_with_local_tokens_are_those_of_a_real_model(leng
 
 def test_weights_are_those_of_real_models():
     model = tiny("llama")
-    shape = ModelShape.of(model.config)
+    shape = ModelShape.of(model.config, {})
     norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     assert shape.num_weights == sum(parameter.numel() for parameter in model.parameters()) - norms
-    assert ModelShape.of(LlamaConfig(**SIZES)).head_dim == SIZES["head_dim"]
+    assert ModelShape.of(LlamaConfig(**SIZES), {}).head_dim == SIZES["head_dim"]
     beacons = beacon_tensors(with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4))))
     assert shape.beacon_weights == sum(tensor.numel() for tensor in beacons.values())
 
@@ -412,7 +412,7 @@ def test_longrope_counts_with_its_original_positions(tmp_path):
 
 
 def test_the_default_model_is_known_without_a_config():
-    assert read_shape("default") == SHAPES["smollm2-135m"] == ModelShape.of(_default_config())
+    assert read_shape("default") == SHAPES["smollm2-135m"] == ModelShape.of(_default_config(), {})
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_both_ways_are_run_to_the_same_end(batch_size):
     attached = model()
     full = measure.run(attached, Cell(5 * CHUNK, batch_size, None, 0), 3)
     beacons = measure.run(attached, Cell(5 * CHUNK, batch_size, 4, 0), 3)
-    per_entry = ModelShape.of(attached.config).cache_bytes(1, 4)
+    per_entry = ModelShape.of(attached.config, {}).cache_bytes(1, 4)
     assert full.cache_bytes == batch_size * (5 * CHUNK + 3) * per_entry
     assert beacons.cache_bytes == batch_size * (5 * CHUNK // 4 + 3) * per_entry
     for run in (full, beacons):
@@ -66,7 +66,7 @@ def test_full_attention_holds_what_layers_with_a_window_need(is_tuned):
     with attached.beacon_disabled():
         read = attached(torch.zeros((1, 5 * CHUNK + 3), dtype=torch.long), use_cache=True)
     assert full.cache_bytes == base_cache_bytes(read.past_key_values)
-    assert full.cache_bytes < (5 * CHUNK + 3) * ModelShape.of(attached.config).cache_bytes(1, 4)
+    assert full.cache_bytes < (5 * CHUNK + 3) * ModelShape.of(attached.config, {}).cache_bytes(1, 4)
 
 
 def test_tuned_full_attention_has_what_beacons_have_besides_beacons(monkeypatch):
@@ -373,7 +373,7 @@ def test_a_random_model_has_the_shape_that_it_is_named_for(name, monkeypatch):
     small = ModelShape(**{**vars(known), **few})
     monkeypatch.setitem(shapes.SHAPES, name, small)
     attached = shapes.random_model(name, chunk_size=64, device="cpu", dtype=torch.bfloat16)
-    assert ModelShape.of(attached.config) == small
+    assert ModelShape.of(attached.config, {}) == small
     assert attached.dtype == torch.bfloat16
     context = attached.compress(torch.randint(0, 50, (1, 200)), ratio=8)
     assert (context.num_sinks, context.num_beacons, context.tail_length) == (4, 8, 136)

@@ -69,7 +69,7 @@ def test_a_press_is_asked_for_what_beacons_hold(worker, settings, tail):
     with started(model) as kvpress:
         found = kvpress.run(cell._replace(press="knorm"), 7)
     # Beacons are asked after one token more, when a whole chunk is closed; seven tokens more close none.
-    beacons = run(model, cell, 1).cache_bytes // ModelShape.of(model.config).cache_bytes(1, 4)
+    beacons = run(model, cell, 1).cache_bytes // ModelShape.of(model.config, {}).cache_bytes(1, 4)
     assert found.cache_bytes == beacons - 1
     assert found.peak_bytes == 7
     assert f"--threads {torch.get_num_threads()}" in found.by

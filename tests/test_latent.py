@@ -126,4 +126,4 @@ def test_latent_attention_that_caches_something_else_is_refused(has_the_method, 
 
 def test_what_it_costs_is_not_counted(model):
     with pytest.raises(UnsupportedError, match=r"^The operations of latent attention \(deepseek_v\d\) are not counted"):
-        ModelShape.of(model.config)
+        ModelShape.of(model.config, {})

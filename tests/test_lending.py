@@ -235,7 +235,7 @@ def test_nothing_is_left_on_a_model(model):
 def test_operations_that_are_not_counted_are_refused():
     config = CONFIG_MAPPING["gemma4_text"](num_kv_shared_layers=20)
     with pytest.raises(UnsupportedError, match=r"layers that share keys and values \(gemma4_text\)"):
-        ModelShape.of(config)
+        ModelShape.of(config, {})
 
 
 @pytest.mark.parametrize("family", WITH_LENDERS)

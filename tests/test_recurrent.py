@@ -610,4 +610,4 @@ def test_a_config_alone_is_told_what_is_not_counted(family, tmp_path):
 
 def test_what_they_cost_is_not_counted(model):
     with pytest.raises(UnsupportedError, match=r"^The operations of recurrent layers \(\w+\) are not counted"):
-        ModelShape.of(model.config)
+        ModelShape.of(model.config, {})

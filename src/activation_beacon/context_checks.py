@@ -1,21 +1,17 @@
 """What a right hash does not rule out: a context's file whose tensors do not belong together, to its rows, or to a model."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from activation_beacon.errors import FileFormatError
 
-if TYPE_CHECKING:
-    from activation_beacon.cache import BeaconCache
-    from activation_beacon.sites import DecoderSite
 
-
-def check_contents(context: "BeaconCache", num_tensors: int) -> None:
+def check_contents(context: Any, num_tensors: int) -> None:
     """Refuse tensors that do not belong together, or to the rows.
 
     Args:
-        context: made of a file.
+        context: a `BeaconCache`, made of a file.
         num_tensors: that the file has.
 
     Raises:
@@ -40,8 +36,12 @@ def check_contents(context: "BeaconCache", num_tensors: int) -> None:
         raise FileFormatError(f"{num_tensors - 1} tensors belong to no layer")
 
 
-def check_fits(context: "BeaconCache", model: Any) -> None:
+def check_fits(context: Any, model: Any) -> None:
     """Refuse what no context of this model can hold: other layers, windows, heads, dims, states or ids.
+
+    Args:
+        context: a `BeaconCache`.
+        model: that is to use it.
 
     Raises:
         FileFormatError: naming what is there and what is the model's.
@@ -65,7 +65,7 @@ def check_fits(context: "BeaconCache", model: Any) -> None:
         raise FileFormatError(f"ids must be within 0..{size - 1}; got {int(context.token_ids.max())}")
 
 
-def _check_states(context: "BeaconCache", site: "DecoderSite") -> None:
+def _check_states(context: Any, site: Any) -> None:
     has_read, has_closed = context.num_slots > 0, any(row.chunks for row in context.rows)
     for index in site.num_states:
         layer, due = context.layers[index], site.layers[index].state_shapes

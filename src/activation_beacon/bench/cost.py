@@ -6,7 +6,7 @@ Operations are those of one text; bytes and what fits are those of a batch of te
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -47,8 +47,12 @@ class ModelShape:
     window: int | None = None
 
     @classmethod
-    def of(cls, config: Any) -> "ModelShape":
+    def of(cls, config: Any, windows: Mapping[int, int]) -> "ModelShape":
         """The shape of a transformers config.
+
+        Args:
+            config: of the decoder.
+            windows: of the layers that have one (`DecoderSite.windows`), which is the same for all.
 
         Raises:
             UnsupportedError: for latent attention, recurrent layers, and layers that share keys and values: their products are not
@@ -75,6 +79,8 @@ class ModelShape:
             vocab_size=config.vocab_size,
             is_tied=bool(getattr(config, "tie_word_embeddings", False)),
             max_positions=getattr(config, "max_position_embeddings", None),
+            num_windowed=len(windows),
+            window=next(iter(windows.values()), None),
         )
 
     @property

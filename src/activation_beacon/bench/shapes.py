@@ -4,6 +4,7 @@ Weights are random, for speed does not depend on their values, or none at all.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,7 @@ def read_shape(name: str) -> ModelShape:
             f'Give "{DEFAULT_BASE_NAME}", a folder with config.json, or a hub id such as "owner/model".'
         ) from error
     site = find_decoder(model, ("q", "k", "v"))
-    return dataclasses.replace(
-        _counted(name, model, config),
-        max_positions=site.max_positions,
-        num_windowed=len(site.windows),
-        window=next(iter(site.windows.values()), None),
-    )
+    return dataclasses.replace(_counted(name, model, config, site.windows), max_positions=site.max_positions)
 
 
 def _without_weights(config: Any) -> Any:
@@ -99,11 +95,11 @@ def _without_weights(config: Any) -> Any:
     return model
 
 
-def _counted(name: str, model: Any, config: Any) -> ModelShape:
+def _counted(name: str, model: Any, config: Any, windows: Mapping[int, int]) -> ModelShape:
     """The shape of a config, unless the model's matrices are not those that are counted, such as one's with experts."""
     there = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
     try:
-        shape = ModelShape.of(config)
+        shape = ModelShape.of(config, windows)
     except AttributeError as error:
         raise UnsupportedModelError(f"{name!r} cannot be planned for: {reason(error)}.") from error
     if there != shape.num_weights:

@@ -143,7 +143,7 @@ def _counted(model: Any) -> "ModelShape | None":
     from activation_beacon.bench.cost import ModelShape
 
     try:
-        return ModelShape.of(model.config.get_text_config(decoder=True))
+        return ModelShape.of(model.config.get_text_config(decoder=True), model._beacon.site.windows)
     except UnsupportedError as error:
         notice(f"no bounds: {str(error).partition(', so')[0]}.")
         return None
@@ -264,7 +264,7 @@ def chunks(
     from activation_beacon.bench.cost import Compression, ModelShape, pass_flops
 
     name, attached = _model(model, base, shape, chunk_size, device, dtype, threads)
-    sizes = ModelShape.of(attached.config.get_text_config(decoder=True))
+    sizes = ModelShape.of(attached.config.get_text_config(decoder=True), attached._beacon.site.windows)
     how = Compression.of(attached.beacon_config, ratio)
     measure.warm_up(attached, [ratio])
     seconds = measure.chunk_seconds(attached, num_chunks, ratio)
