@@ -34,7 +34,7 @@ def test_a_beacon_leaves_a_latent_and_one_key_for_all_heads(model):
         assert layer.values.shape[1::2] == (1, LATENT["qk_rope_head_dim"])
     per_entry = 3 * 4 * (LATENT["kv_lora_rank"] + LATENT["qk_rope_head_dim"])
     assert context.cache_bytes == context.cache_length * per_entry
-    assert model._beacon.site.features_per_entry * 4 == per_entry
+    assert model._beacon.site.features_held(lambda _: 1) * 4 == per_entry
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -189,7 +189,7 @@ def test_bytes_are_those_of_entries_and_states(model):
     short, long = (model.compress(random_ids(length), ratio=4) for length in (CHUNK, 9 * CHUNK))
     states = sum(state.num_bytes for state in states_of(short).values())
     assert sum(state.num_bytes for state in states_of(long).values()) == states > 0
-    per_entry = 4 * model._beacon.site.features_per_entry
+    per_entry = 4 * model._beacon.site.features_held(lambda _: 1)
     assert short.cache_bytes == CHUNK * per_entry + states  # none is settled yet
     assert long.cache_bytes == long.cache_length * per_entry + 2 * states
     assert long.uncompressed_bytes == 9 * CHUNK * per_entry + states

@@ -1,5 +1,7 @@
 """Layers with a sliding window hold the entries that a token to come sees, and give what they would give with all of them."""
 
+import functools
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from activation_beacon import BeaconCache, BeaconConfig
 from activation_beacon.entries import BeaconLayer
 from activation_beacon.errors import FileFormatError
 from activation_beacon.files import read_context_file, write_context_file
-from activation_beacon.plan import within
+from activation_beacon.plan import entries_held, within
 from activation_beacon.server.prefixes import opening, reusable_length
 from families import PICTURE, random_ids, with_beacons
 
@@ -226,6 +228,8 @@ def test_bytes_uncompressed_are_those_of_the_base_s_own_cache(model):
             base = model(ids_of(length), use_cache=True).past_key_values
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in base.layers if layer.keys is not None)
         assert cache.uncompressed_bytes == held
+        entries = functools.partial(entries_held, cache.config, length, 2)
+        assert model._beacon.site.features_held(entries) * 4 == cache.cache_bytes
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

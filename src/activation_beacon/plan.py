@@ -232,11 +232,16 @@ def chunks_closed(num_tokens: int, chunk_size: int, local_tokens: int = 0) -> in
     return max(0, (num_tokens - 1 - local_tokens) // chunk_size)
 
 
-def entries_held(config: BeaconConfig, num_tokens: int, ratio: int) -> int:
-    """Cache entries that are held after so many tokens, read at one ratio: sinks, beacons and the tail."""
+def within(length: int, window: int | None) -> int:
+    """Of so many entries, those that the next token sees in a layer with a sliding window of `window`, its own entry included."""
+    return length if window is None else min(length, window - 1)
+
+
+def entries_held(config: BeaconConfig, num_tokens: int, ratio: int, window: int | None = None) -> int:
+    """Cache entries that a layer holds after so many tokens, read at one ratio: sinks and beacons in its window, and the tail."""
     closed = chunks_closed(num_tokens, config.chunk_size, config.local_tokens)
-    sinks = config.num_sinks if closed else 0
-    return sinks + num_tokens - closed * (config.chunk_size - config.num_beacons(ratio))
+    memory = closed * config.num_beacons(ratio) + (config.num_sinks if closed else 0)
+    return within(memory, window) + num_tokens - closed * config.chunk_size
 
 
 @functools.lru_cache(maxsize=1024)
@@ -333,11 +338,6 @@ class GroupLayout:
 
 
 # --- one text --------------------------------------------------------------------------------------------------------
-
-
-def within(length: int, window: int | None) -> int:
-    """Of so many entries, those that the next token sees in a layer with a sliding window of `window`, its own entry included."""
-    return length if window is None else min(length, window - 1)
 
 
 @dataclass(frozen=True)

@@ -156,12 +156,16 @@ class DecoderSite:
         """Heads and dims of each layer's keys, and of its values, where they are known."""
         return tuple(layer.entry_shapes for layer in self.layers)
 
-    @property
-    def features_per_entry(self) -> int | None:
-        """Numbers that a token leaves in a cache, in all layers; None where it is not known."""
-        attention = [layer.entry_shapes for layer in self.layers if layer.has_entries]
-        shapes = [shape for layer in attention for shape in layer or ((0, 0),)]
-        return sum(heads * dim for heads, dim in shapes) if all(all(shape) for shape in shapes) else None
+    def features_held(self, num_entries: Callable[[int | None], int]) -> int | None:
+        """Numbers that a cache holds in all layers, given the entries of a layer with this window; None where it is not known."""
+        total = 0
+        for layer in self.layers:
+            if layer.has_entries:
+                shapes = layer.entry_shapes
+                if shapes is None:
+                    return None
+                total += num_entries(layer.window) * sum(heads * dim for heads, dim in shapes)
+        return total
 
     @property
     def ropes(self) -> tuple[Rope | None, ...]:

@@ -1,5 +1,6 @@
 """`beacon compress`: texts in, one context file out."""
 
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,9 +90,10 @@ def _suggest_usual_ratio(loaded: Loaded, num_tokens: int) -> None:
         return
     from activation_beacon.plan import entries_held
 
-    held, site = entries_held(loaded.config, num_tokens, USUAL_RATIO), loaded.model._beacon.site
-    features = None if site.is_recurrent else site.features_per_entry  # states come besides
-    size = f"{held:,} entries" if features is None else bytes_text(held * features * loaded.model.dtype.itemsize)
+    site = loaded.model._beacon.site
+    held = functools.partial(entries_held, loaded.config, num_tokens, USUAL_RATIO)
+    features = None if site.is_recurrent else site.features_held(held)  # states come besides
+    size = f"{held():,} entries" if features is None else bytes_text(features * loaded.model.dtype.itemsize)
     notice(
         f'"auto" chose ratio {chosen}, the smallest that fits the model\'s positions. --ratio {USUAL_RATIO} would hold '
         f"{size} and read faster."
