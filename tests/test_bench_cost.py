@@ -2,12 +2,17 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from typer.testing import CliRunner
 
+from activation_beacon.adapt import find_decoder
+from activation_beacon.bench import shapes
 from activation_beacon.bench.cost import (
     FULL_ATTENTION,
     SHAPES,
@@ -24,20 +29,25 @@ from activation_beacon.bench.cost import (
     obstacle,
     prefill_flops,
 )
-from activation_beacon.bench.shapes import MANY_POSITIONS, known_config, read_shape
+from activation_beacon.bench.shapes import MANY_POSITIONS, known_config, read_shape, shape_of
 from activation_beacon.cli import app
 from activation_beacon.config import BeaconConfig
 from activation_beacon.default_base import _default_config
-from activation_beacon.errors import BaseModelError, CapacityError, ConfigError, UnsupportedModelError
+from activation_beacon.errors import BaseModelError, CapacityError, ConfigError, UnsupportedError, UnsupportedModelError
 from activation_beacon.evaluation.contexts import base_cache_bytes
 from activation_beacon.hub import default_adapter_folder
 from activation_beacon.persistence import load_adapter_config
 from activation_beacon.plan import Row, TextPlanner, as_policy, chunks_closed, entries_held
-from families import FAMILIES, SIZES, TESTED, beacon_tensors, random_ids, tiny, with_beacons
+from families import FAMILIES, FURTHER, SIZES, TESTED, beacon_tensors, random_ids, tiny, with_beacons
 
 TINY = ModelShape(
     num_layers=2, hidden_size=8, num_heads=4, num_kv_heads=2, head_dim=2, intermediate_size=16, vocab_size=10
 )
+
+
+NUM_EXPERTS = 2
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "afmoe")
+OTHERWISE = ("gpt_neox", "starcoder2", "cohere2", "persimmon")  # feed-forward parts without a gate, other projections
 
 
 def counted_pairs(num_tokens, how):
@@ -385,15 +395,22 @@ def saved_config(folder, model_type, **settings):
     return str(folder)
 
 
-@pytest.mark.parametrize("family", [family for family in TESTED if family != "gpt_oss"])
+@pytest.mark.parametrize("family", [*TESTED, *WITH_EXPERTS, *OTHERWISE])
 def test_a_config_alone_gives_the_shape_of_the_model(tmp_path, family):
-    model_type, own = FAMILIES[family]
+    model_type, own = FAMILIES[family] if family in FAMILIES else (family, FURTHER[family])
     shape = read_shape(saved_config(tmp_path, model_type, **SIZES, **own))
     model = tiny(family)
     matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert (shape.num_weights, shape.max_positions) == (matrices, 512)
-    windows = {"mistral": (3, 24), "gemma3_text": (2, 20)}
+    windows = {
+        "mistral": (3, 24),
+        "mixtral": (3, 24),
+        "starcoder2": (3, 24),
+        "gemma3_text": (2, 20),
+        "gpt_oss": (2, 20),
+    }
+    windows |= {"afmoe": (2, 20), "cohere2": (2, 20), "qwen3_moe": (3, 24)}
     assert (shape.num_windowed, shape.window) == windows.get(family, (0, None))
 
 
@@ -401,6 +418,54 @@ def test_a_config_alone_gives_the_shape_of_the_model(tmp_path, family):
 def test_the_config_of_a_known_shape_is_of_that_shape(tmp_path, name):
     known_config(name).save_pretrained(tmp_path)
     assert read_shape(str(tmp_path)) == dataclasses.replace(SHAPES[name], max_positions=MANY_POSITIONS)
+
+
+def test_matrices_outside_the_layers_are_refused(tmp_path, monkeypatch):
+    name = saved_config(tmp_path, "llama", **SIZES)
+    monkeypatch.setattr(shapes, "_weights_of_layers", lambda layers: (1000, 0))
+    with pytest.raises(
+        UnsupportedModelError, match=r"29,248 weights in matrices; its layers, embeddings and head, .* 7,208"
+    ):
+        read_shape(name)
+
+
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_experts_whose_share_is_not_told_are_refused(family):
+    model = with_beacons(family, BeaconConfig(chunk_size=16, ratios=(2, 4)))
+    assert shape_of(model, model._beacon.site).num_experts == NUM_EXPERTS
+    vars(model.config)["num_experts_per_tok"] = None
+    with pytest.raises(UnsupportedError, match="does not say how many of its experts a token takes"):
+        shape_of(model, model._beacon.site)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", *WITH_EXPERTS, *OTHERWISE])
+def test_operations_are_those_that_are_computed(family):
+    num_tokens, few = 24, {"num_experts_per_tok": 1} if family in WITH_EXPERTS else {}
+    model = tiny(family, **few)
+    model.set_experts_implementation("eager")  # grouped products are not counted by torch
+    shape = shape_of(model, find_decoder(model, ("q", "k", "v")))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(random_ids(num_tokens), logits_to_keep=1, use_cache=False)
+    pairs = shape.attention_flops(num_tokens**2, num_tokens**2)  # eager attention computes those that are masked, too
+    expected = shape.token_flops(num_tokens) + shape.head_flops(1) + pairs
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.002)  # rotations are a product here as well
+
+
+def test_sizes_that_a_config_does_not_tell_are_refused(monkeypatch):
+    model = with_beacons("llama", BeaconConfig(chunk_size=16, ratios=(2, 4)))
+    own = {name: value for name, value in vars(model.config).items() if name != "intermediate_size"}
+    monkeypatch.setattr(model.config, "get_text_config", lambda **_: SimpleNamespace(**own, model_type="llama"))
+    with pytest.raises(UnsupportedError, match=r"sizes of llama are not told by its config \(.*intermediate_size"):
+        shape_of(model, model._beacon.site)
+
+
+def test_texts_of_a_batch_read_experts_of_their_own():
+    shape = dataclasses.replace(TINY, shared_weights=1000, expert_weights=800, num_experts=8, experts_per_token=2)
+    assert [shape.weights_for(count) for count in (1, 2, 4, 5)] == [1200, 1400, 1800, 1800]
+    assert shape.token_flops(3) == 2 * 3 * 1200
+    assert shape.num_weights == 1800 + 2 * 80
+    read = [decode_bytes(shape, 20, FULL_ATTENTION, 2, batch_size=count) for count in (1, 2)]
+    assert read[1] - read[0] == 2 * 200 + TINY.cache_bytes(20, 2)
 
 
 def test_longrope_counts_with_its_original_positions(tmp_path):
@@ -419,12 +484,14 @@ def test_the_default_model_is_known_without_a_config():
     ("model_type", "settings", "error", "message"),
     [
         (
-            "gpt_oss",
-            {**SIZES, **FAMILIES["gpt_oss"][1]},
-            UnsupportedModelError,
-            "experts or other parts cannot be planned",
+            "gemma4_text",
+            {**SIZES, **FURTHER["gemma4_text"]},
+            UnsupportedError,
+            "layers that differ in their heads",
         ),
-        ("gpt_neox", SIZES, UnsupportedModelError, "one gated feed-forward part a layer, which is what is counted"),
+        ("gemma3n_text", {**SIZES, **FURTHER["gemma3n_text"]}, UnsupportedError, "layers that share keys and values"),
+        ("deepseek_v3", {**SIZES, **FURTHER["deepseek_v3"]}, UnsupportedError, "operations of latent attention"),
+        ("qwen3_next", {**SIZES, **FURTHER["qwen3_next"]}, UnsupportedError, "operations of recurrent layers"),
         ("mamba", {}, UnsupportedModelError, "MambaForCausalLM cannot carry beacons"),
         ("t5", {}, BaseModelError, "cannot be read as a causal language model's: Unrecognized configuration class"),
     ],

@@ -26,12 +26,17 @@ class ModelShape:
         num_heads: of queries.
         num_kv_heads: of keys and values.
         head_dim: features of a head.
-        intermediate_size: of the gated feed-forward part.
+        intermediate_size: of the gated feed-forward part; of experts, of all that a token is sent to.
         vocab_size: of the head.
         is_tied: whether the head is the token embedding.
         max_positions: that it was made for; None where it has no limit.
         num_windowed: layers with a sliding window.
         window: entries that a token sees in these, its own the last.
+        shared_weights: in matrices of all layers, those that every token goes through; None where a layer is attention and one
+            gated feed-forward part.
+        expert_weights: of all experts of all layers.
+        num_experts: of a layer.
+        experts_per_token: that each token is sent to.
     """
 
     num_layers: int
@@ -45,6 +50,10 @@ class ModelShape:
     max_positions: int | None = None
     num_windowed: int = 0
     window: int | None = None
+    shared_weights: int | None = None
+    expert_weights: int = 0
+    num_experts: int = 1
+    experts_per_token: int = 1
 
     @classmethod
     def of(cls, config: Any, windows: Mapping[int, int]) -> "ModelShape":
@@ -97,7 +106,15 @@ class ModelShape:
     def num_weights(self) -> int:
         """Of the whole model, norms and biases left out."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.is_tied else 2)
-        return self.num_layers * self.layer_weights + embeddings
+        return self.weights_for(self.num_experts) + embeddings
+
+    def weights_for(self, num_tokens: int) -> int:
+        """Of all layers, those that so many tokens go through at most: each token may be sent to experts of its own."""
+        shared = self.num_layers * self.layer_weights if self.shared_weights is None else self.shared_weights
+        return (
+            shared
+            + self.expert_weights * min(self.num_experts, num_tokens * self.experts_per_token) // self.num_experts
+        )
 
     @property
     def beacon_weights(self) -> int:
@@ -107,7 +124,7 @@ class ModelShape:
 
     def token_flops(self, num_tokens: int) -> int:
         """Of all layers' weights, for so many tokens."""
-        return 2 * num_tokens * self.num_layers * self.layer_weights
+        return 2 * num_tokens * self.weights_for(1)
 
     def head_flops(self, num_tokens: int) -> int:
         """Of the head."""
@@ -369,9 +386,11 @@ def cache_bytes(shape: ModelShape, num_tokens: int, how: Compression, element_by
 def decode_bytes(
     shape: ModelShape, num_tokens: int, how: Compression, element_bytes: int, *, batch_size: int = 1
 ) -> int:
-    """Bytes that writing one token to each text reads: all weights but the token embedding's table, and the caches."""
-    embedding = 0 if shape.is_tied else shape.vocab_size * shape.hidden_size
-    weights = (shape.num_weights - embedding) * element_bytes
+    """Bytes that writing one token to each text reads: the weights but the token embedding's table, and the caches.
+
+    Of experts those that the texts' tokens may be sent to, no two to the same while there are others.
+    """
+    weights = (shape.weights_for(batch_size) + shape.vocab_size * shape.hidden_size) * element_bytes
     return weights + batch_size * cache_bytes(shape, num_tokens, how, element_bytes)
 
 

@@ -140,10 +140,10 @@ def speed(
 
 def _counted(model: Any) -> "ModelShape | None":
     """The shape that bounds are computed of; None, with a note, where its operations are not counted."""
-    from activation_beacon.bench.cost import ModelShape
+    from activation_beacon.bench.shapes import shape_of
 
     try:
-        return ModelShape.of(model.config.get_text_config(decoder=True), model._beacon.site.windows)
+        return shape_of(model, model._beacon.site)
     except UnsupportedError as error:
         notice(f"no bounds: {str(error).partition(', so')[0]}.")
         return None
@@ -261,10 +261,11 @@ def chunks(
     Where chunks are small enough for several to share a pass, all of them in one call are timed too.
     """
     from activation_beacon.bench import measure
-    from activation_beacon.bench.cost import Compression, ModelShape, pass_flops
+    from activation_beacon.bench.cost import Compression, pass_flops
+    from activation_beacon.bench.shapes import shape_of
 
     name, attached = _model(model, base, shape, chunk_size, device, dtype, threads)
-    sizes = ModelShape.of(attached.config.get_text_config(decoder=True), attached._beacon.site.windows)
+    sizes = shape_of(attached, attached._beacon.site)
     how = Compression.of(attached.beacon_config, ratio)
     measure.warm_up(attached, [ratio])
     seconds = measure.chunk_seconds(attached, num_chunks, ratio)
