@@ -13,10 +13,10 @@ CONFIG = BeaconConfig(chunk_size=16, ratios=(2, 4, 8), num_sinks=2)
 GREEDY = Sampling(max_tokens=24, temperature=0.0)
 
 
-def serving_model(config=CONFIG, *, attention="sdpa", **overrides):
+def serving_model(config=CONFIG, *, family="llama", attention="sdpa", **overrides):
     """Never ends a text by itself, so that lengths are exact; `<|end|>` ends it where a test wants that."""
     own = {**OWN, "max_position_embeddings": 256, "eos_token_id": None, **overrides}
-    return with_beacons("llama", config, attention=attention, **own)
+    return with_beacons(family, config, attention=attention, **own)
 
 
 def engine_of(model, **limits):
@@ -32,8 +32,12 @@ class Heard:
         engine.submit(self.job)
 
     @property
+    def done(self):
+        return next((event for event in self.events if isinstance(event, Done)), None)
+
+    @property
     def cache(self):
-        return next((event.cache for event in self.events if isinstance(event, Done)), None)
+        return None if self.done is None else self.done.cache
 
     @property
     def error(self):
@@ -82,5 +86,6 @@ def assert_same_cache(one, other, *, atol=2e-5):
     assert one.policy == other.policy
     assert one.token_ids.tolist() == other.token_ids.tolist()
     for mine, theirs in zip(one.layers, other.layers, strict=True):
-        for a, b in zip(mine.entries(), theirs.entries(), strict=True):
+        held = (dict(layer.dense().named_tensors()) for layer in (mine, theirs))
+        for a, b in zip(*(tensors.values() for tensors in held), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)

@@ -1,6 +1,7 @@
 """A cache cut back and read on is the cache of the text read at once."""
 
 import asyncio
+import dataclasses
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from activation_beacon.server.library import Library
 from activation_beacon.server.prefixes import common_length, longest, opening, reusable_length
 from activation_beacon.server.settings import Settings
 from families import random_ids
-from server_models import CONFIG, assert_same_cache, engine_of, serving_model
+from server_models import CONFIG, GREEDY, Heard, assert_same_cache, engine_of, run_until_over, serving_model
 
 
 @pytest.fixture(scope="module", params=[CONFIG, BeaconConfig(chunk_size=16, ratios=(2, 8), local_tokens=5)])
@@ -133,4 +134,40 @@ def test_a_grown_conversation_takes_the_place_of_what_it_has_grown_from(model, t
 
     asyncio.run(kept([ids[:, :40], other, ids]))
     assert sorted(library.memory.peek(key).tokens_seen for key in library.memory) == [50, 60]
+    library.close()
+
+
+APPENDED = BeaconConfig(chunk_size=16, ratios=(2, 8), placement="append", anchored=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "spared"), [("llama", 64), ("gemma3_text", 69), ("mistral", 69), ("qwen3_5_text", 64)]
+)
+def test_a_text_is_answered_once_more_without_being_read_again(family, spared, tmp_path):
+    """Also where the answer has closed chunks behind which a cache cannot be cut back; of states the end of a chunk is held."""
+    model = serving_model(APPENDED, family=family)
+    engine = engine_of(model)
+    library = Library(model, engine, Settings(folder=str(tmp_path)))
+    prompt = random_ids(70)[0].tolist()
+    long = dataclasses.replace(GREEDY, max_tokens=60)
+    first = Heard(engine, model.new_cache(ratio=2), prompt, long)
+    run_until_over(engine, first)
+
+    async def kept_and_found(heard, ids):
+        await library.keep("scope", heard.done.cache, heard.done.before)
+        return await library.start("scope", model.new_cache(ratio=2), ids)
+
+    start, unread = asyncio.run(kept_and_found(first, prompt))
+    assert (start.tokens_seen, unread) == (spared, prompt[spared:])
+    again = Heard(engine, start, unread, long)
+    run_until_over(engine, again)
+    assert again.ids() == first.ids()
+    assert_same_cache(again.cache, first.cache)
+    assert len(library.memory) == (1 if family == "llama" else 2)
+    grown, unread = asyncio.run(kept_and_found(again, [*prompt, *first.ids()[:-1], 3]))  # the conversation goes on
+    assert (grown.tokens_seen, unread) == (70 + 59, [3])
+    assert len(library.memory) == (1 if family == "llama" else 2)  # in place of the first ones
+    other = [*prompt[:66], 9, 8, 7]  # the same document, another question
+    start, _ = asyncio.run(library.start("scope", model.new_cache(ratio=2), other))
+    assert start.tokens_seen == (66 if family in ("gemma3_text", "mistral") else 64)
     library.close()

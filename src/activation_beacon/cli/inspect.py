@@ -14,6 +14,7 @@ from activation_beacon.errors import StorageError
 from activation_beacon.sizes import bytes_text
 
 if TYPE_CHECKING:
+    from activation_beacon.cache import BeaconCache
     from activation_beacon.config import BeaconConfig
     from activation_beacon.plan import RatioPolicy
 
@@ -60,6 +61,7 @@ def _context(path: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         "file_bytes": file_bytes,
         "dtype": dtype,
         "quantized_bits": context.quantized_bits,
+        "windows": context.windows,
         "ratio_policy": _policy_values(context.policies[0]),
         **({"ratio_policies": list(map(_policy_values, context.policies))} if len(set(context.policies)) > 1 else {}),
         "base_fingerprint": context.base_fingerprint,
@@ -73,6 +75,8 @@ def _context(path: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
             ("tokens seen", f"{row.tokens_seen:,} ({len(row.ratios)} chunks, {ratios_text(row.ratios)})"),
             ("held", f"{holding_text(row)} = {row.cache_length:,} entries"),
         ]
+    if context.windows:
+        lines.append(("windows", _windows_text(context)))
     lines += [
         ("cache", cache_text(context)),
         ("saved", bytes_text(max(0, context.uncompressed_bytes - context.cache_bytes))),
@@ -87,6 +91,13 @@ def _context(path: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         *_setting_lines(context.config),
     ]
     return values, lines
+
+
+def _windows_text(context: "BeaconCache") -> str:
+    """Which layers hold less than others, and what."""
+    windows = context.windows
+    sizes = " or ".join(f"{window:,}" for window in sorted(set(windows.values())))
+    return f"{len(windows)} of {len(context.layers)} layers see {sizes} entries, and hold no sinks and beacons beyond these"
 
 
 def _policy_values(policy: "RatioPolicy") -> dict[str, Any]:

@@ -215,7 +215,7 @@ class Answering:
                 async with contextlib.aclosing(asked.work.events()) as events:
                     async for event in events:
                         if isinstance(event, Done):
-                            await self._finished(asked, event.cache)
+                            await self._finished(asked, event)
                             continue
                         if isinstance(event, Piece) and is_first:
                             is_first = False
@@ -227,9 +227,9 @@ class Answering:
         finally:
             self.cancel()
 
-    async def _finished(self, asked: Asked, cache: BeaconCache) -> None:
-        asked.grown = cache
-        await self.server.library.keep(asked.scope, cache)
+    async def _finished(self, asked: Asked, done: Done) -> None:
+        asked.grown = done.cache
+        await self.server.library.keep(asked.scope, done.cache, done.before)
         self.server.metrics.answered(len(asked.ids), asked.num_prompt - len(asked.ids))
 
     async def gathered(self) -> list[Choice]:

@@ -20,6 +20,7 @@ from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import BeaconError, CapacityError
 from activation_beacon.row_ends import end_ids
 from activation_beacon.server.jobs import Answer, BusyError, ClosedError, Done, Failed, Job, LateError, Progress
+from activation_beacon.server.prefixes import is_cut_anywhere
 from activation_beacon.server.reading import Reading, closes_a_chunk, dense
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class _Running:
     answers: list[Answer] = field(default_factory=list)
     num_open: int = 0
     first_cache: BeaconCache | None = None
+    before: BeaconCache | None = None  # of the text read, if `Done` is to have it
 
 
 class Engine:
@@ -251,7 +253,10 @@ class Engine:
             self._finish(task.job, cache)
             return
         logits = logits.float().cpu()
-        for answer in self._running[task.job].answers if task.answer is None else [task.answer]:
+        running = self._running[task.job]
+        if task.answer is None and not is_cut_anywhere(cache):
+            running.before = cache
+        for answer in running.answers if task.answer is None else [task.answer]:
             self._take(answer, logits)
             self._go_on(answer, cache.fork())
 
@@ -332,11 +337,11 @@ class Engine:
             running.first_cache = cache.compacted()  # it may be kept, without the room that writing has made
         running.num_open -= 1
         if running.num_open == 0 and running.first_cache is not None:
-            self._finish(answer.job, running.first_cache)
+            self._finish(answer.job, running.first_cache, running.before)
 
-    def _finish(self, job: Job, cache: BeaconCache) -> None:
+    def _finish(self, job: Job, cache: BeaconCache, before: BeaconCache | None = None) -> None:
         self._running.pop(job, None)
-        job.emit(Done(cache))
+        job.emit(Done(cache, before))
 
     def _end(self, job: Job, error: Exception) -> None:
         """Drop a job wherever it stands."""

@@ -55,9 +55,15 @@ class Ended:
 
 @dataclass(frozen=True)
 class Done:
-    """The job's end: the cache of the text read, grown by the first answer where answers were asked for."""
+    """The job's end.
+
+    Attributes:
+        cache: of the text read, grown by the first answer where answers were asked for.
+        before: the same before the answers, of models whose caches cannot always be cut back to it.
+    """
 
     cache: BeaconCache
+    before: BeaconCache | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from activation_beacon.server.failures import NotFoundError, QuotaError
 from activation_beacon.server.folder import Folder, Record, new_id
 from activation_beacon.server.jobs import Done, Progress
 from activation_beacon.server.memory import Memory
-from activation_beacon.server.prefixes import common_length, longest, opening
+from activation_beacon.server.prefixes import can_be_cut_to, common_length, longest, opening
 from activation_beacon.server.reading import cut
 from activation_beacon.server.settings import Settings
 from activation_beacon.server.work import Work
@@ -280,8 +280,15 @@ class Library:
         self.memory.get(keys[index])
         return opening(kept[index], length), text[length:]
 
-    async def keep(self, scope: Hashable, cache: BeaconCache) -> None:
-        """Keep what has been read and written, in place of what it has grown from."""
+    async def keep(self, scope: Hashable, cache: BeaconCache, before: BeaconCache | None = None) -> None:
+        """Keep what has been read and written, in place of what it has grown from.
+
+        Args:
+            scope: what it stands on.
+            cache: of one row.
+            before: the same before the last answer; kept as well where the cache cannot be cut back to it, so that it can be
+                answered once more, or a text like it.
+        """
         keys, kept = self._talks(scope)
 
         def outgrown() -> list[bool]:
@@ -291,6 +298,11 @@ class Library:
         for key, is_outgrown in zip(keys, await asyncio.to_thread(outgrown), strict=True):
             if is_outgrown:
                 self.memory.drop(key)
+        if before is not None and not can_be_cut_to(cache, len(before.rows[0].chunks)):
+            self._put_talk(scope, before)
+        self._put_talk(scope, cache)
+
+    def _put_talk(self, scope: Hashable, cache: BeaconCache) -> None:
         self._num_kept += 1
         self.memory.put(("talk", scope, self._num_kept), cache)
 

@@ -15,6 +15,19 @@ def common_length(one: torch.Tensor, other: torch.Tensor) -> int:
     return int(differs[0, 0]) if len(differs) else length
 
 
+def is_cut_anywhere(cache: BeaconCache) -> bool:
+    """Whether a cache can be cut back to the end of any chunk: states, and layers with a window, do not hold what was before."""
+    return not cache.is_recurrent and not cache.windows
+
+
+def can_be_cut_to(cache: BeaconCache, num_chunks: int) -> bool:
+    """Whether a cache of one row can be cut back to where so many chunks were closed."""
+    row = cache.rows[0]
+    if num_chunks == len(row.chunks):
+        return True
+    return not cache.is_recurrent and cache.still_holds(row.at_token(num_chunks * row.chunk_size))
+
+
 def reusable_length(cache: BeaconCache, ids: torch.Tensor) -> int:
     """Tokens of a text (N,) that a cache of one row can stand for; at least one is always left to be read.
 
@@ -28,7 +41,7 @@ def reusable_length(cache: BeaconCache, ids: torch.Tensor) -> int:
     num_chunks = min(len(row.chunks), common // row.chunk_size, num_closed)
     at_chunk_end = num_chunks * row.chunk_size
     if num_chunks < len(row.chunks):
-        return at_chunk_end if not cache.is_recurrent and cache.still_holds(row.at_token(at_chunk_end)) else 0
+        return at_chunk_end if can_be_cut_to(cache, num_chunks) else 0
     return at_chunk_end if cache.is_recurrent and common < row.tokens_seen else common
 
 
