@@ -189,6 +189,7 @@ def test_weights_are_those_of_real_models():
         ("llama-2-7b", 6.738),
         ("llama-3-8b", 8.03),
         ("qwen2-7b", 7.615),
+        ("qwen3-30b-a3b", 30.53),
         ("gemma-3-1b", 1.0),  # with 4B those of the technical report, table 1: 302M and 675M are embeddings
         ("gemma-3-4b", 3.884),
     ],
@@ -608,7 +609,7 @@ def test_the_break_evens_in_the_docs_are_those_that_are_computed(shape, placemen
     [
         (
             ("--shape", "gpt-5"),
-            "--shape must be one of smollm2-135m, llama-2-7b, llama-3-8b, qwen2-7b, gemma-3-1b, gemma-3-4b; got 'gpt-5'.",
+            "--shape must be one of smollm2-135m, llama-2-7b, llama-3-8b, qwen2-7b, qwen3-30b-a3b, gemma-3-1b, gemma-3-4b; got 'gpt-5'.",
         ),
         (("--shape", "qwen2-7b", "--model", "default"), "--shape (qwen2-7b) and --model (default) name two models."),
         (("--model", "no/such/folder"), "The config of 'no/such/folder' cannot be read"),

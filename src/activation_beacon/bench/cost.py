@@ -151,6 +151,14 @@ SHAPES = {
     "llama-2-7b": ModelShape(32, 4096, 32, 32, 128, 11_008, 32_000, max_positions=4096),
     "llama-3-8b": ModelShape(32, 4096, 32, 8, 128, 14_336, 128_256, max_positions=8192),
     "qwen2-7b": ModelShape(28, 3584, 28, 4, 128, 18_944, 152_064, max_positions=32_768),
+    "qwen3-30b-a3b": ModelShape(
+        *(48, 2048, 32, 4, 128, 8 * 768, 151_936),
+        max_positions=40_960,
+        shared_weights=918_552_576,
+        expert_weights=28_991_029_248,
+        num_experts=128,
+        experts_per_token=8,
+    ),
     "gemma-3-1b": ModelShape(
         26, 1152, 4, 1, 256, 6912, 262_144, is_tied=True, max_positions=32_768, num_windowed=22, window=512
     ),

@@ -24,6 +24,7 @@ from activation_beacon.sites import DecoderSite
 
 FAMILIES = {  # the others are Llamas
     "qwen2-7b": "qwen2",
+    "qwen3-30b-a3b": "qwen3_moe",
     "gemma-3-1b": "gemma3_text",
     "gemma-3-4b": "gemma3_text",
 }
@@ -41,6 +42,11 @@ def random_model(shape: str, *, chunk_size: int, device: torch.device | str, dty
 def known_config(shape: str) -> Any:
     """The transformers config of one of `cost.SHAPES`, without its limit of positions."""
     sizes = SHAPES[shape]
+    own: dict[str, Any] = {} if sizes.window is None else {"sliding_window": sizes.window}
+    if sizes.expert_weights:
+        of_one = sizes.intermediate_size // sizes.experts_per_token
+        own |= {"num_experts": sizes.num_experts, "moe_intermediate_size": of_one}
+        own |= {"num_experts_per_tok": sizes.experts_per_token}
     return CONFIG_MAPPING[FAMILIES.get(shape, "llama")](
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.hidden_size,
@@ -51,7 +57,7 @@ def known_config(shape: str) -> Any:
         head_dim=sizes.head_dim,
         max_position_embeddings=MANY_POSITIONS,
         tie_word_embeddings=sizes.is_tied,
-        **({"sliding_window": sizes.window} if sizes.window else {}),
+        **own,
     )
 
 

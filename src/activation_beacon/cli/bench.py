@@ -154,7 +154,7 @@ def plan(
         typer.Option(
             "--shape",
             help="Sizes of a known model: smollm2-135m (if no --model is named), llama-2-7b, llama-3-8b, qwen2-7b, "
-            "gemma-3-1b or gemma-3-4b.",
+            "qwen3-30b-a3b, gemma-3-1b or gemma-3-4b.",
         ),
     ] = None,
     model: Annotated[
