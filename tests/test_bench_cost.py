@@ -609,7 +609,7 @@ def test_the_break_evens_in_the_docs_are_those_that_are_computed(shape, placemen
     [
         (
             ("--shape", "gpt-5"),
-            "--shape must be one of smollm2-135m, llama-2-7b, llama-3-8b, qwen2-7b, qwen3-30b-a3b, gemma-3-1b, gemma-3-4b; got 'gpt-5'.",
+            f"--shape must be one of {', '.join(SHAPES)}; got 'gpt-5'.",
         ),
         (("--shape", "qwen2-7b", "--model", "default"), "--shape (qwen2-7b) and --model (default) name two models."),
         (("--model", "no/such/folder"), "The config of 'no/such/folder' cannot be read"),
