@@ -113,6 +113,18 @@ def test_within_a_window_pairs_are_those_that_counting_one_by_one_gives(rows, he
         assert Run(rows, held, step).pairs(window) == sum(seen)
 
 
+@pytest.mark.parametrize(
+    "how", [FULL_ATTENTION, Compression(2, 8), Compression(4, 8, 3), Compression(8, 8, 1, "append")]
+)
+def test_pairs_of_a_prefill_are_those_of_its_passes(how):
+    for num_tokens in (1, 8, 9, 17, 40, 41, 200):
+        closed = how.num_closed(num_tokens)
+        tail = Run(num_tokens - closed * how.chunk_size, how.held_before(closed))
+        runs = [*(run for each in how.closings(0, num_tokens) for run in each.runs), tail]
+        for window in (None, 1, 2, 5, 9, 12, 13, 20, 64, 1000):
+            assert how.prefill_pairs(num_tokens, window) == sum(run.pairs(window) for run in runs)
+
+
 def test_reading_and_writing_within_a_window_cost_less_by_what_is_beyond_it():
     windowed, how = dataclasses.replace(TINY, num_windowed=2, window=6), Compression(4, 8)
     beyond = sum(max(0, entries - 6) for entries in range(1, 21))
@@ -162,7 +174,7 @@ def test_operations_and_entries_with_local_tokens_are_those_of_a_real_model(leng
     cache = model.compress(random_ids(length), ratio=4)
     how = Compression.of(LOCAL, 4)
     closings = [each.rows for each in how.closings(0, length)]
-    assert sum(passes) == sum(closings) + length - 16 * len(closings) == sum(each.rows for each in how.passes(length))
+    assert sum(passes) == sum(closings) + length - 16 * len(closings) == how.prefill_rows(length)
     assert how.entries(length) == cache.cache_length
     passes.clear()
     model.compress(random_ids(1), cache=cache)

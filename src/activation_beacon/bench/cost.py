@@ -183,8 +183,10 @@ class Run(NamedTuple):
 
     def pairs(self, window: int | None) -> int:
         """Pairs of a row and an entry that it sees, of which there are `window` at most."""
-        free = self.rows if window is None else min(self.rows, max(0, (window - self.held) // self.step))
-        return free * self.held + self.step * free * (free + 1) // 2 + (self.rows - free) * (window or 0)
+        if window is None:
+            return self.rows * self.held + self.step * self.rows * (self.rows + 1) // 2
+        free = min(self.rows, max(0, (window - self.held) // self.step))
+        return free * self.held + self.step * free * (free + 1) // 2 + (self.rows - free) * window
 
 
 class Pass(NamedTuple):
@@ -207,10 +209,6 @@ class Pass(NamedTuple):
     def rows(self) -> int:
         """Tokens and beacons that are computed."""
         return sum(run.rows for run in self.runs)
-
-    def pairs(self, window: int | None) -> int:
-        """Pairs of a row and an entry that it sees in a layer with this window."""
-        return sum(run.pairs(window) for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -307,11 +305,28 @@ class Compression:
             for chunk in range(self.num_closed(start), self.num_closed(stop)):
                 yield Pass.causal(self.local_tokens, self.held_before(chunk + 1))
 
-    def passes(self, num_tokens: int) -> Iterator[Pass]:
-        """Each pass of a prefill."""
-        yield from self.closings(0, num_tokens)
+    def prefill_rows(self, num_tokens: int) -> int:
+        """Tokens and beacons that are computed to read a text."""
         closed = self.num_closed(num_tokens)
-        yield Pass.causal(num_tokens - closed * self.chunk_size, self.held_before(closed))
+        return closed * self.closing_slots + num_tokens - closed * self.chunk_size
+
+    def prefill_pairs(self, num_tokens: int, window: int | None) -> int:
+        """Pairs of a row and an entry that it sees in a layer with this window, to read a text; not one by one: it may be long."""
+        closed, rows = self.num_closed(num_tokens), self.closing_slots
+        tail = Run(num_tokens - closed * self.chunk_size, self.held_before(closed)).pairs(window)
+        if not closed:
+            return tail
+        kept = (
+            self.held_before(closed) - self.held_before(closed - 1) if closed > 1 else 0
+        )  # of each chunk but the first
+        if window is None:
+            held = (closed - 1) * self.num_sinks + kept * closed * (closed - 1) // 2
+            return tail + rows * held + closed * rows * (rows + 1) // 2
+        few = min(
+            closed, 1 + max(0, window - self.num_sinks) // max(1, kept)
+        )  # chunks until the window is full of what is held
+        begun = sum(Run(rows, self.held_before(chunk)).pairs(window) for chunk in range(few))
+        return tail + begun + (closed - few) * rows * window
 
     def widest_pass(self, num_tokens: int, num_new: int = 0, *, most_together: int = 0) -> int:
         """Slots of the widest pass of reading a text and writing on.
@@ -337,7 +352,8 @@ FULL_ATTENTION = Compression(None)
 
 def prefill_flops(shape: ModelShape, num_tokens: int, how: Compression) -> int:
     """Operations of reading a text, and of the head once at its end."""
-    return shape.head_flops(1) + sum(pass_flops(shape, each) for each in how.passes(num_tokens))
+    pairs = (how.prefill_pairs(num_tokens, window) for window in (None, shape.window))
+    return shape.head_flops(1) + shape.token_flops(how.prefill_rows(num_tokens)) + shape.attention_flops(*pairs)
 
 
 def decode_flops(shape: ModelShape, num_tokens: int, num_new: int, how: Compression) -> int:
@@ -352,7 +368,8 @@ def decode_flops(shape: ModelShape, num_tokens: int, num_new: int, how: Compress
 
 def pass_flops(shape: ModelShape, each: Pass) -> int:
     """Operations of all layers in one pass."""
-    return shape.token_flops(each.rows) + shape.attention_flops(each.pairs(None), each.pairs(shape.window))
+    pairs = (sum(run.pairs(window) for run in each.runs) for window in (None, shape.window))
+    return shape.token_flops(each.rows) + shape.attention_flops(*pairs)
 
 
 def end_to_end_speedup(shape: ModelShape, num_tokens: int, num_new: int, how: Compression) -> float:
