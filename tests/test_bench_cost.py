@@ -140,6 +140,8 @@ def test_reading_and_writing_within_a_window_cost_less_by_what_is_beyond_it():
         max(0, entries - 6) for entries in written
     )
     half = dataclasses.replace(windowed, num_windowed=1)
+    held_twice = memory_bytes(half, 200, FULL_ATTENTION, 2) - cache_bytes(half, 200, FULL_ATTENTION, 2)
+    assert held_twice == memory_bytes(TINY, 200, FULL_ATTENTION, 2) - cache_bytes(TINY, 200, FULL_ATTENTION, 2)
     assert full - prefill_flops(half, 20, FULL_ATTENTION) == beyond * per_pair // 2
     assert memory_bytes(windowed, 200, how, 2) < memory_bytes(half, 200, how, 2) < memory_bytes(TINY, 200, how, 2)
 

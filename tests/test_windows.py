@@ -7,7 +7,7 @@ import torch
 
 from activation_beacon import BeaconCache, BeaconConfig
 from activation_beacon.entries import BeaconLayer
-from activation_beacon.errors import FileFormatError
+from activation_beacon.errors import FileFormatError, MismatchError
 from activation_beacon.files import read_context_file, write_context_file
 from activation_beacon.plan import entries_held, within
 from activation_beacon.server.prefixes import opening, reusable_length
@@ -217,6 +217,42 @@ def test_what_was_padding_in_a_batch_is_not_taken_for_what_a_row_holds(model):
         assert reusable_length(single, text) == 0
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_padding_behind_texts_that_end_alike_is_not_held(family, batch):
+    model = with_beacons(family, APPENDED, attention="sdpa")
+    ids, more = ids_of(14, 3, batch=batch), ids_of(60, 4, batch=batch)
+    mask = torch.ones_like(ids)
+    mask[:, 10:] = 0
+    padded, plain = model.new_cache(batch, ratio=2), model.new_cache(batch, ratio=2)
+    model(ids, attention_mask=mask, past_key_values=padded)
+    model(ids[:, :10], past_key_values=plain)
+    assert {layer.get_seq_length() for layer in padded.layers} == {padded.num_slots} == {10}
+    ours, due = (model(more, past_key_values=cache).logits for cache in (padded, plain))
+    torch.testing.assert_close(ours, due, rtol=0, atol=1e-4)
+    for count in (1, 3):
+        padded.take_back([count] * batch)
+        plain.crop(-count)
+        assert {layer.get_seq_length() for layer in padded.layers} == {padded.num_slots}
+        ours, due = (model(ids[:, :1], past_key_values=cache.fork()).logits for cache in (padded, plain))
+        torch.testing.assert_close(ours, due, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_model_with_other_windows_is_refused():
+    model = with_beacons("gemma3_text", CONFIG)
+    wider = with_beacons("gemma3_text", CONFIG, sliding_window=60)
+    context = model.compress(ids_of(LENGTHS[0]), ratio=2)
+    assert context.base_fingerprint == wider.base_fingerprint
+    with pytest.raises(
+        MismatchError, match=r"made with sliding windows of \{0: 20, 2: 20\} .* the model has \{0: 60, 2: 60\}"
+    ):
+        wider(ids_of(3), past_key_values=context)
+    with pytest.raises(MismatchError, match="made with sliding windows"):
+        wider.generate(ids_of(3), context=context, max_new_tokens=2)
+
+
 # --- what is saved ----------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +297,11 @@ def test_a_file_that_names_no_windows_holds_all_and_is_read_on(model, tmp_path):
     assert_ends_alike(stacked.row(0), everything)
     assert_ends_alike(stacked.row(1), everything)
     assert_reads_on_alike(model, stacked, BeaconCache.stack([everything, everything]))
+    everything.quantize(8).save(tmp_path / "packed.beacon")
+    packed = BeaconCache.load(tmp_path / "packed.beacon", model).row(0)
+    assert packed.quantized_bits == 8
+    assert all(layer.stored is not None for layer in packed.layers if layer.has_entries)
+    assert_reads_on_alike(model, packed, everything.quantize(8))
     loaded = BeaconCache.load(tmp_path / "old.beacon", model)
     assert loaded.cache_bytes == everything.cache_bytes
     assert_reads_on_alike(model, loaded, everything)

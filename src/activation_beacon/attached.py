@@ -228,6 +228,12 @@ class Attached(Host):
             MismatchError: with both values.
         """
         self.check_context(context)
+        windows = self._beacon.site.windows
+        if context.windows and context.windows != windows:
+            raise MismatchError(
+                f"The context was made with sliding windows of {context.windows} (layer: entries), the model has {windows}, and may "
+                "see what is not held. Compress the text again with this model."
+            )
         keys, weight = context.dense_keys, self.get_input_embeddings().weight
         if keys is None or torch.is_autocast_enabled(weight.device.type):
             return

@@ -255,10 +255,10 @@ class BeaconCache(Cache):
 
         def of(layer: Any) -> Any:
             most = max(row.entries_within(layer.window) for row in rows)
-            is_right = set(ends) == {length} and length - layer.dropped <= most
-            return layer if is_right else layer.taken(ends, length, most=most)
+            is_cut = layer.get_seq_length() == length and set(ends) == {length}
+            return layer if is_cut and length - layer.dropped <= most else layer.taken(ends, length, most=most)
 
-        return [of(layer) for layer in self.layers]
+        return [of(layer) if layer.has_entries else layer for layer in self.layers]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last `-tokens_to_remove` tokens back; they must still be in the tail.
@@ -479,8 +479,9 @@ class BeaconCache(Cache):
         model.check_context(moved)
         with _refused_as_a_whole(path):
             check_fits(context, model)
-        for index, window in model._beacon.site.windows.items():
-            moved.layers[index].window = window
+        if moved.quantized_bits is None:  # what is quantised of an older file, which names no windows, stays as it is
+            for index, window in model._beacon.site.windows.items():
+                moved.layers[index].window = window
         return moved
 
     def _tensors(self) -> dict[str, torch.Tensor]:

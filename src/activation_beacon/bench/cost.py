@@ -439,7 +439,9 @@ def memory_bytes(
     activations = slots * (3 * shape.intermediate_size + 4 * shape.hidden_size) * element_bytes
     entries, in_window = (how.peak_entries(num_tokens, num_new, window) for window in (None, shape.window))
     caches = shape.cache_bytes(entries, element_bytes, in_window)
-    return weights + batch_size * (activations + caches + caches // shape.num_layers)
+    widest = entries if shape.num_windowed < shape.num_layers else in_window
+    joined = 2 * widest * shape.num_kv_heads * shape.head_dim * element_bytes
+    return weights + batch_size * (activations + caches + joined)
 
 
 Obstacle = Literal["positions", "memory"]
