@@ -198,11 +198,9 @@ class Spans(ToldMask):
     def _of_given(self, num_entries: int) -> tuple[Sequence[int], torch.Tensor]:
         """`firsts` and `stops`, counted from the first of so many entries."""
         dropped = self._num_dropped(num_entries)
-        return (
-            ([max(0, first - dropped) for first in self.firsts], self.stops - dropped)
-            if dropped
-            else (self.firsts, self.stops)
-        )
+        if not dropped:
+            return self.firsts, self.stops
+        return [max(0, first - dropped) for first in self.firsts], self.stops - dropped
 
 
 class ToldEntries(ToldMask):

@@ -74,12 +74,10 @@ def joined_layer(
     if layer.stored is not None and not others and chunk.length in (0, layer.dropped + layer.stored_length):
         # Nothing is lent where the text is read anew: what was stored goes.
         first = layer.stored_length - num_old
-        held = [part.map(lambda codes: codes[:, :, first:] if num_old else codes[:, :, :0]) for part in layer.stored]
+        held = [part.map(lambda codes: codes[:, :, first:]) for part in layer.stored]
         parts = [part.joined(Quantized.of(new, part.bits)) for part, new in zip(held, (keys, values), strict=True)]
-        empty = keys[:, :, :0]
-        return BeaconLayer.of(
-            empty, values[:, :, :0], (parts[0], parts[1]), window=layer.window, dropped=length - num_seen
-        )
+        stored, no_keys, no_values = (parts[0], parts[1]), keys[:, :, :0], values[:, :, :0]
+        return BeaconLayer.of(no_keys, no_values, stored, window=layer.window, dropped=length - num_seen)
     if num_old:
         memory = (states[:, :, chunk.lent - num_old :] for states in chunk.memory())
         keys, values = (torch.cat(pair, dim=2) for pair in zip(memory, (keys, values), strict=True))

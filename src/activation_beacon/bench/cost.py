@@ -111,10 +111,8 @@ class ModelShape:
     def weights_for(self, num_tokens: int) -> int:
         """Of all layers, those that so many tokens go through at most: each token may be sent to experts of its own."""
         shared = self.num_layers * self.layer_weights if self.shared_weights is None else self.shared_weights
-        return (
-            shared
-            + self.expert_weights * min(self.num_experts, num_tokens * self.experts_per_token) // self.num_experts
-        )
+        taken = min(self.num_experts, num_tokens * self.experts_per_token)
+        return shared + self.expert_weights * taken // self.num_experts
 
     @property
     def beacon_weights(self) -> int:
@@ -274,9 +272,8 @@ class Compression:
         peak = max(self.entries(stop, window), before + self.closing_slots)
         if closed == self.num_closed(num_tokens):
             return peak
-        return max(
-            peak, self.entries(self.longest_raw(closed - 1), window)
-        )  # writing closed it: all of its tail was held
+        longest_tail = self.entries(self.longest_raw(closed - 1), window)
+        return max(peak, longest_tail)  # writing closed it
 
     def longest_raw(self, num_closed: int) -> int:
         """Tokens of the longest text of which no more chunks than these are closed."""
@@ -316,15 +313,11 @@ class Compression:
         tail = Run(num_tokens - closed * self.chunk_size, self.held_before(closed)).pairs(window)
         if not closed:
             return tail
-        kept = (
-            self.held_before(closed) - self.held_before(closed - 1) if closed > 1 else 0
-        )  # of each chunk but the first
+        kept = self.chunk_size // (self.ratio or 1)  # of each chunk
         if window is None:
             held = (closed - 1) * self.num_sinks + kept * closed * (closed - 1) // 2
             return tail + rows * held + closed * rows * (rows + 1) // 2
-        few = min(
-            closed, 1 + max(0, window - self.num_sinks) // max(1, kept)
-        )  # chunks until the window is full of what is held
+        few = min(closed, 1 + max(0, window - self.num_sinks) // kept)  # chunks until what is held fills the window
         begun = sum(Run(rows, self.held_before(chunk)).pairs(window) for chunk in range(few))
         return tail + begun + (closed - few) * rows * window
 

@@ -20,7 +20,7 @@ from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import BeaconError, CapacityError
 from activation_beacon.row_ends import end_ids
 from activation_beacon.server.jobs import Answer, BusyError, ClosedError, Done, Failed, Job, LateError, Progress
-from activation_beacon.server.prefixes import is_cut_anywhere
+from activation_beacon.server.prefixes import can_be_cut_to, is_cut_anywhere
 from activation_beacon.server.reading import Reading, closes_a_chunk, dense
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class _Running:
     answers: list[Answer] = field(default_factory=list)
     num_open: int = 0
     first_cache: BeaconCache | None = None
-    before: BeaconCache | None = None  # of the text read, if `Done` is to have it
+    before: BeaconCache | None = None  # of the text read, where what grows from it may not be cut back to it
 
 
 class Engine:
@@ -337,7 +337,11 @@ class Engine:
             running.first_cache = cache.compacted()  # it may be kept, without the room that writing has made
         running.num_open -= 1
         if running.num_open == 0 and running.first_cache is not None:
-            self._finish(answer.job, running.first_cache, running.before)
+            cache, before = running.first_cache, running.before
+            if before is not None:
+                is_in_reach = can_be_cut_to(cache, len(before.rows[0].chunks))
+                before = None if is_in_reach else before.compacted()
+            self._finish(answer.job, cache, before)
 
     def _finish(self, job: Job, cache: BeaconCache, before: BeaconCache | None = None) -> None:
         self._running.pop(job, None)

@@ -59,7 +59,7 @@ class Done:
 
     Attributes:
         cache: of the text read, grown by the first answer where answers were asked for.
-        before: the same before the answers, of models whose caches cannot always be cut back to it.
+        before: the same before the answers, where the cache cannot be cut back to it.
     """
 
     cache: BeaconCache

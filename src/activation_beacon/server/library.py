@@ -20,7 +20,7 @@ from activation_beacon.server.failures import NotFoundError, QuotaError
 from activation_beacon.server.folder import Folder, Record, new_id
 from activation_beacon.server.jobs import Done, Progress
 from activation_beacon.server.memory import Memory
-from activation_beacon.server.prefixes import can_be_cut_to, common_length, longest, opening
+from activation_beacon.server.prefixes import common_length, longest, opening
 from activation_beacon.server.reading import cut
 from activation_beacon.server.settings import Settings
 from activation_beacon.server.work import Work
@@ -286,7 +286,7 @@ class Library:
         Args:
             scope: what it stands on.
             cache: of one row.
-            before: the same before the last answer; kept as well where the cache cannot be cut back to it, so that it can be
+            before: the same before the last answer, where the cache cannot be cut back to it: kept as well, so that it can be
                 answered once more, or a text like it.
         """
         keys, kept = self._talks(scope)
@@ -298,13 +298,10 @@ class Library:
         for key, is_outgrown in zip(keys, await asyncio.to_thread(outgrown), strict=True):
             if is_outgrown:
                 self.memory.drop(key)
-        if before is not None and not can_be_cut_to(cache, len(before.rows[0].chunks)):
-            self._put_talk(scope, before)
-        self._put_talk(scope, cache)
-
-    def _put_talk(self, scope: Hashable, cache: BeaconCache) -> None:
-        self._num_kept += 1
-        self.memory.put(("talk", scope, self._num_kept), cache)
+        for each in (before, cache):
+            if each is not None:
+                self._num_kept += 1
+                self.memory.put(("talk", scope, self._num_kept), each)
 
     def _talks(self, scope: Hashable) -> tuple[list[tuple[Any, ...]], list[BeaconCache]]:
         """Conversations on a scope that memory holds: their keys, and their caches."""
