@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
 from activation_beacon import matmul
@@ -24,14 +25,16 @@ from activation_beacon.constants import sent
 
 # B batch · H query heads · K kv heads · T slots of the pass · S held entries · D head dim
 
-TOLD_WITH_GRADIENTS = ("cuda",)  # types of device on which a told mask keeps the flash kernel in use in training too
+TOLD_WITH_GRADIENTS = ("cuda", "cpu")  # types of device on which a told mask is the faster one in training too
 
 FEWEST_QUERIES = 192  # fewer are left to the flash kernel, where it needs no mask
 FEWEST_IN_SPANS = 64  # likewise, where it would need one
 MOST_QUERIES, MOST_ROWS = 192, 384  # of a block: of one head, and of all heads that share keys
 LEAST_BAND = 256  # queries that attention within a window is computed for together, at least
 
-_flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the public call does not return the sums
+# The public call does not return the sums of exponentials.
+_flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_on_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @contextlib.contextmanager
@@ -296,7 +299,8 @@ def attend(
     if size == total:
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     if can_be_split(query, key, value, dropout_p):
-        return _in_two_parts(query, key, value, scale)
+        output: torch.Tensor = _InTwoParts.apply(query, key, value, scale)
+        return output
     if query.device.type == "cuda" and query.dtype == key.dtype == value.dtype:
         mask: torch.Tensor = causal_lower_right(size, total)
     else:
@@ -305,7 +309,7 @@ def attend(
 
 
 def can_be_split(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float) -> bool:
-    """Whether the flash kernel for CPUs computes this, and gives the sums of exponentials with a right gradient (none)."""
+    """Whether the flash kernel for CPUs computes this."""
     tensors = (query, key, value)
     return (
         query.device.type == "cpu"
@@ -317,16 +321,41 @@ def can_be_split(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dr
         and query.shape[-1] == value.shape[-1]
         and dropout_p == 0
         and all(tensor.stride(-1) == 1 for tensor in tensors)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     )
 
 
-def _in_two_parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
-    held = key.shape[-2] - query.shape[-2]
-    own, own_sums = _flash_on_cpu(query, key[:, :, held:], value[:, :, held:], is_causal=True, scale=scale)
-    memory, memory_sums = _flash_on_cpu(query, key[:, :, :held], value[:, :, :held], scale=scale)
-    share = torch.sigmoid(memory_sums - own_sums)[..., None]  # sums (B, H, T) are logarithms
-    return torch.lerp(own, memory, share.to(own.dtype))
+class _InTwoParts(torch.autograd.Function):
+    """Attention (B, H, T, D) to the memory and to the own slots, each by the flash kernel, weighted by their sums of exponentials.
+
+    The gradients are the kernel's own of either part, which it computes from the output and the sum of both.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        held = key.shape[-2] - query.shape[-2]
+        own, own_sums = _flash_on_cpu(query, key[:, :, held:], value[:, :, held:], is_causal=True, scale=scale)
+        memory, memory_sums = _flash_on_cpu(query, key[:, :, :held], value[:, :, :held], scale=scale)
+        share = torch.sigmoid(memory_sums - own_sums)[..., None]  # sums (B, H, T) are logarithms
+        output = torch.lerp(own, memory, share.to(own.dtype))
+        ctx.save_for_backward(query, key, value, output, torch.logaddexp(memory_sums, own_sums))
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        query, key, value, output, sums = ctx.saved_tensors
+        held = key.shape[-2] - query.shape[-2]
+        by_part = [
+            _flash_on_cpu_backward(
+                gradient, query, key[:, :, part], value[:, :, part], output, sums, 0.0, is_causal, scale=ctx.scale
+            )
+            for part, is_causal in ((slice(None, held), False), (slice(held, None), True))
+        ]
+        queries, keys, values = zip(*by_part, strict=True)
+        return queries[0] + queries[1], torch.cat(keys, dim=2), torch.cat(values, dim=2), None
 
 
 def _in_bands(

@@ -23,7 +23,8 @@ from activation_beacon.constants import constant, sent
 from activation_beacon.entries import PassEnded, take
 from activation_beacon.errors import UnsupportedError
 from activation_beacon.grouped import ByChunk, GroupLayer
-from activation_beacon.plan import ChunkLayout, GroupLayout, Row, RowReading, TextPlanner, closing_rounds
+from activation_beacon.layouts import ChunkLayout, GroupLayout
+from activation_beacon.plan import Row, RowReading, TextPlanner, closing_rounds
 from activation_beacon.readout import OF_ONE_PASS, Readout, Wanted
 from activation_beacon.recorded import recorded_step
 from activation_beacon.resuming import ChunkRows
@@ -408,7 +409,8 @@ class _Reader:
         """The mask of a pass on or into beacons: told where that is understood, else what padding there is.
 
         Where some texts hold less than others, or slots are left out, it is told to oneDNN, which takes each text and each block
-        of slots by itself; others have it written out. With gradients the base writes it out, once for all layers.
+        of slots by itself; others have it written out. With gradients nothing is told but causality; the base writes out
+        the rest, once for all layers.
 
         Args:
             lengths: entries that each text holds.
