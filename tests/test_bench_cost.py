@@ -36,8 +36,10 @@ from activation_beacon.default_base import _default_config
 from activation_beacon.errors import BaseModelError, CapacityError, ConfigError, UnsupportedError, UnsupportedModelError
 from activation_beacon.evaluation.contexts import base_cache_bytes
 from activation_beacon.hub import default_adapter_folder
+from activation_beacon.layouts import chunks_closed, entries_held
 from activation_beacon.persistence import load_adapter_config
-from activation_beacon.plan import Row, TextPlanner, as_policy, chunks_closed, entries_held
+from activation_beacon.plan import Row, TextPlanner
+from activation_beacon.ratios import as_policy
 from families import FAMILIES, FURTHER, SIZES, TESTED, beacon_tensors, random_ids, tiny, with_beacons
 
 TINY = ModelShape(

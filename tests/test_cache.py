@@ -9,7 +9,7 @@ import torch
 
 from activation_beacon import BeaconCache, BeaconConfig
 from activation_beacon.errors import InputError, MismatchError, UnsupportedError
-from activation_beacon.plan import RatioPolicy
+from activation_beacon.ratios import RatioPolicy
 from families import random_ids, with_beacons
 
 CONFIG = BeaconConfig(chunk_size=16, ratios=(2, 4, 8), num_sinks=2)

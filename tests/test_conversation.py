@@ -123,6 +123,22 @@ def test_options_are_those_of_generate(model, start):
     assert drawn == byte_tokenizer().decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
+def test_a_generation_config_is_kept_to_and_what_it_leaves_open_is_greedy(model, start):
+    conversation = begin(model, start)
+    shorter = conversation.ask("Who?", generation_config=GenerationConfig(max_new_tokens=5))
+    assert shorter.num_tokens == 5
+    assert str(shorter) == greedy(model, start, PROMPT.question("Who?"), 5)[0]
+    drawn = set()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        conversation.reset()
+        config = GenerationConfig(do_sample=True, temperature=9.0, max_new_tokens=12)
+        drawn.add(str(conversation.ask("Who?", generation_config=config)))
+    assert len(drawn) > 1
+    conversation.reset()
+    assert conversation.ask("Who?", generation_config=config, do_sample=False).num_tokens == 12
+
+
 def test_with_beams_it_goes_on_from_the_answer_that_was_given(model, start):
     conversation = begin(model, start)
     reply = conversation.ask("Who?", num_beams=3, max_new_tokens=6)

@@ -112,7 +112,7 @@ def test_the_model_is_registered_and_loads_an_adapter(tmp_path, model):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "limit"), [(None, 1024), (2, (1024 - 64) // 16 * 32), ("auto", (1024 - 64) // 4 * 32)]
+    ("ratio", "limit"), [(None, 1024), (2, (1024 - 32) // 16 * 32 + 32), ("auto", (1024 - 32) // 4 * 32 + 32)]
 )
 def test_the_longest_text_is_that_which_fits(ratio, limit):
     from activation_beacon.evaluation.harness import text_limit
@@ -121,6 +121,18 @@ def test_the_longest_text_is_that_which_fits(ratio, limit):
     assert text_limit(model, ratio) == limit
     if ratio is not None:
         model.compress(torch.randint(3, 200, (1, limit)), ratio=ratio)
+
+
+def test_the_longest_text_is_one_within_the_positions_that_longrope_begins_with():
+    from activation_beacon.evaluation.harness import text_limit
+
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 128}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, **factors}
+    model = beacon_model(max_position_embeddings=1024, rope_parameters=rope)
+    assert (text_limit(model, None), model.max_positions) == (1024, 128)
+    limit = text_limit(model, 2)
+    assert limit == (128 - 32) // 16 * 32 + 32
+    model.compress(torch.randint(3, 200, (1, limit)), ratio=2)
 
 
 def test_what_cannot_be_loaded_is_refused(model):

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "activation_beacon"
 FLOORS = [
     {"errors"},
     {"config"},
+    {"layouts", "ratios"},
     {"plan"},
     {"constants", "exact", "matmul", "sizes"},
     {

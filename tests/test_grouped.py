@@ -6,7 +6,7 @@ import torch
 from activation_beacon import BeaconConfig, grouped
 from activation_beacon.entries import ChunkLayer
 from activation_beacon.grouped import ByChunk, GroupLayer
-from activation_beacon.plan import GroupLayout, RawRun, chunk_layout
+from activation_beacon.layouts import GroupLayout, RawRun, chunk_layout
 from activation_beacon.rope import KeyMover
 from families import EAGER_ONLY, FAMILIES, needs_onednn, random_ids, tiny, widths, with_beacons
 from reference import Reference

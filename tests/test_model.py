@@ -178,7 +178,7 @@ def test_short_padded_batches_are_read_as_the_base_reads_them(family, side):
         labels[torch.arange(3), mask.argmax(1)] = -100
     ours, theirs = (m(ids, attention_mask=mask, labels=labels) for m in (model, base))
     assert torch.equal(ours.logits, theirs.logits)
-    close(ours.loss, theirs.loss, 1e-6)
+    close(ours.loss, theirs.loss, 1e-5)
 
 
 @pytest.mark.parametrize("num_items", [None, 5, torch.tensor(5)])

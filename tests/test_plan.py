@@ -1,5 +1,6 @@
 """What to read and what to keep, in integers: layouts by hand, lazy closing, ratio policies, capacity."""
 
+import contextlib
 import itertools
 import re
 import subprocess
@@ -9,20 +10,9 @@ import pytest
 
 from activation_beacon.config import BeaconConfig
 from activation_beacon.errors import BeaconError, CapacityError, RatioError
-from activation_beacon.plan import (
-    ClosedChunk,
-    RatioPolicy,
-    RawRun,
-    Row,
-    RowReading,
-    Span,
-    TextPlanner,
-    as_policy,
-    check_ratio,
-    chunk_layout,
-    closing_rounds,
-    revised,
-)
+from activation_beacon.layouts import ClosedChunk, RawRun, chunk_layout
+from activation_beacon.plan import Row, RowReading, TextPlanner, closing_rounds
+from activation_beacon.ratios import RatioPolicy, Span, as_policy, check_ratio, revised
 
 CONFIG = BeaconConfig(chunk_size=16, ratios=(2, 4, 8))
 
@@ -31,9 +21,9 @@ def planner(ratio="auto", *, config=CONFIG, max_positions=None, budget=None, spa
     return TextPlanner(config, as_policy(config, ratio, budget=budget, spans=spans), max_positions)
 
 
-def row_after(plan: TextPlanner, *pieces: int) -> Row:
-    """A row that has read pieces of a text one after the other."""
-    row = Row(plan.config.chunk_size)
+def row_after(plan: TextPlanner, *pieces: int, row: Row | None = None) -> Row:
+    """A row that has read pieces of a text one after the other, behind what it had read before."""
+    row = row or Row(plan.config.chunk_size)
     for piece in pieces:
         reading = plan.plan(row, piece)
         if reading.restart:
@@ -626,3 +616,27 @@ def test_auto_reads_anew_when_spans_kept_raw_before_no_longer_fit():
     reading = TextPlanner(config, as_policy(config, "auto"), 33).plan(row.after_reading(1), 9)
     assert reading.restart
     assert (len(reading.closings), reading.raw_start, reading.stop) == (2, 32, 42)
+
+
+@pytest.mark.parametrize("local_tokens", [0, 3, 9, 20])
+@pytest.mark.parametrize("ratio", [2, 4, 8, "auto"])
+def test_a_text_that_grows_fits_if_it_does_after_each_of_its_tokens(ratio, local_tokens):
+    config = BeaconConfig(chunk_size=16, ratios=(2, 4, 8), num_sinks=2, local_tokens=local_tokens)
+    plan, ends = planner(ratio, config=config, max_positions=56), set()
+    for held, num_prompt in itertools.product((0, 10, 30, 47, 60), (1, 7, 16, 21)):
+        try:
+            row = row_after(plan, *([held] if held else []))
+            written = row_after(plan, num_prompt, row=row)
+        except CapacityError:
+            continue
+        most = 0
+        with contextlib.suppress(CapacityError):
+            while True:
+                written, most = row_after(plan, 1, row=written), most + 1
+        for num_more in range(most + 1):
+            plan.check_grows(row, num_prompt, num_more)
+        for num_more in range(most + 1, most + 40):
+            with pytest.raises(CapacityError):
+                plan.check_grows(row, num_prompt, num_more)
+        ends.add(held + num_prompt + most)
+    assert len(ends) == 1

@@ -224,6 +224,30 @@ def test_a_full_folder_refuses_new_contexts_and_keeps_the_old(model, folder):
         assert [each["id"] for each in server.http.get("/v1/contexts").json()["data"]] == [first["id"]]
 
 
+def test_a_full_folder_refuses_to_read_on_before_it_reads(model, folder, monkeypatch):
+    with live(folder, model=model) as server:
+        first = server.create()
+    path, text = f"/v1/contexts/{first['id']}/append", {"text": " And it was late."}
+    with live(folder, model=model, disk_bytes=int(1.5 * first["file_bytes"])) as server:
+        grown = server.http.post(path, json=text)
+        assert grown.status_code == 201, grown.text  # it takes the place of what it was
+    with live(folder, model=model, disk_bytes=first["file_bytes"] // 2) as server:
+        monkeypatch.setattr(server.server.engine, "submit", lambda *jobs: pytest.fail("it is read"))
+        reply = server.http.post(path, json=text)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (507, "folder_full")
+
+
+def test_a_context_keeps_its_budget_and_spans_when_text_is_appended_at_another_ratio(model, folder):
+    folder.mkdir()
+    ids = ChatPrompt(byte_tokenizer()).opening(BOOK)
+    spans = [(4, 9, None), (2000, 2010, None)]
+    model.compress([ids], ratio="auto", budget=300, spans=spans).save(folder / "book.beacon")
+    with live(folder, model=model) as server:
+        server.http.post("/v1/contexts/book/append", json={"text": " More of it.", "ratio": "auto"}).raise_for_status()
+    policy = BeaconCache.load(folder / "book.beacon", model).policy
+    assert (policy.ratio, policy.budget, [tuple(span) for span in policy.spans]) == ("auto", 300, spans)
+
+
 def test_replicas_share_a_folder(model, folder):
     """One makes, both answer; one changes, the other notices; one deletes, it is gone for both."""
     with live(folder, model=model) as one, live(folder, model=live_model()) as two:

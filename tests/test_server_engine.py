@@ -7,6 +7,7 @@ import torch
 
 from activation_beacon import BeaconConfig
 from activation_beacon.errors import CapacityError
+from activation_beacon.server import engine as engine_module
 from activation_beacon.server.engine import Engine
 from activation_beacon.server.jobs import BusyError, ClosedError, Ended, LateError, Piece, Progress
 from activation_beacon.server.sampling import Sampling
@@ -258,6 +259,44 @@ def test_an_error_in_one_row_leaves_the_others_alone(model, monkeypatch):
     run_until_over(engine, bad, good)
     assert isinstance(bad.error, ZeroDivisionError)
     assert good.ids() == plain(model, model.new_cache(ratio=4), ids_of(12), GREEDY.max_tokens)[0]
+
+
+def test_a_failing_step_of_answers_leaves_texts_that_are_read_alone(model, monkeypatch):
+    engine = engine_of(model)
+    answers = [Heard(engine, model.new_cache(ratio=4), ids_of(10, n), GREEDY) for n in range(2)]
+    while engine.num_rows < 2:
+        engine.step()
+    book = Heard(engine, model.new_cache(ratio=8), ids_of(200))
+    engine.step()
+
+    def broken(*args):
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "read_next", broken)
+        run_until_over(engine, *answers)
+    run_until_over(engine, book)
+    assert all(isinstance(each.error, torch.OutOfMemoryError) for each in answers)
+    assert (book.error, engine.num_running) == (None, 0)
+    assert_same_cache(book.cache, model.compress(ids_of(200), ratio=8))
+
+
+def test_a_job_that_cannot_begin_fails_alone(model, monkeypatch):
+    engine = engine_of(model)
+    good = Heard(engine, model.new_cache(ratio=4), ids_of(10), GREEDY)
+    engine.step()
+    bad = Heard(engine, model.new_cache(ratio=4), ids_of(12), GREEDY)
+
+    def broken(*args):
+        raise ZeroDivisionError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "Answer", broken)
+        engine.step()
+    run_until_over(engine, bad, good)
+    assert isinstance(bad.error, ZeroDivisionError)
+    assert good.error is None
+    assert engine.num_running == 0
 
 
 def test_the_thread_finishes_what_it_has_begun(model):

@@ -254,6 +254,30 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoi
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-0000002"]
 
 
+def test_what_was_learned_before_a_step_that_is_no_number_is_kept(tmp_path):
+    run, weights = trainer(tmp_path, save_every=100, average_decay=0.5), []
+
+    def spoil(line):
+        if line["step"] == 3:
+            weights.append(run.adapter_tensors())
+
+    original = run._accumulate
+
+    def accumulate(batch, stage, num_targets, totals):
+        original(batch, stage, math.nan if weights else num_targets, totals)
+
+    run.report, run._accumulate = spoil, accumulate
+    with pytest.raises(
+        TrainingError, match=r"The last good checkpoint is .*step-0000003\. Start anew from it"
+    ) as caught:
+        run.run()
+    assert "The loss of step 4 is" in str(caught.value)
+    [path] = checkpoints(tmp_path / "checkpoints")
+    saved = load_adapter_tensors(path)
+    for name, tensor in weights[0].items():
+        assert torch.equal(saved[name], tensor), name
+
+
 def test_a_loss_that_runs_away_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("activation_beacon.training.trainer.SMOOTHING", 0.5)
     monkeypatch.setattr("activation_beacon.training.trainer.RUNAWAY_NATS", 0.1)

@@ -9,7 +9,7 @@ from activation_beacon import BeaconCache, BeaconConfig
 from activation_beacon.entries import BeaconLayer
 from activation_beacon.errors import FileFormatError, MismatchError
 from activation_beacon.files import read_context_file, write_context_file
-from activation_beacon.plan import entries_held, within
+from activation_beacon.layouts import entries_held, within
 from activation_beacon.server.prefixes import opening, reusable_length
 from families import PICTURE, random_ids, with_beacons
 

@@ -30,7 +30,7 @@ from activation_beacon.chunk_inputs import (
 from activation_beacon.config import BeaconConfig
 from activation_beacon.constants import sent
 from activation_beacon.errors import UnsupportedError
-from activation_beacon.plan import ChunkLayout, GroupLayout
+from activation_beacon.layouts import ChunkLayout, GroupLayout
 from activation_beacon.rope import KeyMover
 from activation_beacon.sites import AT_ONCE, DecoderSite
 

@@ -12,11 +12,14 @@ from activation_beacon.attachment import Attachment, base_weights, check_chunk_f
 from activation_beacon.batch import IGNORED, NewTokens, as_ids, runs
 from activation_beacon.cache import BeaconCache
 from activation_beacon.config import BeaconConfig, is_same_fingerprint, short_fingerprint
+from activation_beacon.context_checks import check_fits
 from activation_beacon.errors import ConfigError, InputError, MismatchError, UnsupportedError
 from activation_beacon.fingerprint import fingerprint
 from activation_beacon.matmul import CHOICES, is_chosen, is_offered
-from activation_beacon.plan import Ratio, RatioPolicy, TextPlanner, as_policy, revised
+from activation_beacon.plan import TextPlanner
 from activation_beacon.projection import BeaconProjection, products_of
+from activation_beacon.ratios import Ratio, RatioPolicy, as_policy, revised
+from activation_beacon.sites import DecoderSite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Host
@@ -119,6 +122,11 @@ class Attached(Host):
         return self._beacon.config.untouched_length
 
     @property
+    def decoder_site(self) -> DecoderSite:
+        """The base's layers, as they are known here."""
+        return self._beacon.site
+
+    @property
     def max_positions(self) -> int | None:
         """Positions that the base model was made for; None where it has no limit."""
         return self._beacon.site.max_positions
@@ -170,14 +178,14 @@ class Attached(Host):
         """A checked ratio policy; see `compress` for the arguments."""
         return as_policy(self._beacon.config, ratio, budget=budget, spans=spans)
 
-    def _revised(
+    def revised_policies(
         self,
         cache: BeaconCache,
         ratio: Ratio | None,
         budget: int | None = None,
         spans: Sequence[Sequence[int | None]] = (),
     ) -> tuple[RatioPolicy, ...]:
-        """The policies of a cache with what a call names, if it names anything."""
+        """The policies of a cache, one a row, with what a call names, if it names anything; see `compress` for the arguments."""
         if ratio is None and budget is None and not len(spans):
             return cache.policies
         config = cache.config
@@ -193,13 +201,19 @@ class Attached(Host):
             ratio: as in `compress`.
             local_tokens: by default the model's.
         """
+        config = self._beacon.config if local_tokens is None else self._config_with(local_tokens)
+        policy = self._beacon.policy if ratio is None else self.ratio_policy(ratio)
+        return self.cache_under(config, policy, batch_size)
+
+    def cache_under(self, config: BeaconConfig, policy: RatioPolicy, batch_size: int = 1) -> BeaconCache:
+        """`new_cache` under other settings than the adapter's, such as smaller chunks."""
         return BeaconCache(
-            self._beacon.config if local_tokens is None else self._config_with(local_tokens),
+            config,
             num_layers=len(self._beacon.site.layers),
             num_states=self._beacon.site.num_states,
             windows=self._beacon.site.windows,
             batch_size=batch_size,
-            policy=self._beacon.policy if ratio is None else self.ratio_policy(ratio),
+            policy=policy,
             base_fingerprint=self.base_fingerprint,
             adapter_fingerprint=self.adapter_fingerprint,
             device=self.get_input_embeddings().weight.device,
@@ -220,6 +234,24 @@ class Attached(Host):
                     f"this one has {short_fingerprint(ours)}). "
                     "Compress the text again with this model, or load the one that made it."
                 )
+
+    def placed(self, context: BeaconCache) -> BeaconCache:
+        """A context that a file has held, on this model's device and in its dtype.
+
+        Raises:
+            MismatchError: if another base model or adapter made it.
+            FileFormatError: if no context of this model can be so.
+        """
+        self.check_context(context)
+        site, weight = self._beacon.site, self.get_input_embeddings().weight
+        check_fits(context, site, weight.shape[0])
+        moved = context.to(
+            weight.device, weight.dtype
+        )  # the model's own dtype is that of beacons that may be in training
+        if moved.quantized_bits is None:  # what is quantised of an older file, which names no windows, stays as it is
+            for index, window in site.windows.items():
+                moved.layers[index].window = window
+        return moved
 
     def check_can_read_on(self, context: BeaconCache) -> None:
         """Refuse a context that is not this model's, or whose tensors are of another dtype or on another kind of device.

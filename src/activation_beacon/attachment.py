@@ -17,7 +17,6 @@ from activation_beacon.causal import tell_layer
 from activation_beacon.config import BeaconConfig
 from activation_beacon.dense import dense_weight, packed_buffers
 from activation_beacon.errors import AttachError, ConfigError
-from activation_beacon.plan import RatioPolicy
 from activation_beacon.projection import (
     BeaconProjection,
     OneDnnLinear,
@@ -26,6 +25,7 @@ from activation_beacon.projection import (
     replace_beacon_rows,
     take_beacon_slots,
 )
+from activation_beacon.ratios import RatioPolicy
 from activation_beacon.recurrent import hand_on_tokens, read_beacons
 from activation_beacon.sites import DecoderSite
 

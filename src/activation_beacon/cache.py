@@ -18,7 +18,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from activation_beacon.config import BeaconConfig, is_same_fingerprint
-from activation_beacon.context_checks import check_contents, check_fits
+from activation_beacon.context_checks import check_contents
 from activation_beacon.context_header import BITS, ContextHeader
 from activation_beacon.entries import BeaconLayer, merge, take
 from activation_beacon.errors import (
@@ -30,7 +30,9 @@ from activation_beacon.errors import (
     reason,
 )
 from activation_beacon.files import read_context_file, write_context_file
-from activation_beacon.plan import RatioPolicy, Row, within
+from activation_beacon.layouts import within
+from activation_beacon.plan import Row, TextPlanner
+from activation_beacon.ratios import RatioPolicy
 from activation_beacon.recurrent import StateLayer
 from activation_beacon.sizes import bytes_text
 
@@ -106,6 +108,10 @@ class BeaconCache(Cache):
     @policy.setter
     def policy(self, policy: RatioPolicy) -> None:
         self.policies = (policy,) * self.batch_size
+
+    def planner(self, max_positions: int | None, row: int = 0) -> TextPlanner:
+        """Plans how a row of it is read on, in so many positions."""
+        return TextPlanner(self.config, self.policies[row], max_positions)
 
     @property
     def num_slots(self) -> int:
@@ -474,15 +480,11 @@ class BeaconCache(Cache):
             context = cls._of(ContextHeader.of(header), tensors)
         if model is None:
             return context
-        weight = model.get_input_embeddings().weight  # the model's own dtype is that of beacons that may be in training
-        moved = context.to(weight.device, weight.dtype)
-        model.check_context(moved)
-        with _refused_as_a_whole(path):
-            check_fits(context, model)
-        if moved.quantized_bits is None:  # what is quantised of an older file, which names no windows, stays as it is
-            for index, window in model._beacon.site.windows.items():
-                moved.layers[index].window = window
-        return moved
+        try:
+            placed: BeaconCache = model.placed(context)
+        except FileFormatError as error:
+            raise FileFormatError(f"{path}: {error}") from error
+        return placed
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {"token_ids": self.token_ids}

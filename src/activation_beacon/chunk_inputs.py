@@ -10,7 +10,7 @@ from activation_beacon import decoder_inputs
 from activation_beacon.config import BeaconConfig
 from activation_beacon.constants import constant
 from activation_beacon.exact import anchor_tokens
-from activation_beacon.plan import ChunkLayout, GroupLayout
+from activation_beacon.layouts import ChunkLayout, GroupLayout
 
 # B batch · w tokens of a chunk · T slots of its pass · n beacons · M model dim
 

@@ -7,7 +7,8 @@ from transformers import Cache
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.entries import BeaconLayer, ChunkLayer, Quantized, take
-from activation_beacon.plan import Row, within
+from activation_beacon.layouts import within
+from activation_beacon.plan import Row
 from activation_beacon.resuming import ChunkRows
 
 # B batch · K kv heads · n entries that a chunk leaves · D head dim

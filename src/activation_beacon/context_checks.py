@@ -36,17 +36,24 @@ def check_contents(context: Any, num_tensors: int) -> None:
         raise FileFormatError(f"{num_tensors - 1} tensors belong to no layer")
 
 
-def check_fits(context: Any, model: Any) -> None:
-    """Refuse what no context of this model can hold: other layers, windows, heads, dims, states or ids.
+def check_fits(context: Any, site: Any, size: int) -> None:
+    """Refuse what no context of a model can hold: other layers, windows, heads, dims, states or ids.
 
     Args:
         context: a `BeaconCache`.
-        model: that is to use it.
+        site: the `DecoderSite` of the model that is to use it.
+        size: ids that it knows.
 
     Raises:
         FileFormatError: naming what is there and what is the model's.
     """
-    site, size = model._beacon.site, model.get_input_embeddings().weight.shape[0]
+    try:
+        _check_fits(context, site, size)
+    except FileFormatError as error:
+        raise FileFormatError(f"The context does not fit the model ({error}). Compress the text again.") from error
+
+
+def _check_fits(context: Any, site: Any, size: int) -> None:
     numbers = {
         "num_layers": (len(context.layers), len(site.layers)),
         "num_states": (context.num_states, site.num_states),

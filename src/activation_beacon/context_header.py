@@ -10,7 +10,9 @@ from typing import Any
 
 from activation_beacon.config import BeaconConfig
 from activation_beacon.errors import FileFormatError
-from activation_beacon.plan import ClosedChunk, RatioPolicy, Row, as_policy
+from activation_beacon.layouts import ClosedChunk
+from activation_beacon.plan import Row
+from activation_beacon.ratios import RatioPolicy, as_policy
 
 BITS = (8, 4)  # that entries can be held in
 MOST_STATES = 100  # of a kind, in a layer

@@ -14,7 +14,7 @@ from activation_beacon.errors import InputError
 from activation_beacon.prompts import ChatPrompt
 from activation_beacon.row_ends import end_ids
 
-ANSWER_TOKENS = 256  # new tokens at most, where nobody says how many
+DEFAULTS = {"max_new_tokens": 256, "do_sample": False}  # of an answer, where nobody says otherwise
 LEAST_REPEATED = 32  # tokens
 Write = Callable[[str], None]
 ShouldStop = Callable[[], bool]
@@ -191,24 +191,26 @@ def answer(
         ids: the question, as tokens that follow the context.
         write: is called with each piece of the answer as it comes.
         should_stop: is asked after each token.
-        options: of `generate`. With beams, question and answer are read once more: their cache holds all beams.
+        options: of `generate`; what neither they nor their `generation_config` name is as in `DEFAULTS`. With beams, question
+            and answer are read once more: their cache holds all beams.
 
     Raises:
         InputError: for `num_return_sequences`: there is one answer.
         CapacityError: if question and answer do not fit.
     """
-    option = model.generation_option(options.get("generation_config"), options)
+    config = options.get("generation_config")
+    options = {name: value for name, value in DEFAULTS.items() if getattr(config, name, None) is None} | options
+    option = model.generation_option(config, options)
     if (option("num_return_sequences") or 1) > 1:
         raise InputError(
             f"A question has one answer to go on from; got num_return_sequences={option('num_return_sequences')}. "
             "Leave it out, or use model.generate."
         )
-    options = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False, **options}
     if write is not None:
         options["streamer"] = _streamer(tokenizer, write)
     repetition = Repetition(len(ids))
     criteria = [*options.pop("stopping_criteria", ())]
-    criteria += [] if options["do_sample"] else [repetition]
+    criteria += [] if option("do_sample") else [repetition]
     criteria += [] if should_stop is None else [_stopping(should_stop)]
     options["stopping_criteria"] = transformers.StoppingCriteriaList(criteria)
     prompt = torch.tensor([list(ids)], device=model.device)

@@ -23,7 +23,8 @@ from activation_beacon.other_inputs import (
     refuse_other_inputs,
     without_kinds_of_text,
 )
-from activation_beacon.plan import Ratio, Row, TextPlanner, revised
+from activation_beacon.plan import TextPlanner
+from activation_beacon.ratios import Ratio
 from activation_beacon.readout import Wanted
 from activation_beacon.row_ends import RowEnds, end_ids
 from activation_beacon.unread import unread
@@ -234,7 +235,7 @@ class BeaconGeneration(Attached):
         if context is not None:
             cache.context_lengths = tuple(row.tokens_seen for row in cache.rows)
         if ratio is not None:
-            cache.policies = tuple(revised(cache.config, policy, ratio=ratio) for policy in cache.policies)
+            cache.policies = self.revised_policies(cache, ratio)
         if cache.batch_size == 1 and input_ids.shape[0] > 1:
             cache.batch_repeat_interleave(input_ids.shape[0])
         if cache.batch_size != input_ids.shape[0]:
@@ -276,11 +277,10 @@ class BeaconGeneration(Attached):
         assert mask is not None
         counts = mask[:, -new_ids.shape[1] :].sum(dim=1).tolist()
         for row, policy, count in zip(cache.rows, cache.policies, counts, strict=True):
-            planner = TextPlanner(cache.config, policy, self._beacon.site.max_positions)
+            planner = TextPlanner(cache.config, policy, self.max_positions)
             if is_named:
                 planner.check_names_every_chunk(row.tokens_seen + int(count))
-            for num_new in _fullest(planner, row, int(count), max(1, num_answer) - 1):
-                planner.plan(row, num_new)
+            planner.check_grows(row, int(count), max(1, num_answer) - 1)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
@@ -383,16 +383,6 @@ def _repeated(value: Any, copies: int) -> Any:
     if isinstance(value, torch.Tensor):
         return value.repeat_interleave(copies, dim=0)
     return tuple(each if each is None else _repeated(each, copies) for each in value)
-
-
-def _fullest(planner: TextPlanner, row: Row, num_prompt: int, num_more: int) -> list[int]:
-    """Numbers of new tokens at which a text that grows token by token holds most: all, and the last before a chunk is closed.
-
-    With local tokens a tail is longer before than a chunk and its beacons, which is as much as is held while one is closed.
-    """
-    stop = row.tokens_seen + num_prompt + num_more
-    last = stop - (stop - planner.config.local_tokens) % planner.config.chunk_size - row.tokens_seen
-    return [num_prompt + num_more, *([last] if num_prompt < last else [])]
 
 
 def _inferred_mask(input_ids: torch.Tensor, pad_token: int | None) -> tuple[torch.Tensor, bool]:

@@ -13,7 +13,7 @@ import torch
 from activation_beacon.causal import ToldEntries, attend
 from activation_beacon.constants import constant
 from activation_beacon.entries import ChunkLayer, PassEnded
-from activation_beacon.plan import ROWS_TOGETHER, ROWS_TOGETHER_ON_CUDA, GroupLayout
+from activation_beacon.layouts import ROWS_TOGETHER, ROWS_TOGETHER_ON_CUDA, GroupLayout
 from activation_beacon.rope import KeyMover
 
 # B batch · H query heads · K kv heads · N slots of all chunks · T slots of one · S entries before it · m before all · D head dim

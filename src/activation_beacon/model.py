@@ -38,9 +38,10 @@ from activation_beacon.forward import Progress, read
 from activation_beacon.model_forward import BeaconForward
 from activation_beacon.other_inputs import OF_TOKENIZERS, refuse_other_inputs, without_kinds_of_text
 from activation_beacon.persistence import save_adapter
-from activation_beacon.plan import Ratio, RatioPolicy, TextPlanner
+from activation_beacon.plan import TextPlanner
 from activation_beacon.projection import PassState
 from activation_beacon.ragged import read_next
+from activation_beacon.ratios import Ratio, RatioPolicy
 from activation_beacon.readout import Wanted
 
 # B batch · N new tokens · V vocabulary · M model dim
@@ -102,7 +103,7 @@ class BeaconModel(BeaconForward):
             attention_mask = torch.atleast_2d(as_tensor(attention_mask))
         self._refuse_checkpointing()
         cache = self._opened(cache, input_ids)
-        policies = self._revised(cache, ratio, budget, spans)
+        policies = self.revised_policies(cache, ratio, budget, spans)
         for row, held, policy in zip(cache.rows, cache.policies, policies, strict=True):
             TextPlanner(cache.config, policy, None).check_are_ahead(row, held.spans)
         new = self._new_tokens(input_ids, attention_mask)

@@ -17,7 +17,8 @@ from activation_beacon.errors import InputError, UnsupportedError
 from activation_beacon.forward import read
 from activation_beacon.generation import BeaconGeneration
 from activation_beacon.other_inputs import other_input, positions_of, refuse_other_inputs, without_kinds_of_text
-from activation_beacon.plan import Ratio, Row, TextPlanner, as_policy
+from activation_beacon.plan import Row, TextPlanner
+from activation_beacon.ratios import Ratio, as_policy
 from activation_beacon.readout import OF_ONE_PASS, Wanted
 
 # B batch · N new tokens · T tokens of a text · V vocabulary · M model dim
@@ -102,7 +103,7 @@ class BeaconForward(BeaconGeneration):
             self._check_labels(labels)
         if keep_cache or not is_short:
             self._refuse_checkpointing()
-        with cache.under(self._revised(cache, beacon_ratio)):
+        with cache.under(self.revised_policies(cache, beacon_ratio)):
             if beacon_ratio is not None:
                 self._check_names_every_chunk(cache, new)
             if is_short:

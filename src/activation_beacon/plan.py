@@ -1,343 +1,18 @@
-"""What to read and what to keep, decided in integers: ratio policies, chunk layouts, reading plans.
+"""What to read and what to keep of a text, decided in integers before anything is read.
 
-Knows nothing of torch. The semantics are those of section 3 of the paper: a text falls into chunks, a full chunk is read
-with one beacon after each unit of `ratio` raw tokens, and afterwards only the beacons are held.
+Knows nothing of torch. The semantics are those of section 3 of the paper: a text falls into chunks, each of which is closed when
+the first token behind it is read, and afterwards only its beacons are held.
 """
 
 import functools
 import itertools
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
 
-from activation_beacon.config import BeaconConfig, Placement
+from activation_beacon.config import BeaconConfig
 from activation_beacon.errors import CapacityError, RatioError
-
-Ratio = int | Sequence[int] | Literal["auto"]
-
-# Slots of all texts that several chunks may have in one pass. On two cores more are no faster for each slot; a GPU waits for
-# Python where they are few.
-ROWS_TOGETHER = 1024
-ROWS_TOGETHER_ON_CUDA = 8192  # not measured
-
-
-class Span(NamedTuple):
-    """Tokens `start..stop-1` of a text that deserve better: their chunks get at most `ratio`; None keeps them raw."""
-
-    start: int
-    stop: int
-    ratio: int | None
-
-
-class RawRun(NamedTuple):
-    """Tokens `start..stop-1` of a chunk, counted from the chunk's first, that are kept raw beside its beacons."""
-
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class RatioPolicy:
-    """How a text's chunks get their compression ratios.
-
-    Args:
-        ratio: one ratio for all chunks; one for each chunk of the text (the last goes on for what is decoded later); or
-            "auto", the smallest ratio of the adapter with which the text fits.
-        budget: cache entries that the text may hold at most; needs "auto".
-        spans: parts of the text that are kept raw or at a lower ratio.
-    """
-
-    ratio: int | tuple[int, ...] | Literal["auto"] = "auto"
-    budget: int | None = None
-    spans: tuple[Span, ...] = ()
-
-
-def as_policy(
-    config: BeaconConfig,
-    ratio: Ratio = "auto",
-    *,
-    budget: int | None = None,
-    spans: Sequence[Sequence[int | None]] = (),
-) -> RatioPolicy:
-    """Check what a caller asked for against the adapter.
-
-    Raises:
-        RatioError: if a ratio is not among the adapter's, the budget is too small to hold a chunk, or a span is empty.
-    """
-    if isinstance(ratio, str):
-        if ratio != "auto":
-            raise RatioError(f'ratio must be an int, a sequence of ints, or "auto"; got {ratio!r}.')
-        checked: int | tuple[int, ...] | Literal["auto"] = "auto"
-    elif hasattr(ratio, "__iter__"):
-        values = ratio.tolist() if hasattr(ratio, "tolist") else list(ratio)
-        is_scalar = not isinstance(values, list)  # a tensor of no dimension
-        checked = check_ratio(config, values) if is_scalar else tuple(check_ratio(config, value) for value in values)
-    else:
-        checked = check_ratio(config, ratio)
-    return RatioPolicy(checked, _check_budget(config, budget, checked), tuple(_check_span(config, s) for s in spans))
-
-
-def revised(
-    config: BeaconConfig,
-    policy: RatioPolicy,
-    *,
-    ratio: Ratio | None = None,
-    budget: int | None = None,
-    spans: Sequence[Sequence[int | None]] = (),
-) -> RatioPolicy:
-    """A policy with what a caller names in place of what it says; spans are added to those that it has.
-
-    A budget asks for "auto", and a ratio of its own ends it.
-
-    Raises:
-        RatioError: as `as_policy`.
-    """
-    if ratio is None:
-        ratio = policy.ratio if budget is None else "auto"
-    if budget is None and isinstance(ratio, str):
-        budget = policy.budget
-    new = [span for span in map(tuple, spans) if span not in policy.spans]
-    return as_policy(config, ratio, budget=budget, spans=(*policy.spans, *new))
-
-
-def check_ratio(config: BeaconConfig, ratio: Any) -> int:
-    """One of the adapter's ratios, as an int.
-
-    Raises:
-        RatioError: if it is something else; the message lists the adapter's ratios.
-    """
-    known = ", ".join(map(str, config.ratios))
-    if isinstance(ratio, list | tuple):
-        raise RatioError(
-            f"ratio names one for each chunk of a text, and the same ones for each text of a batch; got {ratio!r} among them. "
-            "For ratios of their own compress texts one by one, and join them with BeaconCache.stack."
-        )
-    if isinstance(ratio, bool) or not hasattr(ratio, "__index__"):
-        raise RatioError(
-            f"A compression ratio is an int of at least 2 (raw tokens per beacon); got {ratio!r}. Use {known}."
-        )
-    ratio = operator.index(ratio)
-    if ratio < 2:
-        raise RatioError(
-            f"A compression ratio is an int of at least 2 (raw tokens per beacon); got {ratio}. Use {known}."
-        )
-    if ratio > config.chunk_size:
-        raise RatioError(f"ratio ({ratio}) must not exceed chunk_size ({config.chunk_size}). Use {known}.")
-    if config.chunk_size % ratio:
-        raise RatioError(f"ratio ({ratio}) must divide chunk_size ({config.chunk_size}). Use {known}.")
-    if ratio not in config.ratios:
-        raise RatioError(f"ratio ({ratio}) is not one that this adapter knows. Use {known}.")
-    return ratio
-
-
-def _chunks(count: int) -> str:
-    return f"{count} chunk" if count == 1 else f"{count} chunks"
-
-
-def _check_budget(config: BeaconConfig, budget: int | None, ratio: object) -> int | None:
-    if budget is None:
-        return None
-    if ratio != "auto":
-        raise RatioError(f'A budget ({budget}) chooses the ratio by itself and needs ratio="auto"; got {ratio!r}.')
-    num_beacons, tail = config.num_beacons(config.ratios[-1]), config.untouched_length
-    least = config.num_sinks + tail + num_beacons
-    number = _as_int(budget)
-    if number is None or number < least:
-        raise RatioError(
-            f"budget must be at least {least} cache entries ({config.num_sinks} sinks, {tail} raw tokens, {num_beacons} beacons "
-            f"of one chunk at ratio {config.ratios[-1]}); got {budget!r}."
-        )
-    return number
-
-
-def _check_span(config: BeaconConfig, span: Sequence[int | None]) -> Span:
-    if len(span) != 3:
-        raise RatioError(f"A span is (start, stop, ratio), with None for ratio to keep it raw; got {tuple(span)!r}.")
-    start, stop, ratio = span
-    first, end = _as_int(start), _as_int(stop)
-    if first is None or end is None or not 0 <= first < end:
-        raise RatioError(f"A span needs 0 <= start < stop, counted in tokens of the text; got {start!r}, {stop!r}.")
-    return Span(first, end, None if ratio is None else check_ratio(config, ratio))
-
-
-def _is_raw(start: int, stop: int, spans: Sequence[Span]) -> bool:
-    """Whether spans keep all tokens `start..stop-1` raw."""
-    for span in sorted(span for span in spans if span.ratio is None):
-        if span.start <= start:
-            start = max(start, span.stop)
-    return start >= stop
-
-
-def _as_int(value: Any) -> int | None:
-    """Any kind of integer as Python's; None for what is none."""
-    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else None
-
-
-# --- one chunk -------------------------------------------------------------------------------------------------------
-
-
-class ClosedChunk(NamedTuple):
-    """What a closed chunk left behind."""
-
-    ratio: int
-    num_beacons: int
-    num_raw: int
-
-
-@dataclass(frozen=True)
-class ChunkLayout:
-    """Where a chunk's raw tokens and beacons stand in the pass that reads it, and what is kept of it.
-
-    Slots count from the chunk's first; positions of the held entries count from the memory's end, so that slot and target
-    share an origin and a key is moved by `shifts`.
-    """
-
-    ratio: int
-    num_slots: int
-    raw_slots: tuple[int, ...]  # slot of each raw token
-    beacon_slots: tuple[int, ...]  # slot of each beacon
-    anchor_slots: tuple[int, ...]  # slot of the last token that each beacon stands for
-    kept_slots: tuple[int, ...]  # sinks first (chunk 1 only), then beacons and raw runs in the order of the text
-    num_sinks: int
-    num_beacons: int  # beacons among the kept
-    num_raw: int  # tokens of raw runs among the kept
-    has_raw_runs: bool  # also where all of them are sinks
-
-    @property
-    def closed(self) -> ClosedChunk:
-        """What the chunk leaves behind, in numbers."""
-        return ClosedChunk(self.ratio, self.num_beacons, self.num_raw)
-
-    @functools.cached_property
-    def token_of_slot(self) -> tuple[int, ...]:
-        """For each slot the token that stands there; any for a beacon's."""
-        tokens = dict(zip(self.raw_slots, itertools.count()))
-        return tuple(tokens.get(slot, 0) for slot in range(self.num_slots))
-
-    @functools.cached_property
-    def beacon_mask(self) -> tuple[bool, ...]:
-        """For each slot, whether a beacon stands there."""
-        raw = set(self.raw_slots)
-        return tuple(slot not in raw for slot in range(self.num_slots))
-
-    @functools.cached_property
-    def shifts(self) -> tuple[int, ...]:
-        """For each kept entry, the position it is moved to less the one it was read at."""
-        return tuple(target - slot for target, slot in enumerate(self.kept_slots))
-
-
-def chunks_closed(num_tokens: int, chunk_size: int, local_tokens: int = 0) -> int:
-    """Chunks that are closed once so many tokens have been read (lazily: the last full chunk stays raw)."""
-    return max(0, (num_tokens - 1 - local_tokens) // chunk_size)
-
-
-def within(length: int, window: int | None) -> int:
-    """Of so many entries, those that the next token sees in a layer with a sliding window of `window`, its own entry included."""
-    return length if window is None else min(length, window - 1)
-
-
-def entries_held(config: BeaconConfig, num_tokens: int, ratio: int, window: int | None = None) -> int:
-    """Cache entries that a layer holds after so many tokens, read at one ratio: sinks and beacons in its window, and the tail."""
-    closed = chunks_closed(num_tokens, config.chunk_size, config.local_tokens)
-    memory = closed * config.num_beacons(ratio) + (config.num_sinks if closed else 0)
-    return within(memory, window) + num_tokens - closed * config.chunk_size
-
-
-@functools.lru_cache(maxsize=1024)
-def chunk_layout(
-    chunk_size: int, ratio: int, placement: Placement, num_sinks: int = 0, raw_runs: tuple[RawRun, ...] = ()
-) -> ChunkLayout:
-    """Lay out one chunk (section 3.1: interleaved; "append" is the paper's ablation, and what exact beacons need)."""
-    units = chunk_size // ratio
-    if placement == "append":
-        raw_slots = tuple(range(chunk_size))
-        beacon_slots = tuple(range(chunk_size, chunk_size + units))
-    else:
-        raw_slots = tuple(token + token // ratio for token in range(chunk_size))
-        beacon_slots = tuple(unit * (ratio + 1) + ratio for unit in range(units))
-    raw_tokens = {token for run in raw_runs for token in range(run.start, run.stop)}
-    beacons = [
-        slot
-        for unit, slot in enumerate(beacon_slots)
-        if not raw_tokens.issuperset(range(unit * ratio, (unit + 1) * ratio))
-    ]
-    kept_raw = [raw_slots[token] for token in sorted(raw_tokens) if token >= num_sinks]
-    return ChunkLayout(
-        ratio=ratio,
-        num_slots=chunk_size + units,
-        raw_slots=raw_slots,
-        beacon_slots=beacon_slots,
-        anchor_slots=raw_slots[ratio - 1 :: ratio],
-        kept_slots=(*raw_slots[:num_sinks], *sorted(beacons + kept_raw)),
-        num_sinks=num_sinks,
-        num_beacons=len(beacons),
-        num_raw=len(kept_raw),
-        has_raw_runs=bool(raw_runs),
-    )
-
-
-@dataclass(frozen=True)
-class GroupLayout:
-    """Chunks of a text in one pass, their layouts laid end to end.
-
-    Slots count from the first chunk's first, entries and positions from the end of the memory before it.
-    """
-
-    layouts: tuple[ChunkLayout, ...]
-
-    @functools.cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """Slots of each chunk."""
-        return tuple(layout.num_slots for layout in self.layouts)
-
-    @functools.cached_property
-    def first_slots(self) -> tuple[int, ...]:
-        """First slot of each chunk, and at the end the number of all slots."""
-        return (0, *itertools.accumulate(self.sizes))
-
-    @functools.cached_property
-    def num_kept(self) -> tuple[int, ...]:
-        """Entries kept of the chunks before each, and at the end of all."""
-        return (0, *itertools.accumulate(len(layout.kept_slots) for layout in self.layouts))
-
-    @functools.cached_property
-    def positions(self) -> tuple[int, ...]:
-        """Position of each slot."""
-        spans = zip(self.num_kept, self.sizes, strict=False)
-        return tuple(position for held, size in spans for position in range(held, held + size))
-
-    @functools.cached_property
-    def raw_slots(self) -> tuple[int, ...]:
-        """Slot of each raw token."""
-        return self._slots("raw_slots")
-
-    @functools.cached_property
-    def beacon_slots(self) -> tuple[int, ...]:
-        """Slot of each beacon."""
-        return self._slots("beacon_slots")
-
-    @functools.cached_property
-    def kept_slots(self) -> tuple[int, ...]:
-        """Slots whose entries are kept, in the order in which they are held."""
-        return self._slots("kept_slots")
-
-    @functools.cached_property
-    def runs(self) -> tuple[tuple[int, int], ...]:
-        """Of each chunk whose beacons stand at its end, its tokens and its beacons."""
-        return tuple((len(layout.raw_slots), len(layout.beacon_slots)) for layout in self.layouts)
-
-    @functools.cached_property
-    def shifts(self) -> tuple[int, ...]:
-        """For each kept entry, the position it is moved to less the one it was read at."""
-        return tuple(shift for layout in self.layouts for shift in layout.shifts)
-
-    def _slots(self, name: str) -> tuple[int, ...]:
-        starts = zip(self.first_slots, self.layouts, strict=False)
-        return tuple(first + slot for first, layout in starts for slot in getattr(layout, name))
-
-
-# --- one text --------------------------------------------------------------------------------------------------------
+from activation_beacon.layouts import ChunkLayout, ClosedChunk, RawRun, chunk_layout, chunks_closed, within
+from activation_beacon.ratios import RatioPolicy, Span, is_raw
 
 
 @dataclass(frozen=True)
@@ -436,6 +111,21 @@ class TextPlanner:
         self._check_closings(Row(row.chunk_size) if restart else row, layouts[done:], stop)
         return RowReading(restart, tuple(layouts[done:]), num_closed * self.config.chunk_size, stop)
 
+    def check_grows(self, row: Row, num_prompt: int, num_more: int) -> None:
+        """Refuse a text that would have to break off as it is read on, token by token after the first `num_prompt`.
+
+        It holds most at its end, or right before a chunk is closed: with local tokens a tail is longer there than a chunk and its
+        beacons, which is as much as is held while one is closed.
+
+        Raises:
+            RatioError, CapacityError: as `plan`.
+        """
+        stop = row.tokens_seen + num_prompt + num_more
+        last = stop - (stop - self.config.local_tokens) % self.config.chunk_size - row.tokens_seen
+        self.plan(row, num_prompt + num_more)
+        if num_prompt < last:
+            self.plan(row, last)
+
     def _outgrows(self, num_entries: int) -> bool:
         """Whether "auto" has to choose again though no chunk is due: earlier chunks got their ratios otherwise."""
         return self.policy.ratio == "auto" and any(num_entries > limit for limit in self._limits)
@@ -483,7 +173,7 @@ class TextPlanner:
         for span in late:
             for index, chunk in enumerate(row.chunks[: (span.stop - 1) // size + 1]):
                 start, stop = max(span.start, index * size), min(span.stop, (index + 1) * size)
-                is_kept = (span.ratio is not None and chunk.ratio <= span.ratio) or _is_raw(start, stop, held)
+                is_kept = (span.ratio is not None and chunk.ratio <= span.ratio) or is_raw(start, stop, held)
                 if start < stop and not is_kept:
                     raise RatioError(
                         f"The span {tuple(span)} comes too late: tokens {index * size:,} to {(index + 1) * size - 1:,} have been "
@@ -509,7 +199,7 @@ class TextPlanner:
         ratio = self.config.ratios[-1]
         return CapacityError(
             f"A text of {num_tokens:,} tokens needs {num_entries:,} cache entries at ratio {ratio}, the largest that "
-            f"this adapter knows; {self._limit_text()}. Read at most {self._longest_text(ratio):,} tokens."
+            f"this adapter knows; {self._limit_text()}. Read at most {self.longest_text(ratio):,} tokens."
         )
 
     @property
@@ -573,7 +263,7 @@ class TextPlanner:
                     else f"Use ratio {ratio}"
                 )
                 return CapacityError(f"{text}; {self._limit_text()}. {way}.")
-        longest = self._longest_text(self.config.ratios[-1])
+        longest = self.longest_text(self.config.ratios[-1])
         return CapacityError(
             f"{text}; {self._limit_text()}. No ratio fits: read at most {longest:,} tokens at the largest."
         )
@@ -587,7 +277,8 @@ class TextPlanner:
             return f"the budget is {self.policy.budget:,}"
         return f"the base model has {self.max_positions:,}"
 
-    def _longest_text(self, ratio: int) -> int:
+    def longest_text(self, ratio: int) -> int:
+        """Tokens of the longest text that fits at a ratio of the adapter; call it where there is a limit."""
         held = 0
         for index in itertools.count():
             layout = self._layout(index, ratio)
@@ -595,6 +286,10 @@ class TextPlanner:
                 return index * self.config.chunk_size + self.config.untouched_length
             held += len(layout.kept_slots)
         raise AssertionError("unreachable: a limit exists where this is asked")
+
+
+def _chunks(count: int) -> str:
+    return f"{count} chunk" if count == 1 else f"{count} chunks"
 
 
 # --- a batch ---------------------------------------------------------------------------------------------------------

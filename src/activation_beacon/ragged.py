@@ -22,7 +22,6 @@ from activation_beacon.chunk_inputs import ReadingModel
 from activation_beacon.constants import constant, sent
 from activation_beacon.entries import BeaconLayer
 from activation_beacon.forward import read
-from activation_beacon.plan import TextPlanner
 from activation_beacon.readout import Wanted
 from activation_beacon.recurrent import StateLayer
 from activation_beacon.sites import DecoderSite, LayerSite, understands_told_masks
@@ -135,7 +134,7 @@ def read_next(model: ReadingModel, site: DecoderSite, caches: Sequence[BeaconCac
 
 def _can_append(site: DecoderSite, cache: BeaconCache) -> bool:
     """Whether the next token is just appended to what a cache of one row holds."""
-    reading = TextPlanner(cache.config, cache.policy, site.max_positions).plan(cache.rows[0], 1)
+    reading = cache.planner(site.max_positions).plan(cache.rows[0], 1)
     return cache.num_slots > 0 and not reading.closings and not reading.restart
 
 

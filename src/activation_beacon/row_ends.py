@@ -7,7 +7,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from activation_beacon.cache import BeaconCache
-from activation_beacon.plan import chunks_closed
+from activation_beacon.layouts import chunks_closed
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from activation_beacon.config import BeaconConfig, Placement
 from activation_beacon.errors import ConfigError, UnsupportedError
 from activation_beacon.families import is_recurrent
-from activation_beacon.plan import ROWS_TOGETHER_ON_CUDA, chunks_closed, within
+from activation_beacon.layouts import ROWS_TOGETHER_ON_CUDA, chunks_closed, within
 
 
 @dataclass(frozen=True)

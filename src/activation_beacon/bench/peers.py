@@ -13,8 +13,8 @@ import torch
 from activation_beacon.bench.measure import WARM_UP_TOKENS, Cell, warm_up_length
 from activation_beacon.bench.timing import Run
 from activation_beacon.errors import PeerError, reason
+from activation_beacon.layouts import entries_held
 from activation_beacon.peers_environment import environment, last_line, model_options, require_python
-from activation_beacon.plan import entries_held
 
 PRESSES = ("snapkv", "expected-attention", "pyramidkv", "knorm")  # those that free what they drop
 WORKER = Path(__file__).with_name("peers_worker.py")

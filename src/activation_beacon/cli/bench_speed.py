@@ -143,7 +143,7 @@ def _counted(model: Any) -> "ModelShape | None":
     from activation_beacon.bench.shapes import shape_of
 
     try:
-        return shape_of(model, model._beacon.site)
+        return shape_of(model, model.decoder_site)
     except UnsupportedError as error:
         notice(f"no bounds: {str(error).partition(', so')[0]}.")
         return None
@@ -265,7 +265,7 @@ def chunks(
     from activation_beacon.bench.shapes import shape_of
 
     name, attached = _model(model, base, shape, chunk_size, device, dtype, threads)
-    sizes = shape_of(attached, attached._beacon.site)
+    sizes = shape_of(attached, attached.decoder_site)
     how = Compression.of(attached.beacon_config, ratio)
     measure.warm_up(attached, [ratio])
     seconds = measure.chunk_seconds(attached, num_chunks, ratio)

@@ -20,6 +20,7 @@ from activation_beacon.cli.console import (
 )
 from activation_beacon.cli.models import Loaded, check_ratio, load_model
 from activation_beacon.cli.texts import check_output, read_texts
+from activation_beacon.ratios import parse_ratio
 from activation_beacon.sizes import bytes_text
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def compress(
     The ratio says how many tokens one beacon stands for. "auto" takes the smallest that makes the text fit the base
     model's positions.
     """
-    wanted = options.parse_ratio(ratio)
+    wanted = parse_ratio(ratio, "--ratio")
     text = read_texts(texts)
     check_output(output, force=force)
     check_ratio(model, wanted, budget=budget)
@@ -88,9 +89,9 @@ def _suggest_usual_ratio(loaded: Loaded, num_tokens: int) -> None:
     chosen = _ratio_taken(loaded, num_tokens, "auto", None)
     if not isinstance(chosen, int) or chosen >= USUAL_RATIO or USUAL_RATIO not in loaded.config.ratios:
         return
-    from activation_beacon.plan import entries_held
+    from activation_beacon.layouts import entries_held
 
-    site = loaded.model._beacon.site
+    site = loaded.model.decoder_site
     held = functools.partial(entries_held, loaded.config, num_tokens, USUAL_RATIO)
     features = None if site.is_recurrent else site.features_held(held)  # states come besides
     size = f"{held():,} entries" if features is None else bytes_text(features * loaded.model.dtype.itemsize)

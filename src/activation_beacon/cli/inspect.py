@@ -16,7 +16,7 @@ from activation_beacon.sizes import bytes_text
 if TYPE_CHECKING:
     from activation_beacon.cache import BeaconCache
     from activation_beacon.config import BeaconConfig
-    from activation_beacon.plan import RatioPolicy
+    from activation_beacon.ratios import RatioPolicy
 
 
 def inspect(

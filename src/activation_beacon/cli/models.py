@@ -74,7 +74,7 @@ def check_ratio(name: str, ratio: RatioOption, *, budget: int | None = None) -> 
         RatioError: as `compress` would.
         StorageError, FileFormatError: if the folder holds no adapter.
     """
-    from activation_beacon.plan import as_policy
+    from activation_beacon.ratios import as_policy
 
     config = adapter_config(name)
     if config is not None:
@@ -124,15 +124,16 @@ def place_context(loaded: Loaded, context: "BeaconCache") -> "BeaconCache":
 
     Raises:
         MismatchError: if another base model or adapter made it.
+        FileFormatError: if no context of this model can be so.
         InputError: if it holds a batch.
     """
     try:
-        loaded.model.check_context(context)
+        placed: BeaconCache = loaded.model.placed(context)
     except MismatchError as error:
         raise MismatchError(f"{error} (--model {loaded.name})") from None
     if context.batch_size != 1:
         raise InputError(f"The file holds a batch of {context.batch_size} contexts. Save one of them: context.row(0).")
-    return context.to(loaded.model.device, loaded.model.get_input_embeddings().weight.dtype)
+    return placed
 
 
 def best_device() -> str:

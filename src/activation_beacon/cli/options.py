@@ -91,23 +91,6 @@ def examples(*lines: str) -> str:
     return "\n".join(["Examples:" if len(lines) > 1 else "Example:", "", "\b", *(f"  {line}" for line in lines)])
 
 
-def parse_ratio(text: str) -> RatioOption:
-    """What `--ratio` asks for: "auto", one ratio, or one for each chunk.
-
-    Raises:
-        RatioError: if it is none of these.
-    """
-    if text == "auto":
-        return text
-    try:
-        ratios = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise RatioError(
-            f'--ratio must be "auto", an int such as 8, or a list such as 2,4,8 with one for each chunk; got {text!r}.'
-        ) from None
-    return ratios if "," in text else ratios[0]
-
-
 def parse_ratios(text: str) -> tuple[int, ...]:
     """What `--ratios` asks for: each ratio once, smallest first.
 

@@ -12,6 +12,7 @@ from activation_beacon.cli import options
 from activation_beacon.cli.console import notice, warn_untrained
 from activation_beacon.cli.models import check_ratio, load_model
 from activation_beacon.errors import InputError, UnsupportedError
+from activation_beacon.ratios import parse_ratio
 
 UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -86,7 +87,7 @@ def serve(
     files in one folder; a restart finds them again. Needs the extra "serve". Logs are JSON lines on stderr, without
     texts. Ctrl-C or SIGTERM finishes or cancels requests and ends.
     """
-    wanted = options.parse_ratio(ratio)
+    wanted = parse_ratio(ratio, "--ratio")
     if isinstance(wanted, tuple):
         raise InputError(
             f'--ratio must be "auto" or one int here; got {ratio!r}. Requests may name one for each chunk.'
@@ -107,7 +108,7 @@ def serve(
     settings = Settings(
         folder=folder,
         model_name=name or model,
-        ratio=wanted,  # type: ignore[arg-type] # a text other than "auto" has been refused
+        ratio=wanted,
         api_key=api_key,
         allowed_hosts=_allowed_hosts(host, api_key, allowed_host or []),
         disk_bytes=disk_bytes,

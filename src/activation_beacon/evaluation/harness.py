@@ -10,6 +10,8 @@ from lm_eval.models.huggingface import HFLM
 from activation_beacon.base_models import max_positions
 from activation_beacon.errors import InputError
 from activation_beacon.hub import load
+from activation_beacon.plan import TextPlanner
+from activation_beacon.ratios import as_policy
 
 NONE = "none"
 
@@ -88,14 +90,14 @@ class BeaconLM(HFLM):
 
 
 def text_limit(model: Any, ratio: int | str | None) -> int | None:
-    """Tokens of a text that surely fit the base model's positions at a ratio; None for its positions alone."""
-    positions = max_positions(model)
-    if positions is None or ratio is None:
-        return positions
+    """Tokens of the longest text that fits at a ratio; at None, those that the base model reads. None where there is no limit."""
+    if ratio is None:
+        return max_positions(model)
+    if model.max_positions is None:
+        return None
     config = model.beacon_config
     largest = config.ratios[-1] if isinstance(ratio, str) else ratio
-    room = positions - config.num_sinks - 2 * config.chunk_size - config.local_tokens
-    return max(positions, room // config.num_beacons(largest) * config.chunk_size) if room > 0 else positions
+    return TextPlanner(config, as_policy(config, largest), model.max_positions).longest_text(largest)
 
 
 def _as_ratio(given: int | str) -> Any:

@@ -20,7 +20,8 @@ from activation_beacon.errors import InputError
 from activation_beacon.evaluation.contexts import base_cache_bytes, positions_on
 from activation_beacon.evaluation.metrics import Estimate, gap_closed, mean
 from activation_beacon.evaluation.names import LOCAL_TOKENS
-from activation_beacon.plan import Ratio, TextPlanner, entries_held
+from activation_beacon.layouts import entries_held
+from activation_beacon.ratios import Ratio
 
 # T tokens of a text · w chunk size · V vocabulary
 
@@ -124,7 +125,7 @@ def beacon_losses(model: Any, ids: Sequence[int], ratio: Ratio, *, local_tokens:
 def _new_cache(model: Any, ids: Sequence[int], ratio: Ratio, local_tokens: int | None = None) -> BeaconCache:
     """An empty one for a text that is read in several calls: a list of ratios has to be long enough for all of it."""
     cache: BeaconCache = model.new_cache(ratio=ratio, local_tokens=local_tokens)
-    TextPlanner(cache.config, cache.policy, model.max_positions).check_names_every_chunk(len(ids))
+    cache.planner(model.max_positions).check_names_every_chunk(len(ids))
     return cache
 
 

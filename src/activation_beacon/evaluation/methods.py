@@ -23,7 +23,8 @@ from activation_beacon.evaluation.contexts import (
     timed,
 )
 from activation_beacon.evaluation.names import LOCAL_TOKENS
-from activation_beacon.plan import Ratio, entries_held
+from activation_beacon.layouts import entries_held
+from activation_beacon.ratios import Ratio
 from activation_beacon.rope import KeyMover
 
 # B batch · K kv heads · S cache entries · D head dim
@@ -90,7 +91,7 @@ def check_can_hold(model: Any, name: str) -> None:
     Raises:
         UnsupportedError: where keys and values are to be dropped, and some layers carry a state.
     """
-    if name == "streaming-llm" and model._beacon.site.is_recurrent:
+    if name == "streaming-llm" and model.decoder_site.is_recurrent:
         raise UnsupportedError(
             f"The method {name} drops keys and values, and {type(model).__name__} has layers that carry a state. Leave it out."
         )
@@ -136,7 +137,7 @@ def _evict(model: Any, cache: Any, count: int) -> None:
     if surplus <= 0:
         return
     shifts = torch.tensor([0] * SINKS + [-surplus] * (count - SINKS), device=cache.layers[0].keys.device)
-    mover = KeyMover(model._beacon.site.ropes, shifts)
+    mover = KeyMover(model.decoder_site.ropes, shifts)
     for index, layer in enumerate(cache.layers):
         keys, values = (_without(states, surplus) for states in (layer.keys, layer.values))
         layer.keys, layer.values = mover.move_entries(keys, values, index)

@@ -7,7 +7,7 @@ from typing import Any
 from activation_beacon.config import BeaconConfig
 from activation_beacon.evaluation.needles import window
 from activation_beacon.evaluation.samples import Question, Sample, fitted
-from activation_beacon.plan import chunks_closed
+from activation_beacon.layouts import chunks_closed
 from activation_beacon.prompts import ChatPrompt
 
 CUE_WORDS, WORDS = 12, 40

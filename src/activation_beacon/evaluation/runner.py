@@ -11,8 +11,8 @@ from activation_beacon.evaluation.peers import PEERS, Peers, peer_records
 from activation_beacon.evaluation.results import Key, Results
 from activation_beacon.evaluation.samples import TooShort
 from activation_beacon.evaluation.tasks import Task
-from activation_beacon.plan import Ratio
 from activation_beacon.processes import Processes
+from activation_beacon.ratios import Ratio
 
 Progress = Callable[[int, int, str], None]
 

@@ -11,8 +11,8 @@ from activation_beacon.errors import InputError
 from activation_beacon.evaluation.contexts import Context
 from activation_beacon.evaluation.documents import prefix_ids
 from activation_beacon.evaluation.methods import read_context
-from activation_beacon.plan import Ratio
 from activation_beacon.prompts import ChatPrompt
+from activation_beacon.ratios import Ratio
 
 
 class TooShort(InputError):  # noqa: N818 - the length is

@@ -21,8 +21,8 @@ from activation_beacon.evaluation.reconstruction import reconstruction_samples
 from activation_beacon.evaluation.results import CONTENTS
 from activation_beacon.evaluation.ruler import ruler_samples
 from activation_beacon.evaluation.samples import Sample, answer_sample
-from activation_beacon.plan import Ratio
 from activation_beacon.prompts import ChatPrompt
+from activation_beacon.ratios import Ratio
 
 SHUFFLED = "shuffled"
 

@@ -11,11 +11,9 @@ from typing import Any
 
 from activation_beacon.cache import BeaconCache
 from activation_beacon.errors import CapacityError, InputError
-from activation_beacon.plan import TextPlanner
 from activation_beacon.server.failures import NotFoundError
 from activation_beacon.server.jobs import Done, Ended, Piece, Progress
 from activation_beacon.server.listing import Listed, Listing
-from activation_beacon.server.reading import cut
 from activation_beacon.server.sampling import Sampling
 from activation_beacon.server.schema import AnswerRequest, CompletionRequest
 from activation_beacon.server.state import Server
@@ -140,8 +138,7 @@ class Answering:
         library = self.server.library
         scope: Hashable
         if self.context is None:
-            ratio = self.server.settings.ratio if self.ratio is None else self.ratio
-            cache = self.server.model.new_cache(ratio=ratio)
+            cache = library.empty(self.ratio)
             scope = ("text", cache.policy)
         elif self.ratio is not None:
             raise InputError("A context has its own ratio: leave ratio out, or make the context anew with another one.")
@@ -179,16 +176,15 @@ class Answering:
         Raises:
             CapacityError: saying what would fit.
         """
-        positions = self.server.model.max_positions
-        cut(cache.config, cache.policy, positions, cache.rows[0], len(ids))
+        planner = cache.planner(self.server.model.max_positions)
+        planner.plan(cache.rows[0], len(ids))
         limit = self.request.limit
-        if limit is None or positions is None:
+        if limit is None:
             return
-        planner = TextPlanner(cache.config, cache.policy, positions)
 
         def exceeds(num_new: int) -> bool:
             try:
-                planner.plan(cache.rows[0], len(ids) + num_new - 1)
+                planner.check_grows(cache.rows[0], len(ids), num_new - 1)
             except CapacityError:
                 return True
             return False

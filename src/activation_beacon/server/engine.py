@@ -26,7 +26,9 @@ from activation_beacon.server.reading import Reading, closes_a_chunk, dense
 logger = logging.getLogger(__name__)
 
 SHUTTING_DOWN = "The server is shutting down. Ask another one, or again after its restart."
-OLDEST_EVERY = 4  # so many pieces go to the text with fewest pieces left, then one to the text that has waited longest
+OLDEST_EVERY = (
+    4  # one piece of so many goes to the text that has waited longest, the others to that with fewest pieces left
+)
 
 
 class Observer(Protocol):
@@ -215,12 +217,13 @@ class Engine:
             self._begin(job)
 
     def _begin(self, job: Job) -> None:
-        answers = [
-            Answer(job, number, sampling, self.tokenizer, self.ends) for number, sampling in enumerate(job.samplings)
-        ]
-        self._running[job] = _Running(answers, job.num_rows)
+        self._running[job] = running = _Running(num_open=job.num_rows)
         with self._blaming(job):
-            reading = Reading(self.model, dense(job.cache), job.ids, needs_logits=bool(answers))
+            running.answers += [
+                Answer(job, number, sampling, self.tokenizer, self.ends)
+                for number, sampling in enumerate(job.samplings)
+            ]
+            reading = Reading(self.model, dense(job.cache), job.ids, needs_logits=bool(running.answers))
             job.emit(Progress(0, reading.num_pieces))
             self._tasks.append(_Task(job, reading))
 
@@ -272,14 +275,9 @@ class Engine:
             return
         start = time.perf_counter()
         answers = list(self._batch)
-        try:
+        with self._blaming(*{answer.job for answer in answers}):
             logits = self.model.read_next([*self._batch.values()], [answer.pending for answer in answers])
-            logits = logits.float().cpu()  # one wait for all of them
-        except Exception as error:
-            for job in {answer.job for answer in answers}:
-                self._end(job, error)
-            raise
-        self._hand_out(answers, logits)
+            self._hand_out(answers, logits.float().cpu())  # one wait for all of them
         seconds = time.perf_counter() - start
         self._debt -= seconds
         if self.observer is not None:
@@ -314,7 +312,7 @@ class Engine:
     def _must_read(self, answer: Answer, cache: BeaconCache) -> bool:
         """Whether an answer's next token closes a chunk; one for which no place is left ends."""
         try:
-            return closes_a_chunk(cache.config, cache.policy, self.model.max_positions, cache.rows[0])
+            return closes_a_chunk(cache, self.model.max_positions)
         except CapacityError:
             answer.end("length")
             return True
@@ -359,14 +357,15 @@ class Engine:
         job.emit(Failed(error))
 
     @contextlib.contextmanager
-    def _blaming(self, job: Job) -> Iterator[None]:
-        """Within the block an error ends one job, and nothing else."""
+    def _blaming(self, *jobs: Job) -> Iterator[None]:
+        """Within the block an error ends these jobs, and nothing else."""
         try:
             yield
         except Exception as error:
             if not isinstance(error, BeaconError):
                 logger.error("a job failed", exc_info=error)
-            self._end(job, error)
+            for job in jobs:
+                self._end(job, error)
 
     def _fail_all(self, error: Exception) -> None:
         for job in list(self._running):

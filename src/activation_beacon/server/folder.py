@@ -137,19 +137,20 @@ class Folder:
     def list(self) -> list[Record]:
         """All contexts, newest first, damaged ones with the reason."""
         with self._reaching():
-            names = [entry["name"].rsplit("/", 1)[-1] for entry in self._entries() if entry["type"] == "file"]
-        ids = {name.removesuffix(end) for name in names for end in (CONTEXT, DAMAGED) if name.endswith(end)}
-        records = [self._found(each) for each in ids if ID.fullmatch(each)]
+            files = {entry["name"].rsplit("/", 1)[-1]: entry for entry in self._entries() if entry["type"] == "file"}
+        ids = {name.removesuffix(end) for name in files for end in (CONTEXT, DAMAGED) if name.endswith(end)}
+        records = [self._found(each, files.get(f"{each}{CONTEXT}")) for each in ids if ID.fullmatch(each)]
         return sorted((each for each in records if each is not None), key=lambda each: (-each.created, each.id))
 
     def _entries(self) -> Any:
         self.fs.invalidate_cache(self.root)
         return self.fs.ls(self.root, detail=True)
 
-    def _found(self, context_id: str) -> Record | None:
+    def _found(self, context_id: str, info: Mapping[str, Any] | None) -> Record | None:
         """What is known of a context; one that cannot be read does not hide the others."""
         try:
-            return self.find(context_id)
+            with self._reaching():
+                return self._looked_at(context_id, info)
         except StorageError as error:
             return Record(context_id, context_id, 0, error=str(error))
 
@@ -162,10 +163,9 @@ class Folder:
         if not ID.fullmatch(context_id):
             return None
         with self._reaching():
-            return self._looked_at(context_id)
+            return self._looked_at(context_id, self._info(context_id))
 
-    def _looked_at(self, context_id: str) -> Record | None:
-        info = self._info(context_id)
+    def _looked_at(self, context_id: str, info: Mapping[str, Any] | None) -> Record | None:
         if info is None:
             return self._damaged_record(context_id)
         known = self._records.get(context_id)
@@ -227,7 +227,7 @@ class Folder:
             return None
         return record if record.id == context_id else None
 
-    def _examined(self, context_id: str, info: dict[str, Any]) -> Record | None:
+    def _examined(self, context_id: str, info: Mapping[str, Any]) -> Record | None:
         """The record of a context that has none, such as a file of `beacon compress`, or another file's; written beside it."""
         known = self._noted(context_id) or Record(context_id, context_id, int(time.time()))
         try:

@@ -14,7 +14,7 @@ import torch
 from activation_beacon.cache import BeaconCache
 from activation_beacon.config import is_same_fingerprint
 from activation_beacon.errors import CapacityError, FileFormatError, StorageError
-from activation_beacon.plan import Ratio, TextPlanner
+from activation_beacon.ratios import Ratio
 from activation_beacon.server.engine import Engine
 from activation_beacon.server.failures import NotFoundError, QuotaError
 from activation_beacon.server.folder import Folder, Record, new_id
@@ -45,6 +45,7 @@ class Library:
         self.settings = settings
         self.folder = Folder(settings.folder)
         self.memory: Memory[BeaconCache] = Memory(settings.memory_bytes)
+        self._blank: BeaconCache = model.new_cache()  # its fingerprints take milliseconds
         self._fingerprints = {kind: getattr(model, f"{kind}_fingerprint") for kind in ("base", "adapter")}
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="beacon-files")
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
@@ -126,9 +127,8 @@ class Library:
             raise _not_found(context_id) from None  # another server has deleted it just now
 
     def _loaded(self, context_id: str) -> BeaconCache:
-        cache = self.folder.load(context_id)
-        self.model.check_context(cache)
-        return cache.to(self.model.device, self.model.get_input_embeddings().weight.dtype)
+        cache: BeaconCache = self.model.placed(self.folder.load(context_id))
+        return cache
 
     # --- making ---
 
@@ -143,13 +143,14 @@ class Library:
             CapacityError: if so many can never be read there.
         """
         try:
-            cut(cache.config, cache.policy, self.model.max_positions, cache.rows[0], num_tokens)
+            cache.planner(self.model.max_positions).plan(cache.rows[0], num_tokens)
         except CapacityError as error:
             raise CapacityError(f"The text has {num_tokens:,} tokens or more, which do not fit. {error}") from None
 
     def empty(self, ratio: Ratio | None = None) -> BeaconCache:
         """What a new context begins as."""
-        cache: BeaconCache = self.model.new_cache(ratio=self.settings.ratio if ratio is None else ratio)
+        cache = self._blank.emptied()
+        cache.policy = self.model.ratio_policy(self.settings.ratio if ratio is None else ratio)
         return cache
 
     async def create(
@@ -170,7 +171,7 @@ class Library:
                 if isinstance(event, Progress):
                     yield event
                 else:
-                    cache = event if bits is None else event.quantize(bits)
+                    cache = event if bits is None else await self._in_thread(event.quantize, bits)
                     yield await self._saved(record, cache)
 
     async def append(
@@ -183,22 +184,22 @@ class Library:
         """
         async with self._lock(f"append {context_id}"):
             record, cache, _ = await self.opened(context_id)
+            await self._check_quota(cache.cache_bytes, replaced=record.file_bytes)  # before hours of reading
             start = cache.fork()
             if ratio is not None:
-                start.policy = self.model.ratio_policy(ratio)
+                start.policies = self.model.revised_policies(start, ratio)
             async with contextlib.aclosing(self._read(start, ids)) as reading:
                 async for event in reading:
                     if isinstance(event, Progress):
                         yield event
                     else:
                         bits = cache.quantized_bits
-                        grown = event if bits is None else event.quantize(bits)
-                        yield await self._saved(record, grown, save=self.folder.replace)
+                        grown = event if bits is None else await self._in_thread(event.quantize, bits)
+                        yield await self._saved(record, grown, save=self.folder.replace, replaced=record.file_bytes)
 
     async def _read(self, start: BeaconCache, ids: Sequence[int]) -> AsyncGenerator[Progress | BeaconCache, None]:
-        planner = TextPlanner(start.config, start.policy, self.model.max_positions)
-        planner.check_names_every_chunk(start.tokens_seen + len(ids))
-        pieces = cut(start.config, start.policy, self.model.max_positions, start.rows[0], len(ids))
+        start.planner(None).check_names_every_chunk(start.tokens_seen + len(ids))
+        pieces = cut(start, self.model.max_positions, len(ids))
         work = Work(start, ids, seconds=self.settings.compress_s)
         self.engine.submit(work.job)
         async with contextlib.aclosing(work.events()) as events:
@@ -226,8 +227,10 @@ class Library:
             await self._unbroken(self.folder.delete, context_id)
             self._forget(context_id)
 
-    async def _saved(self, record: Record, cache: BeaconCache, save: Save | None = None) -> Record:
-        await self._check_quota(cache.cache_bytes)
+    async def _saved(
+        self, record: Record, cache: BeaconCache, save: Save | None = None, *, replaced: int = 0
+    ) -> Record:
+        await self._check_quota(cache.cache_bytes, replaced=replaced)
         saved = await self._unbroken(save or self.folder.save, record, cache)
         if saved is None:
             raise NotFoundError(f"The context {record.id!r} was deleted while text was appended to it.")
@@ -237,11 +240,12 @@ class Library:
         self.memory.put(("context", record.id, version), cache)
         return record
 
-    async def _check_quota(self, num_bytes: int) -> None:
+    async def _check_quota(self, num_bytes: int, *, replaced: int = 0) -> None:
+        """Refuse so many bytes more than the folder may hold, in the place of those that are replaced."""
         most = self.settings.disk_bytes
         if most is None:
             return
-        held = await self._in_thread(self.folder.num_bytes)
+        held = await self._in_thread(self.folder.num_bytes) - replaced
         if held + num_bytes > most or held >= most:
             raise QuotaError(
                 f"The folder of contexts holds {held:,} bytes and may hold {most:,}"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from activation_beacon.cache import BeaconCache
-from activation_beacon.plan import ClosedChunk, TextPlanner, chunks_closed
+from activation_beacon.layouts import ClosedChunk, chunks_closed
 
 
 def common_length(one: torch.Tensor, other: torch.Tensor) -> int:
@@ -89,6 +89,6 @@ def longest(
 def _chunks_after_reading(start: BeaconCache, total: int, max_positions: int | None) -> tuple[ClosedChunk, ...]:
     """The chunks of a text of `total` tokens once it has been read on a cache of its first ones."""
     row = start.rows[0]
-    reading = TextPlanner(start.config, start.policy, max_positions).plan(row, total - row.tokens_seen)
+    reading = start.planner(max_positions).plan(row, total - row.tokens_seen)
     held = () if reading.restart else row.chunks
     return (*held, *(layout.closed for layout in reading.closings))

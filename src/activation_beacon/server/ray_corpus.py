@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from activation_beacon.errors import BeaconError, InputError
-from activation_beacon.plan import Ratio
+from activation_beacon.ratios import Ratio
 
 
 class CompressText:

@@ -17,6 +17,7 @@ from ray import serve
 
 from activation_beacon.errors import BeaconError
 from activation_beacon.hub import load
+from activation_beacon.ratios import parse_ratio
 from activation_beacon.server.app import create_app
 from activation_beacon.server.settings import API_KEY, Settings
 
@@ -80,11 +81,10 @@ def build(arguments: dict[str, str]) -> Any:
         arguments: `model`, `folder`, `replicas`, `ratio`, `name` and `api_key` (else BEACON_API_KEY), all of them optional.
     """
     model = arguments.get("model", "default")
-    ratio = arguments.get("ratio", "auto")
     settings = Settings(
         folder=arguments.get("folder", "contexts"),
         model_name=arguments.get("name", model),
-        ratio="auto" if ratio == "auto" else int(ratio),
+        ratio=parse_ratio(arguments.get("ratio", "auto")),
         api_key=arguments.get("api_key", os.environ.get(API_KEY)),
     )
     deployment: Any = serve.deployment(Replica, name="beacon")

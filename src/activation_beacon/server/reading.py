@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from activation_beacon.cache import BeaconCache
-from activation_beacon.config import BeaconConfig
-from activation_beacon.plan import RatioPolicy, Row, TextPlanner
+from activation_beacon.ratios import RatioPolicy
 
 # V vocabulary
 
@@ -33,14 +32,15 @@ class Pieces:
     policy: RatioPolicy
 
 
-def cut(config: BeaconConfig, policy: RatioPolicy, max_positions: int | None, row: Row, num_new: int) -> Pieces:
-    """Cut the reading of `num_new` more tokens.
+def cut(cache: BeaconCache, max_positions: int | None, num_new: int) -> Pieces:
+    """Cut the reading of `num_new` more tokens into a cache of one row.
 
     Raises:
         RatioError, CapacityError: as the plan of reading them at once.
     """
-    reading = TextPlanner(config, policy, max_positions).plan(row, num_new)
-    held = () if reading.restart else row.chunks
+    config, policy = cache.config, cache.policy
+    reading = cache.planner(max_positions).plan(cache.rows[0], num_new)
+    held = () if reading.restart else cache.rows[0].chunks
     ratios = (*(chunk.ratio for chunk in held), *(layout.ratio for layout in reading.closings))
     numbers = range(len(held) + 1, len(ratios) + 1)
     stops = [number * config.chunk_size + config.local_tokens + 1 for number in numbers]
@@ -50,13 +50,13 @@ def cut(config: BeaconConfig, policy: RatioPolicy, max_positions: int | None, ro
     return Pieces(reading.restart, tuple(stops), policy if is_settled else RatioPolicy(ratios, spans=policy.spans))
 
 
-def closes_a_chunk(config: BeaconConfig, policy: RatioPolicy, max_positions: int | None, row: Row) -> bool:
-    """Whether the next token cannot just be appended.
+def closes_a_chunk(cache: BeaconCache, max_positions: int | None) -> bool:
+    """Whether the next token cannot just be appended to a cache of one row.
 
     Raises:
         CapacityError: if it does not fit.
     """
-    reading = TextPlanner(config, policy, max_positions).plan(row, 1)
+    reading = cache.planner(max_positions).plan(cache.rows[0], 1)
     return bool(reading.closings) or reading.restart
 
 
@@ -78,7 +78,7 @@ class Reading:
         self.needs_logits = needs_logits
         self.policy = cache.policy
         self.ids = [*cache.token_ids[0].tolist(), *ids]
-        pieces = cut(cache.config, cache.policy, model.max_positions, cache.rows[0], len(ids))
+        pieces = cut(cache, model.max_positions, len(ids))
         self.cache = cache.emptied() if pieces.restart else cache
         self.cache.policy = pieces.policy
         self.stops = pieces.stops

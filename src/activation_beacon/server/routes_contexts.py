@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from activation_beacon.errors import InputError
+from activation_beacon.ratios import parse_ratio
 from activation_beacon.server.failures import described
 from activation_beacon.server.folder import Record
 from activation_beacon.server.jobs import Progress
@@ -153,19 +154,12 @@ async def _from_form(request: Request) -> ContextRequest:
             raise InputError("The form has no file. Send it as the field `file`.")
         values["text"] = _decoded(await file.read())
         values.setdefault("name", (file.filename or "").replace("\\", "/").rsplit("/", 1)[-1][:200])
-    if values.get("ratio", "auto") != "auto":
-        values["ratio"] = _ratio(values["ratio"])
+    if "ratio" in values:
+        ratio = parse_ratio(values["ratio"])
+        values["ratio"] = list(ratio) if isinstance(ratio, tuple) else ratio
     if values.get("quantize") in ("8", "4"):
         values["quantize"] = int(values["quantize"])
     return ContextRequest.model_validate(values)
-
-
-def _ratio(text: str) -> int | list[int]:
-    try:
-        ratios = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f'ratio must be "auto", an int, or ints with commas; got {text[:50]!r}.') from None
-    return ratios if "," in text else ratios[0]
 
 
 def _decoded(content: bytes) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from activation_beacon.errors import InputError
-from activation_beacon.plan import Ratio
+from activation_beacon.ratios import Ratio
 from activation_beacon.server.addresses import ANY, host_name, origin_name
 
 API_KEY = "BEACON_API_KEY"  # variable of the environment

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from activation_beacon.at_once import chunks_at_once
-from activation_beacon.plan import chunks_closed
+from activation_beacon.layouts import chunks_closed
 from activation_beacon.training.batches import draw_ratios
 from activation_beacon.training.frozen import without_dropout
 from activation_beacon.training.objective import Objective, losses

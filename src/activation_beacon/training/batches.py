@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from activation_beacon.plan import chunks_closed
+from activation_beacon.layouts import chunks_closed
 from activation_beacon.training.sampling import Sample, Sampler
 from activation_beacon.training.settings import RatioDraw, Stage
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from activation_beacon.at_once import chunks_at_once
+from activation_beacon.layouts import chunks_closed
 from activation_beacon.matmul import training_products
-from activation_beacon.plan import chunks_closed
 from activation_beacon.training.batches import draw_ratios
 from activation_beacon.training.metrics import peak_memory
 from activation_beacon.training.objective import Objective, losses

@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 from activation_beacon.at_once import chunks_at_once
-from activation_beacon.cache import BeaconCache
 from activation_beacon.constants import sent
 from activation_beacon.errors import ConfigError, UnsupportedError
-from activation_beacon.plan import as_policy
+from activation_beacon.ratios import as_policy
 
 # B batch · T tokens of a text · n tokens of a slice · M model dim · V vocabulary
 
@@ -170,16 +169,7 @@ def check_at_once(model: Any) -> None:
     config = dataclasses.replace(own, chunk_size=size, local_tokens=0)
     weight = model.get_input_embeddings().weight
     ids = torch.arange(2 * size + 8, device=weight.device)[None] % min(97, weight.shape[0])
-    cache = BeaconCache(
-        config,
-        num_layers=len(model._beacon.site.layers),
-        num_states=model._beacon.site.num_states,
-        windows=model._beacon.site.windows,
-        policy=as_policy(config, ratio),
-        base_fingerprint=model.base_fingerprint,
-        adapter_fingerprint=model.adapter_fingerprint,
-        device=weight.device,
-    )
+    cache = model.cache_under(config, as_policy(config, ratio))
     by_chunk = model(ids, past_key_values=cache).logits[0].float()
     with chunks_at_once(model):
         states = model.hidden_states(ids, [ratio, ratio], chunk_size=size)

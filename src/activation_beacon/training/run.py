@@ -24,8 +24,9 @@ from activation_beacon.fingerprint import fingerprint
 from activation_beacon.hub import adapter_folder
 from activation_beacon.model import attach
 from activation_beacon.persistence import fill_parameters, load_adapter_config, load_adapter_tensors, save_adapter
-from activation_beacon.plan import RatioPolicy, Row, TextPlanner
+from activation_beacon.plan import Row, TextPlanner
 from activation_beacon.processes import Processes, processes
+from activation_beacon.ratios import RatioPolicy
 from activation_beacon.training.card import training_card
 from activation_beacon.training.checkpoints import checkpoints
 from activation_beacon.training.metrics import read_metrics, updates
@@ -231,13 +232,13 @@ def _model(settings: TrainingSettings, group: Processes, device: str | None) -> 
             f"length ({longest}) exceeds what the base reads uncompressed ({positions} positions), and distillation and "
             f"context_weight ask it to. Use a length of at most {positions}, or cross_entropy alone."
         )
-    _check_positions(settings, positions)
     if config.exact_ids == "digits" and not digit_ids(tokenizer):
         raise ConfigError(
             f"Numbers cannot be held token by token: the tokenizer of {settings.base} has no token with a digit. Add "
             "--no-exact (in a recipe, leave exact_ids out)."
         )
     model = attach(base, with_digits(config, tokenizer))
+    _check_positions(settings, model.max_positions)
     for number, adapter in enumerate(settings.adapters, 1):
         with group.first_before_others():
             folder = adapter_folder(adapter) or adapter

@@ -310,10 +310,10 @@ class Trainer:
             self._accumulate(batch, stage, num_targets, totals)
         rate = min(stage.rate((step + 1) / stage.steps), stage.learning_rate * self._fall(clock))
         norm = self._update(rate, stage.max_grad_norm)
-        if self.average is not None:
-            self.average.add(self.progress.step + 1)
         line = totals.line(self.group, self.device)
         self._check(line["loss"], norm)
+        if self.average is not None:
+            self.average.add(self.progress.step + 1)
         seconds = time.perf_counter() - start
         clock.tick()
         self.progress = dataclasses.replace(
@@ -386,13 +386,15 @@ class Trainer:
         return float(norm)
 
     def _check(self, loss: float, norm: float) -> None:
-        """Stop a run that has gone wrong. A step without a finite loss and gradient has changed no weights.
+        """Stop a run that has gone wrong. A step without a finite loss and gradient has changed no weights: they are saved first.
 
         Raises:
             TrainingError: with the step, the values and the last good checkpoint.
         """
         step = self.progress.step + 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            if self.progress.step and self._has_finite_weights():
+                self.save()
             raise TrainingError(f"The loss of step {step} is {loss}, its gradient norm {norm}. {self._way_out()}")
         self.smoothed = loss if math.isinf(self.smoothed) else SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss
         self.best = min(self.best, self.smoothed)
@@ -400,6 +402,10 @@ class Trainer:
             raise TrainingError(
                 f"The loss runs away: {self.smoothed:.2f} at step {step}, after {self.best:.2f} at best. {self._way_out()}"
             )
+
+    def _has_finite_weights(self) -> bool:
+        is_broken = any(not bool(parameter.isfinite().all()) for parameter in self.parameters.values())
+        return not self.group.any(is_broken, device=self.device)
 
     def _way_out(self) -> str:
         found = checkpoints.checkpoints(self.folder / "checkpoints")
