@@ -7,7 +7,9 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from activation_beacon.entries import BeaconLayer, ChunkLayer, Quantized, merge, take
+from activation_beacon.entries import BeaconLayer, ChunkLayer
+from activation_beacon.quantized import Quantized
+from activation_beacon.rows import merge, take
 
 
 def numbered(*shape: int) -> torch.Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from activation_beacon.constants import sent
-from activation_beacon.entries import take
 from activation_beacon.errors import InputError, reason
+from activation_beacon.rows import take
 
 # B batch · N new tokens (columns) · V vocabulary
 

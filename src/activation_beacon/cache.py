@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from activation_beacon.config import BeaconConfig, is_same_fingerprint
 from activation_beacon.context_checks import check_contents
 from activation_beacon.context_header import BITS, ContextHeader
-from activation_beacon.entries import BeaconLayer, merge, take
+from activation_beacon.entries import BeaconLayer
 from activation_beacon.errors import (
     BeaconError,
     FileFormatError,
@@ -34,6 +34,7 @@ from activation_beacon.layouts import within
 from activation_beacon.plan import Row, TextPlanner
 from activation_beacon.ratios import RatioPolicy
 from activation_beacon.recurrent import StateLayer
+from activation_beacon.rows import merge, take
 from activation_beacon.sizes import bytes_text
 
 # B batch · S slots · N tokens seen · L layers

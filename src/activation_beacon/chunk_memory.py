@@ -6,10 +6,12 @@ import torch
 from transformers import Cache
 
 from activation_beacon.cache import BeaconCache
-from activation_beacon.entries import BeaconLayer, ChunkLayer, Quantized, take
+from activation_beacon.entries import BeaconLayer, ChunkLayer
 from activation_beacon.layouts import within
 from activation_beacon.plan import Row
+from activation_beacon.quantized import Quantized
 from activation_beacon.resuming import ChunkRows
+from activation_beacon.rows import take
 
 # B batch · K kv heads · n entries that a chunk leaves · D head dim
 

@@ -2,133 +2,19 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from activation_beacon.constants import constant
+from activation_beacon.quantized import Quantized
 from activation_beacon.room import Room
+from activation_beacon.rows import merge, take
 
-# B batch · K kv heads · S slots · P stored slots · T slots of a pass · D head dim · G group of a quantised vector
+# B batch · K kv heads · S slots · P stored slots · T slots of a pass · D head dim
 
-GROUP = 32
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-
-
-def take(tensor: torch.Tensor, rows: Sequence[int], ends: Sequence[int], length: int, *, dim: int) -> torch.Tensor:
-    """Cut from each of `rows` the `length` slots before its own of `ends`; what lies before slot 0 is padding.
-
-    Args:
-        tensor: batch first, slots along `dim`.
-
-    Returns:
-        One row for each of `rows`, `length` slots along `dim`; a view where all rows are cut alike.
-    """
-    if len(set(ends)) == 1 and ends[0] >= length:
-        return _rows_of(tensor, rows).narrow(dim, ends[0] - length, length)
-    if tensor.shape[dim] == 0:  # nothing but padding to take
-        empty = list(tensor.shape)
-        empty[0], empty[dim] = len(rows), length
-        return tensor.new_zeros(empty)
-    index = constant(tuple(ends), tensor.device)[:, None] + torch.arange(-length, 0, device=tensor.device)
-    index = index.clamp(min=0)
-    chosen = _rows_of(tensor, rows)
-    if dim == 1:
-        return chosen.gather(1, index)
-    return chosen.gather(2, index[:, None, :, None].expand(len(rows), tensor.shape[1], length, tensor.shape[3]))
-
-
-def _rows_of(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """These rows of a batch, a copy unless they are all in their order; the indices are on the device already."""
-    rows = tuple(rows)
-    return tensor if rows == tuple(range(tensor.shape[0])) else tensor.index_select(0, constant(rows, tensor.device))
-
-
-def merge(parts: Sequence[tuple[Sequence[int], torch.Tensor]], *, dim: int) -> torch.Tensor:
-    """Put rows that were handled apart into one batch again, right-aligned along `dim`.
-
-    Args:
-        parts: for each part, the rows that it holds and their tensor.
-    """
-    if len(parts) == 1:
-        return parts[0][1]
-    length = max(tensor.shape[dim] for _, tensor in parts)
-    padded = []
-    for _, tensor in parts:
-        pad = [0, 0] * (tensor.dim() - 1 - dim) + [length - tensor.shape[dim], 0]
-        padded.append(torch.nn.functional.pad(tensor, pad))
-    order = [row for rows, _ in parts for row in rows]
-    return _rows_of(torch.cat(padded), [order.index(row) for row in range(len(order))])
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """Keys or values in 8 or 4 bits: asymmetric, one scale and least value for each group of a vector.
-
-    Attributes:
-        codes: (B, K, P, D) uint8, or (B, K, P, D/2) with two 4-bit codes in a byte.
-        scale, least: (B, K, P, D/G) float16.
-        bits: 8 or 4.
-        dtype: of the tensor that it came from.
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    least: torch.Tensor
-    bits: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor, bits: int) -> "Quantized":
-        """Quantise (B, K, P, D)."""
-        dim = tensor.shape[-1]
-        group = next(size for size in range(min(GROUP, dim), 0, -1) if dim % size == 0)
-        grouped = tensor.detach().float().unflatten(-1, (-1, group))
-        least, most = grouped.amin(-1), grouped.amax(-1)
-        least = least.to(torch.float16)
-        scale = ((most - least.float()) / (2**bits - 1)).clamp(min=1e-6).to(torch.float16)
-        steps = (grouped - least.float()[..., None]) / scale.float()[..., None]
-        codes = steps.round().clamp(0, 2**bits - 1).to(torch.uint8).flatten(-2)
-        if bits == 4:
-            codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-        return cls(codes, scale, least, bits, tensor.dtype)
-
-    def dense(self) -> torch.Tensor:
-        """The tensor (B, K, P, D) again, in its own dtype."""
-        codes = self.codes
-        if self.bits == 4:
-            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-        grouped = codes.float().unflatten(-1, (self.scale.shape[-1], -1))
-        return (grouped * self.scale.float()[..., None] + self.least.float()[..., None]).flatten(-2).to(self.dtype)
-
-    def unpacks_to(self, dim: int) -> bool:
-        """Whether its parts are those of vectors of so many values."""
-        num_groups = self.scale.shape[3]
-        has_codes = self.codes.dtype == torch.uint8 and self.codes.shape[3] * 8 == dim * self.bits
-        has_groups = self.scale.shape == self.least.shape and num_groups > 0 and dim % num_groups == 0
-        return has_codes and has_groups and self.scale.dtype == self.least.dtype == torch.float16
-
-    @property
-    def length(self) -> int:
-        """Slots held."""
-        return self.codes.shape[2]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of codes and scales."""
-        return sum(part.nbytes for part in (self.codes, self.scale, self.least))
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Quantized":
-        """The same change made to each part: it may select rows or slots, or move them to a device."""
-        return Quantized(change(self.codes), change(self.scale), change(self.least), self.bits, self.dtype)
-
-    def joined(self, other: "Quantized") -> "Quantized":
-        """`other` appended along the slots."""
-        parts = zip((self.codes, self.scale, self.least), (other.codes, other.scale, other.least), strict=True)
-        codes, scale, least = (torch.cat(pair, dim=2) for pair in parts)
-        return Quantized(codes, scale, least, self.bits, self.dtype)
 
 
 class PassEnded(Exception):  # noqa: N818 - nothing went wrong

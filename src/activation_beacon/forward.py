@@ -20,7 +20,7 @@ from activation_beacon.causal import FEWEST_IN_SPANS, TOLD_WITH_GRADIENTS, Lower
 from activation_beacon.chunk_inputs import ReadingModel, anchor_slots, anchors_of_all, interleave, laid_end_to_end
 from activation_beacon.chunk_memory import joined_layer, memory_view
 from activation_beacon.constants import constant, sent
-from activation_beacon.entries import PassEnded, take
+from activation_beacon.entries import PassEnded
 from activation_beacon.errors import UnsupportedError
 from activation_beacon.grouped import ByChunk, GroupLayer
 from activation_beacon.layouts import ChunkLayout, GroupLayout
@@ -29,6 +29,7 @@ from activation_beacon.readout import OF_ONE_PASS, Readout, Wanted
 from activation_beacon.recorded import recorded_step
 from activation_beacon.resuming import ChunkRows
 from activation_beacon.rope import KeyMover
+from activation_beacon.rows import take
 from activation_beacon.sites import DecoderSite, can_end_early, understands_told_masks
 
 # B batch · N new tokens (columns) · T slots of a pass · S cache slots · M model dim · V vocabulary

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from activation_beacon.entries import Quantized
 from activation_beacon.errors import InputError, UnsupportedError
 from activation_beacon.evaluation.contexts import (
     PIECE,
@@ -24,6 +23,7 @@ from activation_beacon.evaluation.contexts import (
 )
 from activation_beacon.evaluation.names import LOCAL_TOKENS
 from activation_beacon.layouts import entries_held
+from activation_beacon.quantized import Quantized
 from activation_beacon.ratios import Ratio
 from activation_beacon.rope import KeyMover
 

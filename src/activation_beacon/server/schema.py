@@ -256,7 +256,7 @@ class AnswerRequest(BaseModel):
         return _first(defaults.temperature, 1.0) if draws else 0.0
 
     def sampling(self, model: Any, max_tokens: int) -> Sampling:
-        """How answers are to be written; what is not asked for is as the model's generation config has it."""
+        """How answers are to be written; temperature and top_p as the model's generation config has them unless they are asked for."""
         defaults = model.generation_config
         size = model.get_input_embeddings().weight.shape[0]
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
